@@ -1,0 +1,187 @@
+"""Everything that a client may be told went wrong: a tree, in which a leaf knows how it looks on the wire.
+
+Texts are fixed here: never an echo of the input, a path, a trace, a Redis message or a key. Numbers that we computed
+may stand in them. Raised where the fact is known, translated at one border (api/app.py).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class APIError(Exception):
+    """The service failed. Retrying may help."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = "internal_error"
+    text: ClassVar[str] = "The server had an error while processing your request."
+
+    def __init__(self, text: str | None = None, *, param: str | None = None, retry_after_s: float | None = None):
+        super().__init__(text or self.text)
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """OpenAI's shape, the only one that every client reads."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class BadRequest(APIError):
+    """The request cannot be served as it is."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+    text = "The request is not valid."
+
+
+class NotJSON(BadRequest):
+    code = "invalid_json"
+    text = "We could not parse the JSON body of your request."
+
+
+class InvalidValue(BadRequest):
+    code = "invalid_value"
+    text = "A field has a value that is not allowed."
+
+
+class InvalidType(BadRequest):
+    code = "invalid_type"
+    text = "A field has a value of the wrong type."
+
+
+class MissingField(BadRequest):
+    code = "missing_required_parameter"
+    text = "A required field is missing."
+
+
+class UnsupportedContent(BadRequest):
+    code = "unsupported_content"
+    text = "This model takes text alone: image, audio and file parts are not supported."
+
+
+class UnsupportedParameter(BadRequest):
+    code = "unsupported_parameter"
+    text = "This field asks for something that this server does not do."
+
+
+class TemplateRefused(BadRequest):
+    code = "chat_template_refused"
+    text = "The model's chat template does not accept this sequence of messages."
+
+
+class ContextTooLong(BadRequest):
+    """The prompt and the requested answer do not fit the model's context."""
+
+    code = "context_length_exceeded"
+    text = "The messages are longer than the model's context."
+
+
+class Unauthorized(APIError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+    text = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY'."
+
+
+class NotFound(APIError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+    text = "There is nothing at this address."
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+    text = "The model does not exist. GET /v1/models lists those that do."
+
+
+class MethodNotAllowed(APIError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+    text = "This address does not take this method."
+
+
+class BodyTooLarge(APIError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+    text = "The body of the request is too large."
+
+
+class Overloaded(APIError):
+    """The line is full. It moves: come back after `retry_after_s`."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    text = "Too many requests are waiting. Please retry later."
+
+
+class TenantOverloaded(Overloaded):
+    text = "You have too many requests at once. Please retry when some have ended."
+
+
+class Unavailable(APIError):
+    """Nobody can serve this now, and soon somebody may."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "service_unavailable"
+    text = "The service is not ready. Please retry."
+
+
+class NoWorker(Unavailable):
+    code = "no_worker"
+    text = "No worker serves this model at the moment. Please retry."
+
+
+class JobEnded(APIError):
+    """An accepted job ended without an answer. Its code stands in the terminal of the log."""
+
+    status = 500
+
+
+class JobFailed(JobEnded):
+    code = "job_failed"
+    text = "The request failed on several workers and was given up."
+
+
+class DeadlineExceeded(JobEnded):
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+    text = "The answer was not complete within the time that a request may take."
+
+
+class Cancelled(JobEnded):
+    status = 499
+    type = "invalid_request_error"
+    code = "cancelled"
+    text = "The request was cancelled."
+
+
+class GenerationFailed(JobEnded):
+    code = "generation_failed"
+    text = "The model did not produce usable numbers for this request."
+
+
+class StreamLost(JobEnded):
+    code = "stream_lost"
+    text = "The log of this answer is gone. Please send the request again."
+
+
+JOB_ERRORS: dict[str, type[JobEnded]] = {
+    error.code: error for error in (JobFailed, DeadlineExceeded, Cancelled, GenerationFailed, StreamLost) if error.code
+}
+
+
+def job_error(code: str) -> JobEnded:
+    """What a terminal's error code looks like on the wire."""
+    return JOB_ERRORS.get(code, JobFailed)()
+
+
+class BrokenEnvironment(Exception):
+    """The process cannot start here. Its text is one line that says what to do; no trace is shown."""

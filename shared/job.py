@@ -1,0 +1,197 @@
+"""What travels between the API and the workers: a job, what is said while it runs, and how it ends.
+
+Every class here is frozen and carries its own codec. Nothing here knows Redis, HTTP or tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+SCHEMA_VERSION = 1
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+MAX_SEED = 2**64 - 1
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn, for every choice of one request.
+
+    The order of the stages is that of transformers: logit_bias, penalties, temperature, top_k, top_p, min_p.
+    Noise is a pure function of (seed, choice, position, token id), so a seed repeats whatever the batch.
+    """
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0                            # 0: greedy
+    top_p: float = 1.0                                  # 1: off
+    top_k: int = 0                                      # 0: off
+    min_p: float = 0.0                                  # 0: off
+    presence_penalty: float = 0.0                       # of tokens generated so far
+    frequency_penalty: float = 0.0                      # of tokens generated so far
+    repetition_penalty: float = 1.0                     # of tokens in the prompt or generated so far
+    logit_bias: tuple[tuple[int, float], ...] = ()      # (token id, added to its logit)
+    num_logprobs: int | None = None                     # None: none; k: of the drawn token and of the k likeliest
+    min_tokens: int = 0                                 # no end-of-sequence or stop token before
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()                          # texts; matched by worker/output, not by the engine
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probabilities at one drawn token, from the unprocessed logits."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()             # (token id, log probability), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one choice gained since its last delta: the unit of the answer's log."""
+
+    index: int                                          # which of the n choices
+    token_ids: tuple[int, ...]                          # every drawn token: enough to continue on another worker
+    text: str                                           # what may be shown: no half characters, no half stop strings
+    finish_reason: FinishReason | None = None           # set on the last delta of a choice
+    logprobs: tuple[TokenLogprob, ...] = ()             # one for each token id, when they were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request is charged. The prompt counts once; completion tokens sum over the choices."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The terminal of a log. Exactly one ends every accepted job. lua/prelude.lua writes it too."""
+
+    usage: Usage
+    error: str | None = None                            # a code of shared/errors.py; None: the answer is complete
+
+    def encode(self) -> str:
+        return _finish_adapter.dump_json(self).decode()
+
+    @classmethod
+    def decode(cls, raw: Any) -> Finish:
+        return _finish_adapter.validate_python(raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first entry of a log: what stays the same for the whole answer, whoever computes or relays it."""
+
+    model: str                                          # as the client named it
+    created_s: int
+    fingerprint: str
+    seed: int
+    n: int
+    num_prompt_tokens: int
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    logprobs: bool = False
+    fold_version: int = 1                               # of api/wire: how entries become events
+
+    def encode(self) -> str:
+        return _header_adapter.dump_json(self).decode()
+
+    @classmethod
+    def decode(cls, raw: Any) -> Header:
+        return _header_adapter.validate_python(raw)
+
+
+Kind = Literal["header", "fence", "delta", "end"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of an answer's log, as the log, a push and a publish carry it."""
+
+    epoch: int
+    position: int                                       # header 0, then deltas and the terminal: dense, never twice
+    num_tokens: int                                     # drawn by all choices so far
+    kind: Kind
+    data: Any                                           # parsed JSON; what it holds depends on the kind
+
+    @property
+    def id(self) -> str:
+        return f"{self.epoch}-{self.position}" if self.position else "0-1"
+
+    @property
+    def deltas(self) -> list[Delta]:
+        return [_delta(*row) for row in self.data]
+
+    @property
+    def finish(self) -> Finish:
+        return Finish.decode(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One accepted request, as the API queues it: token ids in, resolved seed, nothing left to decide."""
+
+    id: str                                             # the completion id: shard and 128 random bits
+    tenant: str                                         # a hash of the key, never the key
+    pod: str                                            # whose channel hears of it first
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    tokenizer_id: str                                   # of the card that rendered the prompt: must equal the worker's
+    weights_id: str                                     # of that card: only like weights continue a started answer
+    n: int = 1
+    priority: int = 0                                   # 0: interactive; higher waits behind lower
+    created_s: int = 0
+    deadline_s: float = 600.0                           # of life after acceptance, in Redis time
+    version: int = SCHEMA_VERSION
+
+    def encode(self) -> bytes:
+        return _job_adapter.dump_json(self)
+
+    @classmethod
+    def decode(cls, raw: bytes | str) -> Job:
+        """Raises ValueError when the bytes are not a job of this schema version."""
+        try:
+            job = _job_adapter.validate_json(raw)
+        except ValidationError as error:
+            raise ValueError(f"not a job: {error.error_count()} errors") from None
+        if job.version != SCHEMA_VERSION:
+            raise ValueError(f"a job of schema version {job.version}, not {SCHEMA_VERSION}")
+        return job
+
+
+_job_adapter = TypeAdapter(Job)
+_finish_adapter = TypeAdapter(Finish)
+_header_adapter = TypeAdapter(Header)
+
+
+def encode_deltas(deltas: list[Delta]) -> str:
+    """Deltas as compact JSON rows `[index, token_ids, text, finish_reason, logprobs]`, trailing blanks left out."""
+    return json.dumps([_row(delta) for delta in deltas], separators=(",", ":"))
+
+
+def _row(delta: Delta) -> list[Any]:
+    row: list[Any] = [delta.index, delta.token_ids, delta.text]
+    if delta.finish_reason or delta.logprobs:
+        row.append(delta.finish_reason)
+    if delta.logprobs:
+        row.append([[entry.token_id, entry.logprob, entry.top] for entry in delta.logprobs])
+    return row
+
+
+def _delta(index: int, token_ids: list[int], text: str, reason: FinishReason | None = None,
+           logprobs: list[Any] | None = None) -> Delta:
+    entries = tuple(TokenLogprob(token_id, logprob, tuple((i, p) for i, p in top))
+                    for token_id, logprob, top in logprobs or ())
+    return Delta(index, tuple(token_ids), text, reason, entries)

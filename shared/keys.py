@@ -1,0 +1,65 @@
+"""The map of Redis: every key, its type, who owns it and how long it lives. Nothing else in the project names a key.
+
+All keys of a shard begin with its tag, so that every script touches one hash slot, on one Redis or on a cluster. A
+shard serves one model; its tag is a short hash of the model's canonical name, which may hold braces and slashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+DIRECTORY = "{baton}:models"
+"""HASH, the workers': shard id → Announcement (shared/card.py). What a pod knows of models. Fields expire by their own
+`expires_ms`, and are removed by whoever finds them stale."""
+
+SHARD_KEYS: dict[str, tuple[str, str, str]] = {
+    # name: (type, owner, what and until when)
+    "jobs": ("stream", "scripts", "one entry per live job; group `workers`; length = queued + running"),
+    "ready": ("zset", "scripts", "jobs in line: priority band, then fair-queueing start tag"),
+    "job:<id>": ("hash", "scripts", "state of one job; `retain_ms` after its end"),
+    "out:<id>": ("stream", "scripts", "the answer's log, the truth: header, fences, deltas, terminal; as its job"),
+    "leases": ("zset", "scripts", "worker → expiry in ms of Redis time"),
+    "held:<worker>": ("set", "scripts", "jobs that a worker holds; until it has none"),
+    "deadlines": ("zset", "scripts", "job → the ms of Redis time at which it must have ended"),
+    "tenants": ("hash", "scripts", "tenant → live choices"),
+    "fair": ("hash", "scripts", "virtual time (field '') and each tenant's finish tag; until the line is empty"),
+    "counters": ("hash", "scripts", "totals since the shard began, for operators"),
+    "dead": ("stream", "scripts", "jobs given up, newest 10,000"),
+    "worker:<worker>": ("hash", "worker", "what a worker says of itself; `announce_ttl_s`"),
+    "card:<hash>": ("string", "worker", "a card, zlib; `announce_ttl_s`"),
+    "push:<pod>": ("channel", "scripts", "what was appended to the logs of a pod's streams, packed"),
+    "wake": ("channel", "scripts", "there may be something to claim"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard: a model, a hash slot, the unit of scale."""
+
+    id: str                                             # 10 hex digits, '-', the shard's number
+
+    @classmethod
+    def of(cls, canonical_model: str, number: int = 0) -> Shard:
+        return cls(f"{hashlib.sha256(canonical_model.encode()).hexdigest()[:10]}-{number}")
+
+    @property
+    def tag(self) -> str:
+        return f"{{baton.{self.id}}}"
+
+    def key(self, name: str) -> str:
+        return f"{self.tag}:{name}"
+
+
+def new_completion_id(shard: Shard) -> str:
+    """An id that says where its log is, and that nobody guesses: the shard and 128 random bits."""
+    return f"chatcmpl-{shard.id}-{secrets.token_hex(16)}"
+
+
+def shard_of(completion_id: str) -> Shard | None:
+    """The shard of a completion id, None when the text is not one."""
+    parts = completion_id.split("-")
+    if len(parts) != 4 or parts[0] != "chatcmpl" or not all(part.isalnum() and part.isascii() for part in parts[1:]):
+        return None
+    return Shard(f"{parts[1]}-{parts[2]}")

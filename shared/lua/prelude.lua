@@ -1,0 +1,125 @@
+-- What every verb shares. It is put before each script.
+--
+-- KEYS[1] is the shard's tag: never stored, it routes the script to the shard's slot, and every key begins with it.
+-- A log entry has the fields position, tokens, kind, data, in this order. `position` counts header (0), deltas and the
+-- terminal; `tokens` is what all choices have drawn so far: both are carried by every entry, so nobody needs a scan.
+
+local GROUP, QUEUED = 'workers', 'queued'
+local BAND = 2 ^ 36  -- scores of the line: priority bands, in them start tags, in these 12 bits for the order of arrival
+
+local function key(name) return KEYS[1] .. ':' .. name end
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function count(name, by) redis.call('HINCRBY', key('counters'), name, by or 1) end
+
+local function renew(worker, lease_ms) redis.call('ZADD', key('leases'), now_ms() + lease_ms, worker) end
+
+-- last(job) -> epoch, position, tokens of the log's last entry; nil when the log is gone
+local function last(job)
+  local entry = redis.call('XREVRANGE', key('out:' .. job), '+', '-', 'COUNT', 1)[1]
+  if not entry then return nil end
+  return tonumber(string.match(entry[1], '^%d+')), tonumber(entry[2][2]), tonumber(entry[2][4])
+end
+
+-- append(...) -> 'ok', 'refused' (a higher epoch or the terminal stands in the log) or 'gone' (there is no log).
+-- An entry that already stands there word for word is 'ok': a publish whose reply was lost may be sent again.
+local function append(job, id, position, tokens, kind, data)
+  local out = key('out:' .. job)
+  local added = redis.pcall('XADD', out, 'NOMKSTREAM', id,
+                            'position', position, 'tokens', tokens, 'kind', kind, 'data', data)
+  if type(added) == 'string' then return 'ok' end
+  if not added then return 'gone' end
+  local entry = redis.call('XRANGE', out, id, id)[1]
+  if entry and entry[2][6] == kind and entry[2][8] == data then return 'ok' end
+  if string.find(added.err, 'equal or smaller', 1, true) then return 'refused' end
+  error(added.err)
+end
+
+-- Pushes of one script go out as one message per pod: a JSON list of [job, epoch, position, tokens, kind, data].
+local pushes = {}
+
+local function push(job, epoch, position, tokens, kind, data)
+  local pod = redis.call('HGET', key('job:' .. job), 'pod')
+  if not pod then return end
+  pushes[pod] = pushes[pod] or {}
+  table.insert(pushes[pod], string.format('["%s",%d,%d,%d,"%s",%s]', job, epoch, position, tokens, kind, data))
+end
+
+local function flush_pushes()
+  for pod, entries in pairs(pushes) do
+    redis.call('PUBLISH', key('push:' .. pod), '[' .. table.concat(entries, ',') .. ']')
+  end
+end
+
+-- The job has its terminal: leave the line, give back what it held, start the clock on the log.
+local function retire(job, outcome)
+  local hash = key('job:' .. job)
+  local f = redis.call('HMGET', hash, 'entry', 'tenant', 'choices', 'worker', 'retain_ms', 'ended_ms')
+  if not f[1] or f[6] then return end
+  redis.call('XACK', key('jobs'), GROUP, f[1])
+  redis.call('XDEL', key('jobs'), f[1])
+  redis.call('ZREM', key('ready'), job)
+  redis.call('ZREM', key('deadlines'), job)
+  if f[4] then redis.call('SREM', key('held:' .. f[4]), job) end
+  if redis.call('HINCRBY', key('tenants'), f[2], -f[3]) <= 0 then redis.call('HDEL', key('tenants'), f[2]) end
+  redis.call('HSET', hash, 'state', outcome, 'ended_ms', now_ms())
+  redis.call('HDEL', hash, 'request')
+  redis.call('PEXPIRE', hash, f[5])
+  redis.call('PEXPIRE', key('out:' .. job), f[5])
+  count(outcome)
+end
+
+-- Ends a job from outside its worker: the terminal stands above the worker's epoch, so nothing can follow it.
+-- -> position of the terminal, or nil when the job has ended or is unknown
+local function terminate(job, error_code, outcome)
+  local hash = key('job:' .. job)
+  local f = redis.call('HMGET', hash, 'ended_ms', 'prompt_tokens', 'entry')
+  if f[1] or not f[3] then return nil end
+  local epoch, position, tokens = last(job)
+  if epoch then
+    epoch, position = epoch + 1, position + 1
+    local data = string.format('{"usage":{"num_prompt_tokens":%d,"num_completion_tokens":%d},"error":"%s"}',
+                               f[2], tokens, error_code)
+    append(job, epoch .. '-' .. position, position, tokens, 'end', data)
+    push(job, epoch, position, tokens, 'end', data)
+  end
+  retire(job, outcome)
+  return position or 0
+end
+
+-- Puts a claimed job back at the head of its line, under a fence that silences whoever held it.
+-- -> 'ready', or 'dead' when it has used up its attempts
+local function requeue(job, lost_lease, max_attempts, max_claims)
+  local hash = key('job:' .. job)
+  local f = redis.call('HMGET', hash, 'state', 'attempts', 'claims', 'claim_position', 'worker', 'entry', 'priority')
+  if f[1] ~= 'running' then return nil end
+  redis.call('SREM', key('held:' .. f[5]), job)
+  local epoch, position, tokens = last(job)
+  if not epoch then retire(job, 'lost') return 'lost' end
+  local attempts = tonumber(f[2])
+  if position > tonumber(f[4]) then attempts = 0 elseif lost_lease then attempts = attempts + 1 end
+  if attempts >= max_attempts or tonumber(f[3]) >= max_claims then
+    redis.call('XADD', key('dead'), 'MAXLEN', '~', 10000, '*', 'job', job, 'worker', f[5], 'attempts', attempts,
+               'claims', f[3], 'position', position, 'request', redis.call('HGET', hash, 'request'))
+    terminate(job, 'job_failed', 'dead')
+    return 'dead'
+  end
+  append(job, (epoch + 1) .. '-0', position, tokens, 'fence', '"' .. QUEUED .. '"')
+  redis.call('HSET', hash, 'state', 'queued', 'attempts', attempts, 'ready_ms', now_ms())
+  redis.call('HDEL', hash, 'worker')
+  redis.call('XCLAIM', key('jobs'), GROUP, QUEUED, 0, f[6], 'JUSTID')
+  redis.call('ZADD', key('ready'), f[7] * BAND, job)
+  redis.call('PUBLISH', key('wake'), '1')
+  return 'ready'
+end
+
+-- A worker that holds nothing leaves no trace.
+local function forget(worker)
+  redis.call('ZREM', key('leases'), worker)
+  redis.call('DEL', key('worker:' .. worker), key('held:' .. worker))
+  redis.pcall('XGROUP', 'DELCONSUMER', key('jobs'), GROUP, worker)
+end

@@ -1,0 +1,25 @@
+-- reap(tag; max_attempts, max_claims, max_jobs) -> {requeued, dead, past their deadline}
+-- By anyone, on a clock: what expired leases held goes back to the head of the line; deadlines end what is late.
+local now, budget = now_ms(), tonumber(ARGV[3])
+local requeued, dead, late = 0, 0, 0
+
+for _, worker in ipairs(redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now, 'LIMIT', 0, 16)) do
+  local held = key('held:' .. worker)
+  for _, job in ipairs(redis.call('SRANDMEMBER', held, budget)) do
+    local outcome = requeue(job, true, tonumber(ARGV[1]), tonumber(ARGV[2]))
+    if outcome == 'ready' then requeued = requeued + 1 elseif outcome == 'dead' then dead = dead + 1
+    elseif not outcome then redis.call('SREM', held, job) end
+    budget = budget - 1
+  end
+  if redis.call('EXISTS', held) == 0 then forget(worker) end
+  if budget <= 0 then break end
+end
+
+for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, math.max(budget, 1))) do
+  if not terminate(job, 'deadline_exceeded', 'expired') then redis.call('ZREM', key('deadlines'), job) end
+  late = late + 1
+end
+
+count('requeued', requeued)
+flush_pushes()
+return {requeued, dead, late}

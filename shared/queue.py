@@ -1,0 +1,181 @@
+"""The verbs of the protocol, each one round trip, each safe to repeat. The only code that speaks to a shard.
+
+The atomic steps are the Lua files beside this one; here their arguments are packed and their replies unpacked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
+
+from shared.errors import Overloaded, StreamLost, TenantOverloaded
+from shared.job import Entry, Header, Job, Kind
+from shared.keys import Shard
+from shared.settings import Settings
+
+LUA = Path(__file__).parent / "lua"
+VERBS = ("submit", "claim", "publish", "release", "reap", "cancel")
+MAX_REAPED = 64                                         # jobs put back by one reap
+
+Outcome = Literal["ok", "refused", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """An entry that a worker appends: `data` is JSON text, passed on as it is."""
+
+    job_id: str
+    epoch: int
+    position: int
+    num_tokens: int
+    kind: Kind
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A job that is now this worker's, and how far others have come with it."""
+
+    job: Job
+    epoch: int
+    position: int
+    num_tokens: int
+    alone: bool                                         # it lost a worker before: nothing else may run beside it
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    jobs: tuple[Claimed, ...]
+    malformed: tuple[str, ...]                          # ids of jobs that do not decode
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    num_requeued: int
+    num_dead: int
+    num_late: int
+
+
+class Queue:
+    """One shard of the queue."""
+
+    def __init__(self, redis: Redis, shard: Shard, settings: Settings) -> None:
+        self.redis = redis
+        self.shard = shard
+        self.settings = settings
+        self._scripts = {verb: redis.register_script(_script(verb)) for verb in VERBS}
+        self._lease_ms = round(settings.lease_s * 1000)
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.shard.id}>"
+
+    async def submit(self, job: Job, header: Header, *, retain_s: float) -> int:
+        """Puts a job in line; the jobs in line. Raises Overloaded or TenantOverloaded."""
+        limits = self.settings
+        cost = job.n * job.sampling.max_tokens + len(job.prompt_token_ids)
+        outcome, num_queued = await self._run(
+            "submit", job.id, job.encode(), header.encode(), job.tenant, job.n, job.pod, job.priority,
+            round(job.deadline_s * 1000), round(retain_s * 1000), len(job.prompt_token_ids), cost, job.tokenizer_id,
+            job.weights_id, limits.max_queued, limits.max_tenant_choices)
+        if outcome == b"full":
+            raise Overloaded
+        if outcome == b"tenant_full":
+            raise TenantOverloaded
+        return int(num_queued)
+
+    async def claim(self, worker: str, sequence: int, num_free: int, *, tokenizer_id: str, weights_id: str,
+                    numerics_id: str) -> Claims:
+        """Takes jobs of at most `num_free` choices. Repeat a call whose reply was lost with the same `sequence`."""
+        rows = await self._run(
+            "claim", worker, self._lease_ms, sequence, num_free, tokenizer_id, weights_id, numerics_id,
+            round(self.settings.patience_s * 1000), self.settings.max_scan)
+        jobs, malformed = [], []
+        for job_id, epoch, position, num_tokens, alone, request in rows:
+            try:
+                jobs.append(Claimed(Job.decode(request), epoch, position, num_tokens, bool(alone)))
+            except ValueError:
+                malformed.append(job_id.decode())
+        return Claims(tuple(jobs), tuple(malformed))
+
+    async def publish(self, worker: str, writes: Sequence[Write]) -> list[Outcome]:
+        """Appends one step's entries and renews the lease; what became of each entry."""
+        args: list[Any] = []
+        for w in writes:
+            args += (w.job_id, w.epoch, w.position, w.num_tokens, w.kind, w.data)
+        return [outcome.decode() for outcome in await self._run("publish", worker, self._lease_ms, *args)]
+
+    async def read(self, job_id: str, after: Entry | None = None, limit: int | None = None) -> list[Entry]:
+        """Entries of a log behind `after`, in order and without fences. Raises StreamLost when there is no log."""
+        out = self.shard.key(f"out:{job_id}")
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.xrange(out, f"({after.id}" if after else "-", "+", count=limit)
+            pipe.exists(out)
+            rows, exists = await pipe.execute()
+        if not exists:
+            raise StreamLost
+        entries = (_entry(entry_id, fields) for entry_id, fields in rows)
+        return [entry for entry in entries if entry.kind != "fence"]
+
+    async def release(self, worker: str, job_ids: Sequence[str] = ()) -> int:
+        """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends."""
+        return int(await self._run("release", worker, self.settings.max_attempts, self.settings.max_claims, *job_ids))
+
+    async def reap(self) -> Reaped:
+        """Requeues what expired leases held, and ends what is past its deadline."""
+        return Reaped(*await self._run("reap", self.settings.max_attempts, self.settings.max_claims, MAX_REAPED))
+
+    async def cancel(self, job_id: str, code: str = "cancelled") -> bool:
+        """Ends a job whoever holds it; False when it has ended or is unknown."""
+        return await self._run("cancel", job_id, code) is not None
+
+    async def describe(self, job_id: str) -> dict[str, str]:
+        """The job's hash, without the request: empty when it is unknown or expired."""
+        fields: Any = await self.redis.hgetall(self.shard.key(f"job:{job_id}"))
+        return {name.decode(): value.decode() for name, value in fields.items() if name != b"request"}
+
+    async def num_live(self) -> int:
+        """Jobs in line or running."""
+        return int(await self.redis.xlen(self.shard.key("jobs")))
+
+    async def counters(self) -> Mapping[str, int]:
+        """Totals since the shard began, and `queued` and `live` as they are now."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(self.shard.key("counters"))
+            pipe.zcard(self.shard.key("ready"))
+            pipe.xlen(self.shard.key("jobs"))
+            totals, num_queued, num_live = await pipe.execute()
+        return {**{name.decode(): int(value) for name, value in totals.items()}, "queued": num_queued, "live": num_live}
+
+    async def workers(self) -> list[dict[str, str]]:
+        """What the workers with a lease say of themselves."""
+        names: Any = await self.redis.zrange(self.shard.key("leases"), 0, -1)
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hgetall(self.shard.key(f"worker:{name.decode()}"))
+            rows = await pipe.execute()
+        return [{key.decode(): value.decode() for key, value in row.items()} for row in rows]
+
+    async def _run(self, verb: str, *args: Any) -> Any:
+        script: AsyncScript = self._scripts[verb]
+        return await script(keys=[self.shard.tag], args=args)
+
+
+def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+    return Entry(int(entry_id.partition(b"-")[0]), int(fields[b"position"]), int(fields[b"tokens"]),
+                 fields[b"kind"].decode(), json.loads(fields[b"data"]))  # type: ignore[arg-type]
+
+
+def parse_push(message: bytes) -> list[tuple[str, Entry]]:
+    """A packed push: (job id, entry) in the order in which they were appended."""
+    return [(job_id, Entry(epoch, position, num_tokens, kind, data))
+            for job_id, epoch, position, num_tokens, kind, data in json.loads(message)]
+
+
+def _script(verb: str) -> str:
+    return (LUA / "prelude.lua").read_text() + (LUA / f"{verb}.lua").read_text()

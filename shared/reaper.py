@@ -1,0 +1,32 @@
+"""The reaper: anyone may put back what expired leases held, so pods and workers all do, on jittered clocks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable
+
+from redis.exceptions import RedisError
+
+from shared.queue import Queue
+from shared.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+async def reap(queues: Callable[[], Iterable[Queue]], settings: Settings) -> None:
+    """Until cancelled."""
+    pause_s = settings.lease_s
+    while True:
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+        pause_s = settings.reap_s
+        try:
+            for queue in queues():
+                reaped = await queue.reap()
+                if reaped.num_requeued or reaped.num_dead or reaped.num_late:
+                    log.warning("%r: %d jobs back in line, %d given up, %d past their deadline", queue,
+                                reaped.num_requeued, reaped.num_dead, reaped.num_late)
+        except (RedisError, OSError):
+            # While Redis was away nobody could renew: when it is back, healthy workers speak first.
+            pause_s = 2 * settings.lease_s

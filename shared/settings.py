@@ -1,0 +1,129 @@
+"""Every setting, with its default, its unit and its reason. Read once, whole; a wrong one stops the start.
+
+A setting is a field here, a variable `BATON_<NAME>` and, where `baton --help` lists it, a flag `--<name>`. Flags beat
+variables, variables beat defaults. Flags are spelled as vLLM spells them where they mean the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from shared.errors import BrokenEnvironment
+
+API_ONLY = frozenset({
+    "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "heartbeat_s", "max_pending_entries",
+    "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices", "max_redis_fraction",
+    "request_deadline_s", "retain_s"})
+WORKER_ONLY = frozenset({
+    "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
+    "prefill_chunk_tokens", "flush_s", "dtype", "threads", "idle_poll_s", "patience_s", "max_scan"})
+SERVE_ONLY = frozenset({"apis", "workers", "data_dir"})
+
+PREFIX = "BATON_"
+TEST_PREFIX = "BATON_TEST_"                             # read by tests/ alone
+
+Words = Annotated[tuple[str, ...], NoDecode]            # in a variable: separated by commas
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    # ── everybody ──
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="where Redis is")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    # ── the API ──
+    host: str = Field("127.0.0.1", description="address that the API listens on; 0.0.0.0: every one")
+    port: int = Field(30000, ge=0, le=65535, description="port that the API listens on; 0: any free one")
+    api_key: Words = Field((), description="keys that clients must present; none: the door is open")
+    cors_origins: Words = Field((), description="web origins that a browser may call from; none: CORS is off")
+    max_body_bytes: int = Field(8 << 20, gt=0, description="largest request body")
+    max_messages: int = Field(2048, gt=0, description="most messages in one request")
+    heartbeat_s: float = Field(10.0, gt=0, description="longest silence on a stream before a comment is sent")
+    max_pending_entries: int = Field(256, gt=0, description="log entries kept in memory for a slow client")
+    sweep_s: float = Field(0.5, gt=0, description="silence after which a pod looks into a stream's log itself")
+    disconnect_grace_s: float = Field(0.0, ge=0, description="how long a job goes on when its client has left")
+    drain_s: float = Field(30.0, ge=0, description="how long running streams may go on after SIGTERM")
+
+    # ── the line ──
+    max_queued: int = Field(4096, gt=0, description="jobs in line, per shard, before submit refuses")
+    max_tenant_choices: int = Field(4096, gt=0, description="live choices of one API key, per shard")
+    max_redis_fraction: float = Field(0.85, gt=0, le=1, description="share of Redis' maxmemory before submit refuses")
+    request_deadline_s: float = Field(600.0, gt=0, description="what a request may take, waiting included")
+    retain_s: float = Field(600.0, gt=0, description="how long the log of a finished answer is kept")
+
+    # ── the worker ──
+    model: str = Field("", description="folder or hub name of a model; empty: the built-in one")
+    revision: str = Field("main", description="branch, tag or commit on the hub")
+    served_model_name: Words = Field((), description="names that clients use; the first is the canonical one")
+    shard: int = Field(0, ge=0, description="number of the shard that this worker serves")
+    max_model_len: int | None = Field(None, gt=0, description="longest context, in tokens; none: the model's own")
+    max_num_seqs: int = Field(32, gt=0, le=1024, description="choices that run at once")
+    kv_cache_bytes: int = Field(4 << 30, gt=0, description="memory for keys and values")
+    prefill_chunk_tokens: int = Field(256, ge=16, description="tokens of a prompt per forward")
+    flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
+    threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1")
+
+    # ── the protocol ──
+    lease_s: float = Field(3.0, gt=0, description="silence after which a worker's jobs go to others")
+    idle_poll_s: float = Field(1.0, gt=0, description="an idle worker claims at least this often; under lease_s / 2")
+    reap_s: float = Field(0.5, gt=0, description="how often anyone looks for expired leases and deadlines")
+    announce_s: float = Field(1.0, gt=0, description="how often a worker says that it is there")
+    announce_ttl_s: float = Field(10.0, gt=0, description="how long its word is believed")
+    patience_s: float = Field(2.0, ge=0, description="how long a job waits for a like worker, or for an empty one")
+    max_attempts: int = Field(3, gt=0, description="leases lost in a row without progress before a job is given up")
+    max_claims: int = Field(100, gt=0, description="claims of one job, whatever its progress")
+    max_scan: int = Field(64, gt=0, description="jobs at the head of the line that one claim looks at")
+    allow_no_aof: bool = Field(False, description="accept a Redis that forgets everything when it restarts")
+
+    # ── `baton serve` ──
+    apis: int = Field(1, ge=1, le=64, description="API processes, on one port")
+    workers: int = Field(1, ge=0, le=64, description="worker processes")
+    data_dir: str = Field("", description="where its Redis keeps its data; empty: ~/.local/state/baton/PORT")
+
+    @field_validator("served_model_name", "api_key", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _relations(self) -> Settings:
+        # A worker that waits for a wake-up renews its lease only when it polls.
+        if self.idle_poll_s > self.lease_s / 2:
+            raise ValueError("idle_poll_s must be at most half of lease_s")
+        if self.announce_ttl_s < 3 * self.announce_s:
+            raise ValueError("announce_ttl_s must be at least three times announce_s")
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """What a child process needs in its environment to read these same settings."""
+        return {PREFIX + name.upper(): ",".join(value) if isinstance(value, tuple) else str(value)
+                for name, value in self if name in self.model_fields_set - SERVE_ONLY and value is not None}
+
+
+def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from flags and the environment. Raises BrokenEnvironment, one line, when one is wrong."""
+    refuse_unknown(environment)
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        where = f"{PREFIX}{name.upper()} (--{name.replace('_', '-')})" if name else "the settings"
+        raise BrokenEnvironment(f"{where}: {first['msg']}") from None
+
+
+def refuse_unknown(environment: Mapping[str, str]) -> None:
+    """A misspelt variable would be ignored in silence: name the one that was meant."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and not name.startswith(TEST_PREFIX) and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise BrokenEnvironment(f"{name} is not a setting; did you mean {nearest}?")

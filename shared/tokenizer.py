@@ -1,0 +1,121 @@
+"""From messages to token ids, and from a token id to its bytes: what both sides know of a model's text.
+
+Built from a card alone. Special tokens that a user writes are plain text: they never become the template's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from shared.card import Card
+from shared.errors import BadRequest, TemplateRefused
+from shared.template import ChatTemplate
+
+CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]    # noncharacters: in no text that is meant to be read
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Tokenizer:
+    """The tokenizer and the chat template of one card."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.fast = FastTokenizer.from_str(card.tokenizer_json)
+        self.templates = {name: ChatTemplate(source) for name, source in card.chat_templates.items()}
+        added = self.fast.get_added_tokens_decoder()
+        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        contents = sorted({token.content for token in added.values() if token.content.strip()}, key=len, reverse=True)
+        # The lookahead finds occurrences that overlap as well.
+        self._written = re.compile("(?=" + "|".join(map(re.escape, contents)) + ")") if contents else None
+        self._token_bytes = _token_bytes(card.tokenizer_json)
+
+    def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of the rendered chat. Raises TemplateRefused, or BadRequest when there is no chat template."""
+        template = self.templates.get("tool_use" if tools else "default") or self.templates.get("default")
+        if template is None:
+            raise BadRequest("This model has no chat template, so it cannot chat.")
+        written, cut = self._written, None
+        if written and any(written.search(text) for text in _strings([messages, tools])):
+            cut = _unused_cut([messages, tools])
+            messages = [{name: value if name == "role" else _map_strings(value, written, cut)
+                         for name, value in message.items()} for message in messages]
+            tools = _map_strings(tools, written, cut)
+        text = template.render(messages, tools=tools, special_tokens=self.card.special_tokens)
+        return self._encode(text.split(cut) if cut else [text])
+
+    def _encode(self, pieces: list[str]) -> list[int]:
+        try:
+            return [i for piece in pieces if piece for i in self.fast.encode(piece, add_special_tokens=False).ids]
+        except (UnicodeEncodeError, TypeError):         # a lone surrogate
+            raise TemplateRefused("The messages hold text that is not valid Unicode.") from None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, also where they are not a whole character."""
+        if token_id in self._added:
+            return self._added[token_id]
+        token = self.fast.id_to_token(token_id)
+        return self._token_bytes(token) if token is not None else b""
+
+
+def _insert(text: str, written: re.Pattern[str], cut: str) -> str:
+    """Puts a cut behind the first character of whatever reads as an added token: encoded apart, it is plain text."""
+    places = [match.start() + 1 for match in written.finditer(text)]
+    return cut.join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a structure, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _map_strings(value: Any, written: re.Pattern[str], cut: str) -> Any:
+    if isinstance(value, str):
+        return _insert(value, written, cut)
+    if isinstance(value, Mapping):
+        return {_insert(key, written, cut): _map_strings(inner, written, cut) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_map_strings(inner, written, cut) for inner in value]
+    return value
+
+
+def _unused_cut(value: Any) -> str:
+    for cut in CUTS:
+        if not any(cut in text for text in _strings(value)):
+            return cut
+    raise TemplateRefused("The messages hold text that is not valid Unicode.")
+
+
+def _token_bytes(tokenizer_json: str) -> Callable[[str], bytes]:
+    """How this tokenizer writes bytes into its vocabulary: GPT-2's byte alphabet, or pieces with '▁' and <0xNN>."""
+    if '"ByteLevel"' in tokenizer_json:
+        alphabet = _byte_alphabet()
+        return lambda token: b"".join(alphabet.get(char) or char.encode() for char in token)
+    hex_byte = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+    def piece_bytes(token: str) -> bytes:
+        if match := hex_byte.fullmatch(token):
+            return bytes.fromhex(match[1])
+        return token.replace("▁", " ").encode()
+
+    return piece_bytes
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2, encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    codes = {byte: byte for byte in printable} | {byte: 256 + i for i, byte in enumerate(rest)}
+    return {chr(code): bytes([byte]) for byte, code in codes.items()}

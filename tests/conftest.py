@@ -1,0 +1,59 @@
+"""What all tests share: a real Redis. `REDIS_URL`, else testcontainers where a Docker engine answers, else a binary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from deploy.redis import RedisServer, binaries
+from shared import connection
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Redis for the whole run; whoever needs to break one starts its own."""
+    if url := os.environ.get("REDIS_URL"):
+        yield url
+    elif docker_answers():
+        from testcontainers.community.redis import RedisContainer
+
+        with RedisContainer("redis:8.8").with_command("redis-server --appendonly yes") as container:
+            yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+    else:
+        server = RedisServer(short_folder(tmp_path_factory)).start()
+        yield server.url
+        server.stop()
+
+
+def docker_answers() -> bool:
+    try:
+        import docker
+
+        return bool(docker.from_env(timeout=2).ping())
+    except Exception:                                   # whatever a client without an engine raises
+        return False
+
+
+def short_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder for a unix socket, whose path may have at most 107 bytes."""
+    return factory.mktemp("r")
+
+
+@pytest.fixture(scope="session", params=[pytest.param(path, id=f"{path.parent.name}-redis") for path in binaries()])
+def each_redis_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Every Redis that this machine has: the protocol must hold on each."""
+    server = RedisServer(short_folder(tmp_path_factory), binary=request.param).start()
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+async def each_redis(each_redis_url: str) -> AsyncIterator[Redis]:
+    redis = connection.connect(each_redis_url)
+    await redis.flushall()
+    yield redis
+    await redis.aclose()

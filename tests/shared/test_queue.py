@@ -1,0 +1,329 @@
+"""The verbs on a real Redis, on every version that is here: what each promises, also when it is repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.errors import Overloaded, TenantOverloaded
+from shared.job import Delta, Finish, Header, Job, Sampling, Usage, encode_deltas
+from shared.keys import Shard, new_completion_id
+from shared.queue import Claimed, Queue, Write, parse_push
+from shared.settings import Settings
+
+LIKE = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
+SHARD = Shard.of("a/{model}")
+
+
+def make_queue(redis: Redis, **settings: Any) -> Queue:
+    quick: dict[str, Any] = {"lease_s": 0.2, "idle_poll_s": 0.05, "patience_s": 0.05}
+    return Queue(redis, SHARD, Settings(**quick | settings))
+
+
+@pytest.fixture
+def queue(each_redis: Redis) -> Queue:
+    return make_queue(each_redis)
+
+
+def make_job(**changes: Any) -> Job:
+    job = Job(id=new_completion_id(SHARD), tenant="t", pod="pod1", prompt_token_ids=(1, 2, 3),
+              sampling=Sampling(max_tokens=8, seed=2**63), tokenizer_id="tok", weights_id="w")
+    return replace(job, **changes)
+
+
+HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=3)
+
+
+async def submit(queue: Queue, job: Job | None = None) -> Job:
+    job = job or make_job()
+    await queue.submit(job, HEADER, retain_s=5)
+    return job
+
+
+async def claim_one(queue: Queue, worker: str = "w1", sequence: int = 1, free: int = 8) -> Claimed:
+    (claimed,) = (await queue.claim(worker, sequence, free, **LIKE)).jobs
+    return claimed
+
+
+def delta(claimed: Claimed, k: int, text: str = "x") -> Write:
+    data = encode_deltas([Delta(0, (k,), text)])
+    return Write(claimed.job.id, claimed.epoch, claimed.position + k, claimed.num_tokens + k, "delta", data)
+
+
+def end(claimed: Claimed, k: int) -> Write:
+    data = Finish(Usage(3, k - 1)).encode()
+    return Write(claimed.job.id, claimed.epoch, claimed.position + k, claimed.num_tokens + k - 1, "end", data)
+
+
+async def lose_lease(queue: Queue) -> None:
+    """Waits until Redis holds the lease for expired."""
+    await asyncio.sleep(queue.settings.lease_s * 1.2)
+
+
+async def log_ids(queue: Queue, job: Job) -> list[str]:
+    rows: Any = await queue.redis.xrange(SHARD.key(f"out:{job.id}"))
+    return [entry_id.decode() for entry_id, _ in rows]
+
+
+async def leftovers(queue: Queue) -> dict[str, int]:
+    """What must be zero when no job lives."""
+    redis, key = queue.redis, SHARD.key
+    (group,) = await redis.xinfo_groups(key("jobs"))
+    return {"jobs": await redis.xlen(key("jobs")), "ready": await redis.zcard(key("ready")),
+            "deadlines": await redis.zcard(key("deadlines")), "tenants": await redis.hlen(key("tenants")),
+            "pending": group["pending"], "lag": group.get("lag") or 0,
+            "held": len([k async for k in redis.scan_iter(key("held:*").replace("{", "\\{"))])}
+
+
+async def test_a_job_goes_through_and_leaves_nothing_behind(queue: Queue) -> None:
+    job = await submit(queue)
+    claimed = await claim_one(queue)
+    assert (claimed.job, claimed.epoch, claimed.position) == (job, 1, 0)
+    assert await queue.publish("w1", [delta(claimed, 1), delta(claimed, 2), end(claimed, 3)]) == ["ok"] * 3
+    entries = await queue.read(job.id)
+    assert [(e.epoch, e.position, e.kind) for e in entries] == [
+        (0, 0, "header"), (1, 1, "delta"), (1, 2, "delta"), (1, 3, "end")]
+    assert entries[1].deltas == [Delta(0, (1,), "x")]
+    assert entries[3].finish == Finish(Usage(3, 2))
+    assert await queue.read(job.id, after=entries[2]) == [entries[3]]
+    assert not any((await leftovers(queue)).values())
+    for name in ("job", "out"):
+        assert 0 < await queue.redis.pttl(SHARD.key(f"{name}:{job.id}")) <= 5000
+    assert (await queue.describe(job.id))["state"] == "finished"
+
+
+async def test_the_group_shows_what_is_queued_and_what_runs_where(queue: Queue) -> None:
+    """length = queued + running; pending per consumer = queued, or running on that worker; lag stays true."""
+    for _ in range(3):
+        await submit(queue)
+    await claim_one(queue, free=1)
+    pending = await queue.redis.xpending(SHARD.key("jobs"), "workers")
+    assert {c["name"].decode(): c["pending"] for c in pending["consumers"]} == {"queued": 2, "w1": 1}
+    (group,) = await queue.redis.xinfo_groups(SHARD.key("jobs"))
+    assert not group.get("lag")
+    assert await queue.num_live() == 3
+
+
+async def test_submitting_the_same_id_twice_makes_one_job(queue: Queue) -> None:
+    job = await submit(queue)
+    await submit(queue, job)
+    assert await queue.num_live() == 1
+    assert len(await queue.read(job.id)) == 1
+
+
+async def test_a_full_line_refuses_and_a_tenant_has_its_share(each_redis: Redis) -> None:
+    queue = make_queue(each_redis, max_queued=3, max_tenant_choices=2)
+    await submit(queue, make_job(n=2))
+    with pytest.raises(TenantOverloaded):
+        await submit(queue)
+    for tenant in ("u", "v"):
+        await submit(queue, make_job(tenant=tenant))
+    with pytest.raises(Overloaded):
+        await submit(queue, make_job(tenant="x"))
+
+
+async def test_a_claim_whose_reply_was_lost_gives_the_same_jobs(queue: Queue) -> None:
+    jobs = {(await submit(queue)).id for _ in range(2)}
+    first = await queue.claim("w1", 1, 8, **LIKE)
+    again = await queue.claim("w1", 1, 8, **LIKE)
+    assert first == again
+    assert {claimed.job.id for claimed in again.jobs} == jobs
+    assert (await queue.claim("w1", 2, 8, **LIKE)).jobs == ()
+
+
+async def test_a_publish_whose_reply_was_lost_says_nothing_twice(queue: Queue) -> None:
+    job = await submit(queue)
+    claimed = await claim_one(queue)
+    writes = [delta(claimed, 1), end(claimed, 2)]
+    assert await queue.publish("w1", writes) == await queue.publish("w1", writes) == ["ok", "ok"]
+    assert [e.position for e in await queue.read(job.id)] == [0, 1, 2]
+    assert (await queue.counters())["finished"] == 1
+
+
+async def test_the_fence_silences_a_worker_that_lost_its_lease(queue: Queue) -> None:
+    """Woken after its jobs went to another, a worker is refused whatever it says, even the terminal."""
+    job = await submit(queue)
+    zombie = await claim_one(queue, "zombie")
+    await queue.publish("zombie", [delta(zombie, 1)])
+    await lose_lease(queue)
+    assert (await queue.reap()).num_requeued == 1
+    assert await queue.publish("zombie", [delta(zombie, 2), end(zombie, 3)]) == ["refused", "refused"]
+    heir = await claim_one(queue, "heir")
+    assert (heir.epoch, heir.position, heir.num_tokens) == (3, 1, 1)
+    assert await queue.publish("zombie", [delta(zombie, 2)]) == ["refused"]
+    assert await queue.publish("heir", [delta(heir, 1), end(heir, 2)]) == ["ok", "ok"]
+    assert await log_ids(queue, job) == ["0-1", "1-0", "1-1", "2-0", "3-0", "3-2", "3-3"]
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_a_lease_that_is_renewed_is_not_reaped(queue: Queue) -> None:
+    await submit(queue)
+    claimed = await claim_one(queue)
+    for k in range(1, 6):
+        await asyncio.sleep(queue.settings.lease_s * 0.4)
+        assert await queue.publish("w1", [delta(claimed, k)] if k % 2 else []) == (["ok"] if k % 2 else [])
+        assert (await queue.reap()).num_requeued == 0
+        claimed = replace(claimed, position=claimed.position - 1) if k % 2 == 0 else claimed
+
+
+async def test_a_released_job_is_the_next_and_loses_no_attempt(queue: Queue) -> None:
+    job = await submit(queue)
+    await claim_one(queue)
+    await submit(queue)
+    assert await queue.release("w1") == 1
+    assert (await queue.describe(job.id))["attempts"] == "0"
+    assert (await claim_one(queue, "w2", free=1)).job == job
+    assert await queue.redis.zscore(SHARD.key("leases"), "w1") is None
+
+
+async def test_a_poison_job_runs_alone_and_is_given_up_after_three_workers(queue: Queue) -> None:
+    poison = await submit(queue)
+    for attempt in range(3):
+        other = await submit(queue)
+        claims = (await queue.claim(f"w{attempt}", 1, 8, **LIKE)).jobs
+        assert claims[0].job == poison
+        assert claims[0].alone is (attempt > 0)
+        if attempt:
+            assert len(claims) == 1
+        await queue.cancel(other.id)
+        await lose_lease(queue)
+        await queue.reap()
+    last = (await queue.read(poison.id))[-1]
+    assert (last.kind, last.finish.error) == ("end", "job_failed")
+    letters: Any = await queue.redis.xrange(SHARD.key("dead"))
+    ((_, dead),) = letters
+    assert dead[b"job"].decode() == poison.id
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_progress_resets_the_attempts(queue: Queue) -> None:
+    """A healthy long stream outlives any number of workers."""
+    job = await submit(queue)
+    for attempt in range(5):
+        claimed = await claim_one(queue, f"w{attempt}")
+        assert await queue.publish(f"w{attempt}", [delta(claimed, 1)]) == ["ok"]
+        await lose_lease(queue)
+        await queue.reap()
+    assert (await queue.describe(job.id))["attempts"] == "0"
+
+
+async def test_a_busy_worker_drains_for_a_job_that_must_run_alone(queue: Queue) -> None:
+    """One of the busy workers is reserved and claims nothing more until it is empty; the others go on."""
+    poison = await submit(queue)
+    await claim_one(queue, "w0")
+    for _ in range(3):
+        await submit(queue)
+    busy = make_queue(queue.redis, lease_s=60.0)
+    healthy = (await busy.claim("w1", 1, 1, **LIKE)).jobs[0]
+    await busy.claim("w2", 1, 1, **LIKE)
+    await lose_lease(queue)
+    assert (await queue.reap()).num_requeued == 1
+    await asyncio.sleep(queue.settings.patience_s * 2)
+    assert (await busy.claim("w1", 2, 8, **LIKE)).jobs == ()
+    assert len((await busy.claim("w2", 2, 8, **LIKE)).jobs) == 1
+    await busy.publish("w1", [end(healthy, 1)])
+    assert [claimed.job for claimed in (await busy.claim("w1", 3, 8, **LIKE)).jobs] == [poison]
+
+
+async def test_cancel_ends_a_job_in_every_state(queue: Queue) -> None:
+    queued, running, done = [await submit(queue) for _ in range(3)]
+    assert await queue.cancel(queued.id)
+    claims = {c.job.id: c for c in (await queue.claim("w1", 1, 8, **LIKE)).jobs}
+    await queue.publish("w1", [delta(claims[running.id], 1), end(claims[done.id], 1)])
+    assert await queue.cancel(running.id)
+    assert not await queue.cancel(done.id)
+    assert not await queue.cancel("chatcmpl-unknown")
+    assert await queue.publish("w1", [delta(claims[running.id], 2)]) == ["refused"]
+    for job, num_tokens in ((queued, 0), (running, 1)):
+        last = (await queue.read(job.id))[-1]
+        assert last.finish == Finish(Usage(3, num_tokens), error="cancelled")
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_a_deadline_ends_a_job(queue: Queue) -> None:
+    job = await submit(queue, make_job(deadline_s=0.05))
+    await asyncio.sleep(0.1)
+    assert (await queue.reap()).num_late == 1
+    assert (await queue.read(job.id))[-1].finish.error == "deadline_exceeded"
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_a_log_that_is_gone_is_said_so_and_never_begun_again(queue: Queue) -> None:
+    job = await submit(queue)
+    claimed = await claim_one(queue)
+    await queue.redis.delete(SHARD.key(f"out:{job.id}"))
+    assert await queue.publish("w1", [delta(claimed, 1)]) == ["gone"]
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_a_started_answer_goes_to_like_workers_only(queue: Queue) -> None:
+    """Other tokenizers never, other weights never once it has begun, other numerics after some patience."""
+    job = await submit(queue)
+    assert (await queue.claim("other", 1, 8, **LIKE | {"tokenizer_id": "x"})).jobs == ()
+    claimed = (await queue.claim("w1", 1, 8, **LIKE | {"weights_id": "w2"})).jobs[0]
+    await queue.publish("w1", [delta(claimed, 1)])
+    await queue.release("w1")
+    assert (await queue.claim("w2", 1, 8, **LIKE)).jobs == ()
+    assert (await queue.claim("w3", 1, 8, **LIKE | {"weights_id": "w2", "numerics_id": "m"})).jobs == ()
+    await asyncio.sleep(0.1)
+    (late,) = (await queue.claim("w3", 2, 8, **LIKE | {"weights_id": "w2", "numerics_id": "m"})).jobs
+    assert late.job == job
+
+
+async def test_a_flood_of_one_tenant_does_not_hide_another(queue: Queue) -> None:
+    for _ in range(10):
+        await submit(queue, make_job(tenant="loud"))
+    quiet = await submit(queue, make_job(tenant="quiet"))
+    first_two = [c.job for c in (await queue.claim("w1", 1, 2, **LIKE)).jobs]
+    assert quiet in first_two
+
+
+async def test_priority_comes_before_fairness(queue: Queue) -> None:
+    await submit(queue, make_job(priority=1))
+    urgent = await submit(queue, make_job(tenant="u"))
+    assert (await claim_one(queue, free=1)).job == urgent
+
+
+async def test_a_wide_job_is_not_starved_by_narrow_ones(queue: Queue) -> None:
+    wide = await submit(queue, make_job(n=4))
+    await submit(queue, make_job(tenant="u"))
+    assert (await claim_one(queue, free=2)).job != wide
+    await submit(queue, make_job(tenant="v"))
+    await asyncio.sleep(0.1)
+    assert (await queue.claim("w2", 1, 2, **LIKE)).jobs == ()
+    assert (await claim_one(queue, "w3", free=4)).job == wide
+
+
+async def test_what_is_appended_is_pushed_to_the_pod_and_a_waiting_worker_is_woken(queue: Queue) -> None:
+    async with queue.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe(SHARD.key("push:pod1"), SHARD.key("wake"))
+        job = await submit(queue)
+        claimed = await claim_one(queue)
+        await queue.publish("w1", [delta(claimed, 1, 'é"\n\u2028'), end(claimed, 2)])
+        messages = [m async for m in received(pubsub, 2)]
+    assert messages[0]["channel"] == SHARD.key("wake").encode()
+    pushed = parse_push(messages[1]["data"])
+    assert [(job_id, entry) for job_id, entry in pushed] == [(job.id, e) for e in (await queue.read(job.id))[1:]]
+    assert pushed[0][1].deltas[0].text == 'é"\n\u2028'
+
+
+async def received(pubsub: Any, count: int) -> AsyncIterator[Any]:
+    while count:
+        message = await pubsub.get_message(timeout=1.0)
+        if message:
+            count -= 1
+            yield message
+
+
+async def test_a_malformed_job_is_named_not_raised(queue: Queue) -> None:
+    job = await submit(queue)
+    await queue.redis.hset(SHARD.key(f"job:{job.id}"), "request", json.dumps({"version": 99}))
+    claims = await queue.claim("w1", 1, 8, **LIKE)
+    assert claims.jobs == ()
+    assert claims.malformed == (job.id,)
