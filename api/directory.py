@@ -1,0 +1,121 @@
+"""Which models there are: read from the directory that workers announce themselves in, cards kept by their hash."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+
+from shared.card import Announcement, Card
+from shared.errors import ModelNotFound, NoWorker
+from shared.keys import DIRECTORY, Shard
+from shared.queue import Queue
+from shared.settings import Settings
+from shared.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+MIN_REFRESH_S = 0.2                                     # an unknown name makes us look again, not more often than this
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A shard that somebody serves, and what is needed to put a job there."""
+
+    queue: Queue
+    tokenizer: Tokenizer
+    announcement: Announcement
+
+    @property
+    def card(self) -> Card:
+        return self.tokenizer.card
+
+
+class Directory:
+    """What this pod knows of models: at most `announce_s` old, or as of the last unknown name."""
+
+    def __init__(self, redis: Redis, settings: Settings, hear: Callable[[Shard], Awaitable[None]]) -> None:
+        self._redis = redis
+        self._hear = hear                               # the relay's: subscribes to a shard
+        self._settings = settings
+        self._names: dict[str, list[Served]] = {}
+        self._known: set[str] = set()                   # also models that nobody serves at the moment
+        self._tokenizers: dict[str, Tokenizer] = {}     # by card hash
+        self._queues: dict[str, Queue] = {}             # by shard id
+        self._refreshed_s = 0.0
+        self._lock = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Directory {sorted(self._names)}>"
+
+    def names(self) -> dict[str, Card]:
+        """Every name that is served, and its card."""
+        return {name: served[0].card for name, served in sorted(self._names.items())}
+
+    def queues(self) -> list[Queue]:
+        return list(self._queues.values())
+
+    def queue(self, shard: Shard) -> Queue:
+        if shard.id not in self._queues:
+            self._queues[shard.id] = Queue(self._redis, shard, self._settings)
+        return self._queues[shard.id]
+
+    async def find(self, name: str) -> Served:
+        """A shard of the model, any of those that are served. Raises ModelNotFound or NoWorker."""
+        if name not in self._names:
+            await self.refresh(MIN_REFRESH_S)
+        if served := self._names.get(name):
+            return random.choice(served)
+        if name in self._known:
+            raise NoWorker(retry_after_s=self._settings.announce_ttl_s)
+        raise ModelNotFound(param="model")
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+            except Exception as error:                  # Redis away, a card of another version: keep what we have
+                log.warning("the directory was not read: %s", type(error).__name__)
+            await asyncio.sleep(self._settings.announce_s)
+
+    async def refresh(self, max_age_s: float = 0.0) -> None:
+        async with self._lock:
+            loop = asyncio.get_running_loop()
+            if self._refreshed_s and loop.time() - self._refreshed_s < max_age_s:
+                return
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.time()
+                pipe.hgetall(DIRECTORY)
+                (seconds, micros), fields = await pipe.execute()
+            await self._adopt([Announcement.decode(raw) for raw in fields.values()], seconds * 1000 + micros // 1000)
+            self._refreshed_s = loop.time()
+
+    async def _adopt(self, announcements: list[Announcement], now_ms: int) -> None:
+        names: dict[str, list[Served]] = {}
+        for announcement in announcements:
+            if announcement.expires_ms <= now_ms or not (tokenizer := await self._tokenizer(announcement)):
+                continue
+            await self._hear(Shard(announcement.shard))
+            served = Served(self.queue(Shard(announcement.shard)), tokenizer, announcement)
+            for name in announcement.names:
+                names.setdefault(name, []).append(served)
+        self._names = names
+        self._known = {name for announcement in announcements for name in announcement.names}
+        in_use = {announcement.card_hash for announcement in announcements}
+        self._tokenizers = {card: tokenizer for card, tokenizer in self._tokenizers.items() if card in in_use}
+
+    async def _tokenizer(self, announcement: Announcement) -> Tokenizer | None:
+        card_hash = announcement.card_hash
+        if card_hash not in self._tokenizers:
+            packed: Any = await self._redis.get(Shard(announcement.shard).key(f"card:{card_hash}"))
+            if packed is None:
+                return None
+            # Tens of milliseconds for a large vocabulary: not in the loop that relays.
+            self._tokenizers[card_hash] = await asyncio.to_thread(lambda: Tokenizer(Card.unpack(card_hash, packed)))
+        return self._tokenizers[card_hash]

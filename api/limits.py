@@ -1,0 +1,76 @@
+"""How full the service is: when to refuse, and when to come back. Fed by a clock, asked by submit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+
+from redis.asyncio import Redis
+
+from api.directory import Directory
+from shared.errors import Overloaded
+from shared.settings import Settings
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+SMOOTHING = 0.3                                         # weight of the newest second in the measured rate
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+PRESSED_FRACTION = 0.75                                 # of max_redis_fraction: from here finished logs go sooner
+
+
+def retry_after_s(num_queued: int, jobs_per_s: float) -> float:
+    """Backlog over measured rate: when the line will have moved on."""
+    return min(max(num_queued / jobs_per_s if jobs_per_s > 0 else MIN_RETRY_S, MIN_RETRY_S), MAX_RETRY_S)
+
+
+def retain_under_pressure_s(retain_s: float, fraction: float, max_fraction: float) -> float:
+    """How long a finished log is kept: less and less from `PRESSED_FRACTION` of the limit on, a tenth at the limit."""
+    pressure = (fraction / max_fraction - PRESSED_FRACTION) / (1 - PRESSED_FRACTION)
+    return retain_s * min(max(1 - 0.9 * pressure, 0.1), 1.0)
+
+
+class Limits:
+    """What this pod has measured of Redis and of the line."""
+
+    def __init__(self, redis: Redis, directory: Directory, settings: Settings) -> None:
+        self._redis = redis
+        self._directory = directory
+        self._settings = settings
+        self._ended: dict[str, int] = {}
+        self._jobs_per_s: dict[str, float] = {}
+        self.redis_fraction = 0.0
+        self.answered_s = -math.inf                     # when Redis last answered, in the loop's time
+
+    def check_memory(self) -> None:
+        """Raises Overloaded when Redis has no room for another job."""
+        if self.redis_fraction > self._settings.max_redis_fraction:
+            raise Overloaded(retry_after_s=MAX_RETRY_S / 4)
+
+    def retain_s(self) -> float:
+        return retain_under_pressure_s(self._settings.retain_s, self.redis_fraction, self._settings.max_redis_fraction)
+
+    async def retry_after_s(self, shard_id: str) -> float:
+        queue = next(queue for queue in self._directory.queues() if queue.shard.id == shard_id)
+        return retry_after_s((await queue.counters())["queued"], self._jobs_per_s.get(shard_id, 0.0))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self._watch()
+                self.answered_s = asyncio.get_running_loop().time()
+            except Exception as error:                  # Redis away: readiness says so
+                log.warning("Redis was not looked at: %s", type(error).__name__)
+            await asyncio.sleep(WATCH_S)
+
+    async def _watch(self) -> None:
+        memory = await self._redis.info("memory")
+        self.redis_fraction = memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+        for queue in self._directory.queues():
+            counters, shard = await queue.counters(), queue.shard.id
+            ended = sum(counters.get(outcome, 0) for outcome in ("finished", "cancelled", "dead", "expired"))
+            rate = (ended - self._ended.get(shard, ended)) / WATCH_S
+            self._jobs_per_s[shard] = (1 - SMOOTHING) * self._jobs_per_s.get(shard, rate) + SMOOTHING * rate
+            self._ended[shard] = ended

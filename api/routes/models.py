@@ -1,0 +1,35 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`: the names that workers announce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from api.pod import Pod
+from shared.card import Card
+from shared.errors import ModelNotFound
+
+
+def router(pod: Pod) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """Every model that is served at the moment."""
+        return {"object": "list", "data": [_model(name, card) for name, card in pod.directory.names().items()]}
+
+    @routes.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> dict[str, Any]:
+        """One model. Its name may hold slashes."""
+        card = pod.directory.names().get(model)
+        if card is None:
+            raise ModelNotFound(param="model")
+        return _model(model, card)
+
+    return routes
+
+
+def _model(name: str, card: Card) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": card.created_s, "owned_by": "baton",
+            "root": card.model, "max_model_len": card.max_model_len}

@@ -1,0 +1,65 @@
+"""An event stream as an ASGI response: the entries of a log, folded to bytes, with heartbeats, until it ends.
+
+It knows nothing of Redis and nothing of what events mean. A body ends cleanly only when the answer is complete or an
+error event has said that it is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.relay import Stream
+from api.wire.chat import HEARTBEAT, ChunkFold
+from shared.errors import APIError, Unavailable
+
+HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
+           "x-accel-buffering": "no"}
+
+
+class EventStream(Response):
+    """Relays one stream to one client. `on_first` runs at the first event, `on_close(complete)` however it ends."""
+
+    def __init__(self, stream: Stream, fold: ChunkFold, headers: Mapping[str, str], *,
+                 on_first: Callable[[], None], on_close: Callable[[bool], None]) -> None:
+        super().__init__(None, 200, HEADERS | dict(headers))
+        del self.headers["content-length"]
+        self._stream = stream
+        self._fold = fold
+        self._on_close = on_close
+        self._on_first = on_first
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            await self._relay(send)
+        finally:
+            watch.cancel()
+            self._on_close(self._fold.ended)
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._stream.leave()
+
+    async def _relay(self, send: Send) -> None:
+        try:
+            async for entries in self._stream.batches():
+                began = self._fold.num_events > 0
+                body = b"".join(map(self._fold.feed, entries)) if entries else HEARTBEAT
+                if not began and self._fold.num_events:
+                    self._on_first()
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": not self._fold.ended})
+                if self._fold.ended:
+                    return
+            error: APIError = Unavailable("The server stops. Please send the request again.")
+        except APIError as failure:
+            error = failure
+        # To a client that has left this goes nowhere.
+        await send({"type": "http.response.body", "body": self._fold.error(error.body()), "more_body": False})

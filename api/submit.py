@@ -1,0 +1,98 @@
+"""From a request to an accepted job: render, count, refuse what can be refused, put the rest in line.
+
+All that can be known before acceptance is an HTTP status, also for streams; nothing is decided afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from typing import Any
+
+from api.directory import Served
+from api.wire.chat import FOLD_VERSION
+from api.wire.request import ChatRequest
+from shared.card import Card
+from shared.errors import ContextTooLong, InvalidValue
+from shared.job import Header, Job, Sampling
+from shared.keys import new_completion_id
+from shared.settings import Settings
+
+INLINE_CHARS = 16_384                                   # longer prompts are rendered beside the loop that relays
+
+
+async def make_job(request: ChatRequest, served: Served, *, tenant: str, pod_id: str,
+                   settings: Settings) -> tuple[Job, Header]:
+    """The job and the header of its log. Raises the BadRequest that says why there is none."""
+    card = served.card
+    messages = [message.for_template() for message in request.messages]
+    _adapt_roles(messages, card)
+    encode = served.tokenizer.encode_chat
+    if sum(len(message["content"] or "") for message in messages) > INLINE_CHARS:
+        prompt = await asyncio.to_thread(encode, messages, request.offered_tools)
+    else:
+        prompt = encode(messages, request.offered_tools)
+    sampling = resolve_sampling(request, card, len(prompt))
+    completion_id, n, created_s = new_completion_id(served.queue.shard), request.n or 1, int(time.time())
+    if n > card.max_num_seqs:
+        raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")
+    job = Job(id=completion_id, tenant=tenant, pod=pod_id, prompt_token_ids=tuple(prompt), sampling=sampling,
+              tokenizer_id=card.tokenizer_id, weights_id=card.weights_id, n=n, created_s=created_s,
+              deadline_s=settings.request_deadline_s)
+    options = request.stream_options
+    header = Header(model=request.model, created_s=created_s, fingerprint=card.fingerprint, seed=sampling.seed, n=n,
+                    num_prompt_tokens=len(prompt), stream=bool(request.stream),
+                    include_usage=bool(options and options.include_usage),
+                    continuous_usage=bool(options and options.continuous_usage_stats),
+                    logprobs=bool(request.logprobs), fold_version=FOLD_VERSION)
+    return job, header
+
+
+def _adapt_roles(messages: list[dict[str, Any]], card: Card) -> None:
+    """Most templates know no developer: what one says stands in a system turn, as OpenAI itself reads it."""
+    if not any("developer" in template for template in card.chat_templates.values()):
+        for message in messages:
+            if message["role"] == "developer":
+                message["role"] = "system"
+
+
+def resolve_sampling(request: ChatRequest, card: Card, num_prompt_tokens: int) -> Sampling:
+    """Every parameter with its default filled in and its token ids checked. Raises BadRequest."""
+    room = card.max_model_len - num_prompt_tokens
+    max_tokens = request.answer_limit or room
+    if room < 1 or max_tokens > room:
+        asked = f" and {max_tokens} in the completion" if request.answer_limit else ""
+        raise ContextTooLong(f"This model's maximum context length is {card.max_model_len} tokens. However, you "
+                             f"requested {num_prompt_tokens} tokens in the messages{asked}.", param="messages")
+    if (request.min_tokens or 0) > max_tokens:
+        raise InvalidValue("min_tokens must not be above max_tokens.", param="min_tokens")
+    biases = {int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()}
+    _refuse_unknown_ids(biases, card, "logit_bias")
+    _refuse_unknown_ids(request.stop_token_ids or (), card, "stop_token_ids")
+    defaults = Sampling(max_tokens=max_tokens)
+    return Sampling(
+        max_tokens=max_tokens,
+        seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
+        temperature=_given(request.temperature, defaults.temperature),
+        top_p=_given(request.top_p, defaults.top_p),
+        top_k=max(request.top_k or 0, 0),
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=tuple(biases.items()),
+        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        min_tokens=request.min_tokens or 0,
+        ignore_eos=bool(request.ignore_eos),
+        stop=tuple(request.stop or ()),
+        stop_token_ids=tuple(request.stop_token_ids or ()))
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _refuse_unknown_ids(token_ids: Any, card: Card, param: str) -> None:
+    if any(token_id >= card.vocab_size for token_id in token_ids):
+        raise InvalidValue(f"{param}: token ids are below {card.vocab_size} for this model.", param=param)

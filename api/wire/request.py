@@ -1,0 +1,244 @@
+"""A chat request in OpenAI's language, read and checked. It knows nothing of Redis, HTTP or tokenizers.
+
+What it accepts is OpenAI's schema and vLLM's extensions. Null is legal for every nullable field; fields on which the
+service does not act are accepted; those that would change the answer, and do not yet, are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shared.errors import (
+    BadRequest,
+    InvalidType,
+    InvalidValue,
+    MissingField,
+    NotJSON,
+    UnsupportedContent,
+    UnsupportedParameter,
+)
+from shared.job import MAX_TOP_LOGPROBS
+
+log = logging.getLogger(__name__)
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_TOOLS = 128
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class Function(_Model):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str | None = None
+
+
+class ToolCall(_Model):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Message(_Model):
+    """One turn. Content comes as a string or as text parts, and is a string from here on."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, content: Any) -> Any:
+        return "\n".join(_part_text(part) for part in content) if isinstance(content, list) else content
+
+    @model_validator(mode="after")
+    def _must_say_something(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is required")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: arguments of tool calls as an object, not as text."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": call.type,
+                 "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)}}
+                for call in self.tool_calls]
+        return message
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("image_url", "input_audio", "file", "video_url", "audio_url"):
+        raise UnsupportedContent(param="messages")
+    text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+    if kind not in ("text", "refusal") or not isinstance(text, str):
+        raise ValueError("a part must be {'type': 'text', 'text': string}")
+    return text
+
+
+def _arguments(raw: str | None) -> Any:
+    try:
+        return json.loads(raw or "{}")
+    except (ValueError, RecursionError):
+        return raw
+
+
+class StreamOptions(_Model):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(_Model):
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class ChatRequest(_Model):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, description="the conversation so far")
+    model: str = Field(min_length=1, description="a name of GET /v1/models")
+    stream: bool | None = Field(None, description="answer with server-sent events")
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens; it wins")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token, always")
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES, description="token id → -100 … 100")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="the same seed repeats the same answer")
+    stop: list[str] | None = Field(None, max_length=MAX_STOPS, description="a string or a list of strings")
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_lengths(cls, stop: list[str] | None) -> list[str] | None:
+        if stop and not all(0 < len(text) <= MAX_STOP_CHARS for text in stop):
+            raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
+        return stop
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _bias_entries(cls, biases: Any) -> Any:
+        # Whole, so that no key of the client's becomes part of an error's path.
+        if isinstance(biases, dict) and not all(_is_bias(key, value) for key, value in biases.items()):
+            raise ValueError("keys are token ids, values are numbers from -100 to 100")
+        return biases
+
+    @field_validator("tools")
+    @classmethod
+    def _tools_are_functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for tool in tools or ():
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not _is_name(function.get("name")):
+                raise ValueError("a tool is {'type': 'function', 'function': {'name': …}}")
+        return tools
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatRequest:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidValue("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+        if self.response_format and self.response_format.type != "text":
+            raise UnsupportedParameter("This server does not enforce response formats yet.", param="response_format")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedParameter("This server does not enforce tool choices yet.", param="tool_choice")
+        return self
+
+    @property
+    def answer_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools or None
+
+
+def _is_bias(key: Any, value: Any) -> bool:
+    return (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
+            and isinstance(value, (int, float)) and not isinstance(value, bool) and -100 <= value <= 100)
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= 256
+
+
+def parse(body: bytes, max_messages: int) -> ChatRequest:
+    """A request from its body. Raises the BadRequest that says what is wrong with it."""
+    raw = _object(body)
+    if unknown := raw.keys() - ChatRequest.model_fields.keys():
+        log.debug("fields without effect: %d", len(unknown))
+    if isinstance(raw.get("messages"), list) and len(raw["messages"]) > max_messages:
+        raise InvalidValue(f"At most {max_messages} messages are allowed.", param="messages")
+    try:
+        return ChatRequest.model_validate(raw)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        raw = json.loads(body, parse_constant=_refuse_constant)
+        if b"\\ud" in body or b"\\uD" in body:          # half a surrogate pair is JSON, but no text
+            json.dumps(raw, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise NotJSON from None
+    if not isinstance(raw, dict):
+        raise NotJSON("The body of the request must be a JSON object.")
+    return raw
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)                              # NaN and Infinity are not JSON
+
+
+_NAMES = {name for model in (ChatRequest, Message, ToolCall, Function, StreamOptions, ResponseFormat)
+          for name in model.model_fields}
+
+
+def _refusal(error: ValidationError) -> BadRequest:
+    """The first thing that is wrong, without a word of the input: paths hold names of ours and numbers alone."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
+                   if isinstance(part, int) or part in _NAMES).lstrip(".")
+    kind = first["type"]
+    leaf = MissingField if kind == "missing" else InvalidType if kind.endswith("_type") else InvalidValue
+    text = first["msg"].removeprefix("Value error, ")
+    return leaf(f"{path}: {text}" if path else text, param=path or None)
