@@ -1,0 +1,208 @@
+"""`baton serve`: Redis, API pods and workers of one machine, as child processes of one supervisor.
+
+A child that dies is started again; one that says its environment is at fault ends them all. Ctrl-C ends every child,
+pods first, so that what runs may be told.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from deploy.redis import RedisServer
+from shared.errors import BrokenEnvironment
+from shared.settings import Settings
+
+EXIT_BROKEN = 2
+POLL_S = 0.1
+RESTART_S = 1.0                                         # pause before a child that died is started again
+START_TIMEOUT_S = 600.0                                 # until the first model is announced
+STOP_TIMEOUT_S = 20.0
+DRAIN_S = 3.0                                           # one machine, one person: no need to wait for long streams
+BACKLOG = 1024                                          # connections that wait to be accepted
+
+
+@dataclass
+class Child:
+    """One process that is kept running."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    pass_fds: tuple[int, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    restart_at_s: float = field(default=0.0)
+
+    def start(self) -> None:
+        # A session of its own: Ctrl-C reaches the supervisor alone, which ends its children in order.
+        self.process = subprocess.Popen(self.command, env=self.environment, pass_fds=self.pass_fds,
+                                        start_new_session=True)
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.process.poll() if self.process else None
+
+    def terminate(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+
+    def wait(self, deadline_s: float) -> None:
+        if not self.process:
+            return
+        try:
+            self.process.wait(max(0.0, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT has arrived."""
+
+
+def serve(settings: Settings) -> int:
+    """Until Ctrl-C or SIGTERM. Raises BrokenEnvironment with the one thing to do."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _raise_stopped)
+    redis: RedisServer | None = None
+    children: list[Child] = []
+    try:
+        with _bind(settings.host, settings.port) as listening:
+            port = listening.getsockname()[1]
+            url, redis = _find_redis(settings, port)
+            children += _children(settings, url, listening)
+            for child in children:
+                child.start()
+            _await_model(children, port, settings)
+            _say_what_next(settings, port)
+            while True:
+                _keep_running(children)
+                time.sleep(POLL_S)
+    except Stopped:
+        print("baton: stopping", flush=True)
+        return 0
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        _stop(children)
+        if redis:
+            redis.stop()
+
+
+def _raise_stopped(*_: object) -> None:
+    raise Stopped
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise BrokenEnvironment(f"cannot listen on {host}:{port} ({error.strerror}): change it with --port") from None
+    listening.listen(BACKLOG)
+    listening.setblocking(False)
+    return listening
+
+
+def _find_redis(settings: Settings, port: int) -> tuple[str, RedisServer | None]:
+    """The URL that was given, or a server of our own."""
+    if "redis_url" in settings.model_fields_set:
+        return settings.redis_url, None
+    if url := os.environ.get("REDIS_URL"):
+        return url, None
+    folder = Path(settings.data_dir or Path.home() / ".local" / "state" / "baton" / str(port)).expanduser().absolute()
+    server = RedisServer(folder).start()
+    print(f"baton: redis   {server.binary} in {folder}", flush=True)
+    return server.url, server
+
+
+def _children(settings: Settings, redis_url: str, listening: socket.socket) -> list[Child]:
+    environment = os.environ | {"BATON_DRAIN_S": str(DRAIN_S)} | settings.environment() | {"BATON_REDIS_URL": redis_url}
+    baton = [sys.executable, "-m", "deploy.cli"]
+    fd = listening.fileno()
+    return [
+        *(Child(f"api {i}", [*baton, "api", "--fd", str(fd)], environment, (fd,)) for i in range(settings.apis)),
+        *(Child(f"worker {i}", [*baton, "worker"], environment) for i in range(settings.workers)),
+    ]
+
+
+def _await_model(children: list[Child], port: int, settings: Settings) -> None:
+    """Returns when the API serves a model; without workers of ours, when the API is ready."""
+    print(f"baton: starting {settings.apis} API, {settings.workers} workers", flush=True)
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    with httpx.Client(base_url=f"http://{_reachable(settings.host)}:{port}", timeout=2.0) as client:
+        while time.monotonic() < deadline_s:
+            _keep_running(children)
+            try:
+                answer = client.get("/ready")
+                if answer.is_success and (answer.json()["models"] or not settings.workers):
+                    return
+            except httpx.HTTPError:
+                pass                                    # not up yet
+            time.sleep(POLL_S)
+    raise BrokenEnvironment(f"no model was announced within {START_TIMEOUT_S:.0f} s: see what the worker said above")
+
+
+def _keep_running(children: list[Child]) -> None:
+    now_s = time.monotonic()
+    for child in children:
+        if child.exit_code is None:
+            continue
+        if child.exit_code == EXIT_BROKEN:
+            raise BrokenEnvironment(f"{child.name} cannot run here: see its line above")
+        if not child.restart_at_s:
+            print(f"baton: {child.name} ended ({child.exit_code}), starting it again", flush=True)
+            child.restart_at_s = now_s + RESTART_S
+        elif now_s >= child.restart_at_s:
+            child.restart_at_s = 0.0
+            child.start()
+
+
+def _stop(children: list[Child]) -> None:
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    for room in ("api", "worker"):
+        members = [child for child in children if child.name.startswith(room)]
+        for child in members:
+            child.terminate()
+        for child in members:
+            child.wait(deadline_s)
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+
+
+def _say_what_next(settings: Settings, port: int) -> None:
+    url = f"http://{'localhost' if settings.host in ('127.0.0.1', '0.0.0.0') else _reachable(settings.host)}:{port}"
+    key = settings.api_key[0] if settings.api_key else "EMPTY"
+    shown = "$OPENAI_API_KEY" if settings.api_key else key
+    model = settings.served_model_name[0] if settings.served_model_name else settings.model or "baton-tiny"
+    chat = f"baton chat --url {url}" if port != 30000 else "baton chat"
+    print(f"""
+Baton is ready at {url}  (docs: {url}/docs)
+
+  curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\
+    -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Count from 1 to 40."}}]}}'
+
+  import openai                                   # pip install openai
+  client = openai.Client(base_url="{url}/v1", api_key="{shown}")
+  stream = client.chat.completions.create(model="{model}", stream=True,
+                                          messages=[{{"role": "user", "content": "Count from 1 to 40."}}])
+  for chunk in stream:
+      print(chunk.choices[0].delta.content or "", end="")
+
+  {chat}                                      # a chat in the terminal; here it is .venv/bin/{chat}
+
+Ctrl-C stops everything.
+""", flush=True)
