@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from deploy.redis import RedisServer, binaries
 from shared import connection
+from tests.system import System
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,17 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server = RedisServer(short_folder(tmp_path_factory)).start()
         yield server.url
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """One pod and one worker on the built-in model, for every test that breaks nothing."""
+    system = System(tmp_path_factory.mktemp("system"), redis_url, allow_no_aof=True)
+    system.start_worker()
+    system.start_pod()
+    system.await_workers(1)
+    yield system
+    system.stop()
 
 
 def docker_answers() -> bool:

@@ -31,7 +31,7 @@ class ChunkFold:
     def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes) -> None:
         self.header = header
         self.num_events = 0
-        self.ended = False
+        self.ended = False                              # the terminal was folded: nothing follows
         self._token_bytes = token_bytes
         self._role_sent = False
         head = _head(completion_id, "chat.completion.chunk", header)
@@ -50,7 +50,6 @@ class ChunkFold:
 
     def error(self, body: dict[str, Any]) -> bytes:
         """The last event of a stream that cannot be completed: nested, or clients take it for a chunk."""
-        self.ended = True
         return self._event(_dump(body))
 
     def _event(self, body: bytes) -> bytes:
@@ -84,10 +83,9 @@ class ChunkFold:
         return b'%b%b,"logprobs":%b,"finish_reason":%b}]%b' % (self._choice_heads[index], delta, logprobs, reason, tail)
 
     def _end(self, entry: Entry) -> bytes:
-        finish = entry.finish
+        finish, self.ended = entry.finish, True
         if finish.error:
             return self.error(job_error(finish.error).body())
-        self.ended = True
         events = self._opening(entry)
         if self.header.include_usage:
             events += self._event(b'%b"choices":[],"usage":%b}' % (self._head, _dump(usage_body(finish.usage))))

@@ -1,0 +1,158 @@
+"""A whole Baton as real processes, for tests that kill, freeze and cut: Redis, API pods, workers, each by itself.
+
+It starts what `baton api` and `baton worker` are, and waits for conditions; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from redis import Redis
+
+from shared.keys import Shard
+
+REPOSITORY = Path(__file__).parent.parent
+BATON = [sys.executable, "-m", "deploy.cli"]
+START_S = 60.0
+MODEL = "baton-tiny"
+
+
+T = TypeVar("T")
+
+
+def eventually(what: str, condition: Callable[[], T | None], timeout_s: float = 20.0) -> T:
+    """The first true value of `condition`. When it stays false the failure says what was waited for."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        if value := condition():
+            return value
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.01)
+
+
+@dataclass
+class Process:
+    """One process of Baton, and what it has said."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    log: Path
+    popen: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        with self.log.open("wb") as output:
+            self.popen = subprocess.Popen([*BATON, *self.arguments], cwd=REPOSITORY, env=os.environ | self.environment,
+                                          stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def end(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> int:
+        """Sends the signal and waits; the exit code."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        try:
+            return self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise AssertionError(f"{self.arguments} did not end on {number.name}:\n{self.said}") from None
+
+
+class System:
+    """Pods on ports of their own, workers on one model, one Redis that may be given."""
+
+    def __init__(self, folder: Path, redis_url: str, **settings: Any) -> None:
+        self.folder = folder
+        self.redis_url = redis_url
+        self.redis = Redis.from_url(redis_url)
+        self.pods: dict[str, Process] = {}              # by base URL
+        self.workers: list[Process] = []
+        self.environment = {"BATON_REDIS_URL": redis_url}
+        self.environment |= {f"BATON_{name.upper()}": str(value) for name, value in settings.items()}
+        self._num_processes = 0
+
+    @property
+    def url(self) -> str:
+        return next(iter(self.pods))
+
+    @property
+    def shard(self) -> Shard:
+        return Shard.of(self.environment.get("BATON_SERVED_MODEL_NAME", MODEL).split(",")[0])
+
+    def start_pod(self, **settings: Any) -> str:
+        """Starts a pod; its URL once it is ready."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        pod = self.pods[url] = self._start(["api", "--port", str(port)], settings)
+        eventually("the pod is ready", lambda: alive(pod) and answers(f"{url}/ready"), START_S)
+        return url
+
+    def start_worker(self, *arguments: str, **settings: Any) -> Process:
+        worker = self._start(["worker", *arguments], settings)
+        self.workers.append(worker)
+        return worker
+
+    def await_workers(self, number: int) -> None:
+        """Until so many workers hold a lease, and every pod knows the model."""
+        leases = self.shard.key("leases")
+        eventually(f"{number} workers have a lease",
+                   lambda: all(map(alive, self.workers)) and self.redis.zcard(leases) == number, START_S)
+        for url in self.pods:
+            eventually("the pod knows the model", lambda url=url: httpx.get(f"{url}/ready").json().get("models"), START_S)
+
+    def worker_of(self, completion_id: str) -> Process:
+        """The worker process that holds a job."""
+        def holder() -> Process | None:
+            name = self.redis.hget(self.shard.key(f"job:{completion_id}"), "worker")
+            return next((w for w in self.workers if name and f"-{w.popen.pid}-" in name.decode()), None)
+
+        return eventually("the job is held by one of our workers", holder)
+
+    def log_entries(self, completion_id: str) -> list[tuple[str, dict[str, str]]]:
+        rows: Any = self.redis.xrange(self.shard.key(f"out:{completion_id}"))
+        return [(i.decode(), {k.decode(): v.decode() for k, v in fields.items()}) for i, fields in rows]
+
+    def num_live_jobs(self) -> int:
+        return int(self.redis.xlen(self.shard.key("jobs")))
+
+    def _start(self, arguments: list[str], settings: dict[str, Any]) -> Process:
+        self._num_processes += 1
+        environment = self.environment | {f"BATON_{name.upper()}": str(value) for name, value in settings.items()}
+        return Process(arguments, environment, self.folder / f"{self._num_processes}-{arguments[0]}.log")
+
+    def stop(self) -> None:
+        for process in (*self.pods.values(), *self.workers):
+            if process.popen.poll() is None:
+                process.send(signal.SIGCONT)
+                process.popen.terminate()
+        for process in (*self.pods.values(), *self.workers):
+            process.end()
+        self.redis.close()
+
+
+def alive(process: Process) -> bool:
+    assert process.popen.poll() is None, f"{process.arguments} ended with {process.popen.returncode}:\n{process.said}"
+    return True
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2.0).is_success
+    except httpx.HTTPError:
+        return False

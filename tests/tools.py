@@ -1,0 +1,24 @@
+"""Tools that a machine may lack. Without one a test says which; where everything is required, it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+# Beside our own Python, and where Debian keeps servers, which not everybody's PATH has.
+MORE_PLACES = (str(Path(sys.executable).parent), "/usr/sbin", "/usr/local/sbin")
+
+
+def require_tool(name: str) -> str:
+    """The path of the program `name`; else the test is skipped, or fails when BATON_TEST_REQUIRE=all."""
+    places = os.pathsep.join((*MORE_PLACES, os.environ.get("PATH", os.defpath)))
+    if path := shutil.which(name, path=places):
+        return path
+    reason = f"{name} is not installed"
+    if os.environ.get("BATON_TEST_REQUIRE") == "all":
+        pytest.fail(reason)
+    pytest.skip(reason)
