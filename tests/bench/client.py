@@ -1,0 +1,73 @@
+"""A load of streams over raw HTTP/1.1: it costs a tenth of an SDK, so that what is measured is the server.
+
+Closed loop: `concurrency` connections, each sends its next request when the last answer has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass
+class Timing:
+    """One request, in seconds since it was sent; the engine alone is timed by the same class."""
+
+    sent_s: float
+    num_tokens: int = 0
+    arrivals_s: list[float] = field(default_factory=list)        # of each piece of text
+
+    def arrive(self) -> None:
+        self.arrivals_s.append(time.perf_counter() - self.sent_s)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.arrivals_s[0]
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [after - before for before, after in zip(self.arrivals_s, self.arrivals_s[1:], strict=False)]
+
+    @property
+    def per_token_s(self) -> float:
+        """Mean time between tokens, which may arrive several at a time."""
+        return (self.arrivals_s[-1] - self.arrivals_s[0]) / max(self.num_tokens - 1, 1)
+
+
+async def run(url: str, bodies: list[dict[str, Any]], concurrency: int) -> tuple[list[Timing], float]:
+    """Timings of all requests, and the seconds that they took together."""
+    waiting = list(reversed(bodies))
+    timings: list[Timing] = []
+
+    async def connection() -> None:
+        split = urlsplit(url)
+        reader, writer = await asyncio.open_connection(split.hostname, split.port)
+        while waiting:
+            timings.append(await asyncio.wait_for(_ask(reader, writer, waiting.pop()), REQUEST_TIMEOUT_S))
+        writer.close()
+
+    began_s = time.perf_counter()
+    await asyncio.gather(*(connection() for _ in range(concurrency)))
+    return timings, time.perf_counter() - began_s
+
+
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict[str, Any]) -> Timing:
+    raw = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    timing = Timing(time.perf_counter())
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: baton\r\ncontent-length: %d\r\n\r\n%b" % (len(raw), raw))
+    while line := await reader.readline():
+        if b'"delta":{"content":' in line:
+            timing.arrive()
+        elif b'"choices":[],"usage":' in line:
+            timing.num_tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+        elif line == b"0\r\n":
+            await reader.readline()
+            assert timing.num_tokens, "the answer has no usage"
+            return timing
+    raise ConnectionError("the answer was cut")

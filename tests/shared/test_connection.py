@@ -1,0 +1,89 @@
+"""What Redis must be like, and what is said when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from deploy.redis import RedisServer
+from shared import connection
+from shared.errors import BrokenEnvironment
+
+GOOD: dict[str, Any] = {"redis_version": "6.2.14", "maxmemory_policy": "noeviction", "aof_enabled": 1, "role": "master"}
+
+
+@pytest.mark.parametrize(("wrong", "advice"), [
+    ({"redis_version": "6.0.16"}, "install 6.2 or later"),
+    ({"redis_version": "5.0"}, "install 6.2 or later"),
+    ({"maxmemory_policy": "allkeys-lru"}, "CONFIG SET maxmemory-policy noeviction"),
+    ({"aof_enabled": 0}, "CONFIG SET appendonly yes"),
+    ({"role": "slave"}, "address of the primary"),
+])
+def test_a_wrong_redis_is_refused_with_the_remedy(wrong: dict[str, Any], advice: str) -> None:
+    (problem,) = connection.problems(GOOD | wrong, allow_no_aof=False)
+    assert advice in problem
+
+
+def test_a_right_redis_is_accepted() -> None:
+    assert connection.problems(GOOD, allow_no_aof=False) == []
+    assert connection.problems(GOOD | {"aof_enabled": 0}, allow_no_aof=True) == []
+
+
+async def test_a_real_redis_that_evicts_is_refused(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path / "r", options=("--maxmemory-policy", "allkeys-lru")).start()
+    redis = connection.connect(server.url)
+    try:
+        with pytest.raises(BrokenEnvironment, match="noeviction"):
+            await connection.check(redis, allow_no_aof=False)
+    finally:
+        await redis.aclose()
+        server.stop()
+
+
+async def test_no_redis_and_a_wrong_password_are_one_line_each(tmp_path: Path) -> None:
+    nobody = connection.connect(f"unix://{tmp_path}/none.sock")
+    with pytest.raises(BrokenEnvironment, match="start one"):
+        await connection.check(nobody, allow_no_aof=False)
+    server = RedisServer(tmp_path / "r").start()
+    redis = connection.connect(server.url)
+    try:
+        await redis.config_set("requirepass", "secret")
+        await redis.connection_pool.disconnect()
+        with pytest.raises(BrokenEnvironment, match="password"):
+            await connection.check(redis, allow_no_aof=False)
+    finally:
+        await redis.aclose()
+        server.stop()
+
+
+def test_a_url_that_is_none_is_refused() -> None:
+    with pytest.raises(BrokenEnvironment, match="redis://"):
+        connection.connect("localhost:6379")
+
+
+async def test_a_subscription_that_is_cut_says_so_and_goes_on(each_redis: Redis, each_redis_url: str) -> None:
+    heard: list[bytes | None] = []
+
+    async def listen() -> None:
+        async for _, message in connection.listen(each_redis_url, ["channel"]):
+            heard.append(message)
+
+    async def until(number: int) -> None:
+        async with asyncio.timeout(10):
+            while len(heard) < number:
+                await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(listen())
+    await until(1)
+    await each_redis.publish("channel", "one")
+    await until(2)
+    await each_redis.client_kill_filter(_type="pubsub")
+    await until(3)
+    await each_redis.publish("channel", "two")
+    await until(4)
+    assert heard == [None, b"one", None, b"two"]
+    task.cancel()

@@ -1,0 +1,139 @@
+"""An answer in the making: what is logged, when, and that a log is enough to go on from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from shared.job import Entry, Finish, Job, Sampling, Usage
+from shared.queue import Claimed, Write
+from worker import tiny
+from worker.answer import Answer
+from worker.engine.engine import Output
+
+TOKENIZER = Tokenizer.from_file(str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"))
+
+
+def claim(n: int = 1, **sampling: Any) -> Claimed:
+    job = Job(id="job", tenant="t", pod="p", prompt_token_ids=(1, 2, 3), sampling=Sampling(max_tokens=99, **sampling),
+              tokenizer_id="", weights_id="", n=n)
+    return Claimed(job, epoch=1, position=0, num_tokens=0, alone=False)
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
+def draw(index: int, token_id: int, finish_reason: str | None = None) -> Output:
+    return Output("job", index, (token_id,), (), finish_reason)
+
+
+def entries(writes: list[Write]) -> list[Entry]:
+    return [Entry(w.epoch, w.position, w.num_tokens, w.kind, json.loads(w.data)) for w in writes]
+
+
+def text_of(log: list[Entry], index: int = 0) -> str:
+    return "".join(d.text for entry in log if entry.kind == "delta" for d in entry.deltas if d.index == index)
+
+
+def test_the_terminal_follows_the_last_delta_with_the_usage() -> None:
+    answer = Answer(claim(), TOKENIZER)
+    for token_id in ids("Hi"):
+        answer.take(draw(0, token_id))
+    answer.take(draw(0, ids("!")[0], "length"))
+    delta, end = entries(answer.flush(0.0))
+    assert delta.deltas[0].text == "Hi!"
+    assert delta.deltas[0].finish_reason == "length"
+    assert (end.position, end.finish) == (2, Finish(Usage(3, 3)))
+
+
+def test_tokens_are_gathered_but_never_a_choices_first_or_last() -> None:
+    answer = Answer(claim(), TOKENIZER)
+    first, second, third = ids("abc")
+    answer.take(draw(0, first))
+    assert answer.is_due(0.0, flush_s=1.0)
+    answer.flush(0.0)
+    answer.take(draw(0, second))
+    assert not answer.is_due(0.5, flush_s=1.0)
+    assert answer.is_due(1.0, flush_s=1.0)
+    answer.take(draw(0, third, "stop"))
+    assert answer.is_due(0.5, flush_s=1.0)
+    assert [d.token_ids for d in entries(answer.flush(0.5))[0].deltas] == [(second, third)]
+
+
+def test_a_stop_string_ends_the_choice_and_tells_the_engine() -> None:
+    answer = Answer(claim(stop=("END",)), TOKENIZER)
+    told = [answer.take(draw(0, token_id)) for token_id in ids("say END")]
+    assert told == [False] * 6 + [True]
+    delta, end = entries(answer.flush(0.0))
+    assert delta.deltas[0].text == "say "
+    assert delta.deltas[0].finish_reason == "stop"
+    assert delta.deltas[0].token_ids == tuple(ids("say END"))
+    assert end.finish.usage.num_completion_tokens == 7
+
+
+def test_what_may_begin_a_stop_string_is_released_at_the_end() -> None:
+    answer = Answer(claim(stop=("END",)), TOKENIZER)
+    *most, last = ids("the EN")
+    for token_id in most:
+        answer.take(draw(0, token_id))
+    answer.take(draw(0, last, "length"))
+    assert text_of(entries(answer.flush(0.0))) == "the EN"
+
+
+def test_choices_end_one_by_one_and_the_job_with_the_last() -> None:
+    answer = Answer(claim(n=2), TOKENIZER)
+    answer.take(draw(0, ids("a")[0], "stop"))
+    answer.take(draw(1, ids("b")[0]))
+    assert [entry.kind for entry in entries(answer.flush(0.0))] == ["delta"]
+    answer.take(draw(1, ids("c")[0], "stop"))
+    assert [entry.kind for entry in entries(answer.flush(0.0))] == ["delta", "end"]
+
+
+@given(text=st.text(alphabet="aé🙂EN D\n", min_size=1, max_size=30), cut=st.integers(0, 200),
+       flushes=st.sets(st.integers(0, 200)), stop=st.sampled_from([(), ("END",), ("N", "END"), ("🙂",)]))
+def test_another_worker_goes_on_from_the_log_alone(text: str, cut: int, flushes: set[int], stop: tuple[str, ...]) -> None:
+    """Half a character or half a stop string may lie at the cut: the joined text is that of one worker."""
+    token_ids = ids(text)
+    uninterrupted = Answer(claim(stop=stop), TOKENIZER)
+    whole = text_of(run(uninterrupted, token_ids, set()))
+
+    first = Answer(claim(stop=stop), TOKENIZER)
+    log = run(first, token_ids[:cut], flushes, end=cut >= len(token_ids))
+    logged = [token_id for entry in log if entry.kind == "delta" for d in entry.deltas for token_id in d.token_ids]
+    if not (log and log[-1].kind == "end"):
+        claimed = replace(claim(stop=stop), epoch=2, position=len(log), num_tokens=len(logged))
+        heir = Answer(claimed, TOKENIZER, log)
+        assert heir.request().continued == (tuple(logged),)
+        log += run(heir, token_ids[len(logged):], flushes)
+    assert text_of(log) == whole
+    assert [entry.position for entry in log] == list(range(1, len(log) + 1))
+
+
+def run(answer: Answer, token_ids: list[int], flushes: set[int], *, end: bool = True) -> list[Entry]:
+    """Feeds tokens one by one, flushes after some of them, and at the end if there is one."""
+    log: list[Entry] = []
+    for i, token_id in enumerate(token_ids):
+        last = end and i == len(token_ids) - 1
+        stopped = answer.take(draw(0, token_id, "length" if last else None))
+        if i in flushes or last or stopped:
+            log += entries(answer.flush(0.0))
+        if stopped:
+            break
+    return log
+
+
+@pytest.mark.parametrize("error", ["generation_failed", "job_failed"])
+def test_an_error_ends_the_log_where_it_stands(error: str) -> None:
+    answer = Answer(claim(), TOKENIZER)
+    answer.take(draw(0, ids("a")[0]))
+    log = entries([*answer.flush(0.0), answer.terminal(error)])
+    assert log[-1].finish == Finish(Usage(3, 1), error)
+    assert [entry.position for entry in log] == [1, 2]
