@@ -86,9 +86,10 @@ async def check(redis: Redis, *, allow_no_aof: bool) -> None:
     """Asserts at start what the protocol relies on. Raises BrokenEnvironment with what to change."""
     try:
         info: dict[str, Any] = await redis.info()
-    except AuthenticationError:
-        raise BrokenEnvironment("Redis wants a password: BATON_REDIS_URL=redis://:PASSWORD@HOST:PORT/0") from None
-    except (*UNREACHABLE, OSError):
+    except (*UNREACHABLE, OSError) as error:
+        # redis-py wraps a refused handshake in a plain ConnectionError.
+        if isinstance(error, AuthenticationError) or isinstance(error.__context__, AuthenticationError):
+            raise BrokenEnvironment("Redis wants a password: BATON_REDIS_URL=redis://:PASSWORD@HOST:PORT/0") from None
         raise BrokenEnvironment("no Redis answers at BATON_REDIS_URL (--redis-url): start one, or correct it") from None
     except RedisError as error:
         raise BrokenEnvironment(f"Redis does not let us look at it ({type(error).__name__}): allow INFO") from None

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     # ── the API ──
     host: str = Field("127.0.0.1", description="address that the API listens on; 0.0.0.0: every one")
     port: int = Field(30000, ge=0, le=65535, description="port that the API listens on; 0: any free one")
-    api_key: Words = Field((), description="keys that clients must present; none: the door is open")
+    api_key: Words = Field((), repr=False, description="keys that clients must present; none: the door is open")
     cors_origins: Words = Field((), description="web origins that a browser may call from; none: CORS is off")
     max_body_bytes: int = Field(8 << 20, gt=0, description="largest request body")
     max_messages: int = Field(2048, gt=0, description="most messages in one request")

@@ -14,6 +14,10 @@ from shared import connection
 from tests.system import System
 
 
+# Before torch is loaded: two teams of threads on the same cores collapse, and the tests share them with much else.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Redis for the whole run; whoever needs to break one starts its own."""

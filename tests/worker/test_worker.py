@@ -1,0 +1,152 @@
+"""The loop on a real Redis with the built-in model: what it does with bad jobs, with a Redis that dies, at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.redis import RedisServer
+from shared import connection
+from shared.card import Announcement, Card
+from shared.job import Entry, Header, Job, Sampling
+from shared.keys import DIRECTORY, new_completion_id
+from shared.settings import Settings
+from worker import tiny
+from worker.announce import make_card
+from worker.engine.engine import Engine
+from worker.model.loading import load
+from worker.worker import Worker
+
+HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=3)
+WAIT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(load(str(tiny.MODEL_FOLDER)), max_num_seqs=4)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    server = RedisServer(tmp_path / "r").start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def worker(engine: Engine, server: RedisServer) -> AsyncIterator[Worker]:
+    settings = Settings(redis_url=server.url, lease_s=1.0, idle_poll_s=0.1, announce_s=0.1)
+    redis = connection.connect(server.url)
+    worker = Worker(settings, redis, engine, make_card("m", engine), ("m",))
+    running = asyncio.create_task(worker.run())
+    yield worker
+    worker.stop()
+    await running
+    engine.check()
+    await redis.aclose()
+
+
+def make_job(worker: Worker, **changes: Any) -> Job:
+    job = Job(id=new_completion_id(worker.queue.shard), tenant="t", pod="p", prompt_token_ids=(72, 105),
+              sampling=Sampling(max_tokens=40, ignore_eos=True), tokenizer_id=worker.card.tokenizer_id,
+              weights_id=worker.card.weights_id)
+    return replace(job, **changes)
+
+
+async def ask(worker: Worker, job: Job) -> None:
+    await worker.queue.submit(job, HEADER, retain_s=60)
+
+
+async def read_until(worker: Worker, job: Job, enough: Callable[[list[Entry]], bool]) -> list[Entry]:
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            entries = await worker.queue.read(job.id)
+            if enough(entries):
+                return entries
+            await asyncio.sleep(0.01)
+
+
+def ended(entries: list[Entry]) -> bool:
+    return entries[-1].kind == "end"
+
+
+def token_ids(entries: list[Entry]) -> list[int]:
+    return [token_id for e in entries if e.kind == "delta" for delta in e.deltas for token_id in delta.token_ids]
+
+
+@pytest.mark.parametrize("wrong", [
+    {"prompt_token_ids": (10**6,)},
+    {"prompt_token_ids": ()},
+    {"prompt_token_ids": (1,) * 5000},
+    {"sampling": Sampling(max_tokens=4, logit_bias=((10**6, 1.0),))},
+    {"sampling": Sampling(max_tokens=4, stop_token_ids=(10**6,))},
+    {"n": 5},
+], ids=["id outside the vocabulary", "empty prompt", "too long", "bias outside", "stop outside", "too many choices"])
+async def test_a_job_that_could_harm_the_batch_ends_alone(worker: Worker, wrong: dict[str, Any]) -> None:
+    """The API refuses these; the worker checks again, and the healthy job beside it does not notice."""
+    healthy, poison = make_job(worker), make_job(worker, **wrong)
+    await ask(worker, healthy)
+    await ask(worker, poison)
+    if wrong.get("n") == 5:
+        # No worker of four slots ever claims it: its deadline ends it, or a larger worker takes it.
+        assert len(token_ids(await read_until(worker, healthy, ended))) == 40
+        assert (await worker.queue.describe(poison.id))["state"] == "queued"
+        await worker.queue.cancel(poison.id)
+        return
+    assert (await read_until(worker, poison, ended))[-1].finish.error == "job_failed"
+    assert len(token_ids(await read_until(worker, healthy, ended))) == 40
+
+
+async def test_a_job_of_another_version_is_given_up(worker: Worker) -> None:
+    job = make_job(worker, version=99)
+    await ask(worker, job)
+    assert (await read_until(worker, job, ended))[-1].finish.error == "job_failed"
+
+
+async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: RedisServer) -> None:
+    """Killed and started again on its AOF in mid-stream: the log goes on where it was, in the same epoch or the next."""
+    job = make_job(worker, sampling=Sampling(max_tokens=600, ignore_eos=True, seed=3))
+    whole = make_job(worker, sampling=job.sampling)
+    await ask(worker, whole)
+    expected = token_ids(await read_until(worker, whole, ended))
+    await ask(worker, job)
+    await read_until(worker, job, lambda entries: len(entries) > 3)
+    server.kill()
+    server.start()
+    entries = await read_until(worker, job, ended)
+    assert token_ids(entries) == expected
+    assert [entry.position for entry in entries] == list(range(len(entries)))
+
+
+async def test_a_cancelled_job_leaves_the_engine_within_a_step(worker: Worker) -> None:
+    job = make_job(worker, sampling=Sampling(max_tokens=1500, ignore_eos=True))
+    await ask(worker, job)
+    await read_until(worker, job, lambda entries: len(entries) > 2)
+    assert await worker.queue.cancel(job.id)
+    async with asyncio.timeout(WAIT_S):
+        while worker.engine.num_running:
+            await asyncio.sleep(0.01)
+
+
+async def test_the_card_says_what_the_api_must_know(worker: Worker) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not (raw := await worker.queue.redis.hget(DIRECTORY, worker.queue.shard.id)):
+            await asyncio.sleep(0.01)
+    announcement = Announcement.decode(raw)
+    packed: Any = await worker.queue.redis.get(worker.queue.shard.key(f"card:{announcement.card_hash}"))
+    assert Card.unpack(announcement.card_hash, packed) == worker.card
+    assert announcement.names == ("m",)
+    (portrait,) = await worker.queue.workers()
+    assert portrait["name"] == worker.name
+
+
+def test_a_card_whose_bytes_were_changed_is_refused(engine: Engine) -> None:
+    card_hash, packed = make_card("m", engine).pack()
+    with pytest.raises(ValueError, match="hash"):
+        Card.unpack("0" * 64, packed)
+    assert Card.unpack(card_hash, packed).model == "m"

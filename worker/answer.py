@@ -1,0 +1,104 @@
+"""One job in the making on this worker: the engine's token ids become text and log entries, in order.
+
+It knows text, positions and what was logged before. It knows nothing of Redis or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+
+from shared.job import Delta, Entry, Finish, FinishReason, TokenLogprob, Usage, encode_deltas
+from shared.queue import Claimed, Write
+from worker.engine.engine import Output, Request
+from worker.output.text import TextStream
+
+
+@dataclass(slots=True)
+class Choice:
+    """One of the n answers, and what it has drawn since the last flush."""
+
+    text: TextStream
+    token_ids: list[int] = field(default_factory=list)              # all that were logged before this worker's first
+    finish_reason: FinishReason | None = None
+    unflushed: list[Delta] = field(default_factory=list)
+
+
+class Answer:
+    """Rebuilt from the log when others have begun it: the same ids give the same state."""
+
+    def __init__(self, claimed: Claimed, tokenizer: Tokenizer, log: Sequence[Entry] = ()) -> None:
+        self.job = claimed.job
+        self.epoch = claimed.epoch
+        self.position = claimed.position
+        self.num_tokens = claimed.num_tokens
+        self.flushed_s = float("-inf")
+        self.choices = [Choice(TextStream(tokenizer, self.job.sampling.stop)) for _ in range(self.job.n)]
+        for delta in (delta for entry in log if entry.kind == "delta" for delta in entry.deltas):
+            choice = self.choices[delta.index]
+            choice.text.feed(delta.token_ids)
+            choice.token_ids += delta.token_ids
+            choice.finish_reason = delta.finish_reason
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.job.id} epoch {self.epoch} position {self.position}, {self.num_tokens} tokens>"
+
+    @property
+    def ended(self) -> bool:
+        return all(choice.finish_reason for choice in self.choices)
+
+    def request(self) -> Request:
+        """What the engine computes: the choices that have not ended, from where they stand."""
+        finished = frozenset(i for i, choice in enumerate(self.choices) if choice.finish_reason)
+        return Request(self.job.id, self.job.prompt_token_ids, self.job.sampling, self.job.n,
+                       tuple(tuple(choice.token_ids) for choice in self.choices), finished)
+
+    def take(self, output: Output) -> bool:
+        """A choice gained tokens. True when a stop string ended it, and the engine has to be told."""
+        choice = self.choices[output.index]
+        text = choice.text.feed(output.token_ids)
+        if choice.text.stopped:
+            choice.finish_reason = "stop"
+        elif output.finish_reason:
+            choice.finish_reason = output.finish_reason  # type: ignore[assignment]
+            text += choice.text.finish()
+            if choice.text.stopped:
+                choice.finish_reason = "stop"
+        logprobs = tuple(TokenLogprob(*entry) for entry in output.logprobs)
+        choice.unflushed.append(Delta(output.index, output.token_ids, text, choice.finish_reason, logprobs))
+        return choice.text.stopped and not output.finish_reason
+
+    def is_due(self, now_s: float, flush_s: float) -> bool:
+        """Whether to log what was drawn. A flush that gathers never holds a choice's first or last tokens."""
+        return any(choice.unflushed for choice in self.choices) and (
+            now_s - self.flushed_s >= flush_s
+            or any(choice.unflushed and (choice.finish_reason or not choice.token_ids) for choice in self.choices))
+
+    def flush(self, now_s: float) -> list[Write]:
+        """The entries that log what was drawn since the last flush, and the terminal when that was all."""
+        deltas = [_merge(choice.unflushed) for choice in self.choices if choice.unflushed]
+        for choice in self.choices:
+            choice.token_ids += [token_id for delta in choice.unflushed for token_id in delta.token_ids]
+            choice.unflushed.clear()
+        self.flushed_s = now_s
+        self.num_tokens += sum(len(delta.token_ids) for delta in deltas)
+        writes = [self._write("delta", encode_deltas(deltas))] if deltas else []
+        return [*writes, self.terminal()] if self.ended else writes
+
+    def terminal(self, error: str | None = None) -> Write:
+        usage = Usage(len(self.job.prompt_token_ids), self.num_tokens)
+        return self._write("end", Finish(usage, error).encode())
+
+    def _write(self, kind: str, data: str) -> Write:
+        self.position += 1
+        return Write(self.job.id, self.epoch, self.position, self.num_tokens, kind, data)  # type: ignore[arg-type]
+
+
+def _merge(deltas: list[Delta]) -> Delta:
+    if len(deltas) == 1:
+        return deltas[0]
+    return Delta(deltas[0].index, tuple(token_id for delta in deltas for token_id in delta.token_ids),
+                 "".join(delta.text for delta in deltas), deltas[-1].finish_reason,
+                 tuple(entry for delta in deltas for entry in delta.logprobs))

@@ -1,0 +1,246 @@
+"""The worker: claim, step, publish, finish, in one loop. The only file of this room that speaks to Redis.
+
+The loop is also the heartbeat: what renews the lease is a step that was made, never a task at its side. A step blocks
+the event loop on purpose: a thread of its own would fight it for the interpreter lock, and a publish (some 0.5 ms, no
+more often than `flush_s`) costs less than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+from tokenizers import Tokenizer
+
+from shared import connection
+from shared.card import Announcement, Card
+from shared.errors import StreamLost
+from shared.keys import DIRECTORY, Shard
+from shared.queue import Claimed, Outcome, Queue, Write
+from shared.reaper import reap
+from shared.settings import Settings
+from worker.answer import Answer
+from worker.engine.engine import Engine, Output
+
+log = logging.getLogger(__name__)
+
+AWAY = (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError)
+STEPS_REMEMBERED = 1000                                 # for the step times that a worker shows
+FORGET_MODEL_S = 3600.0                                 # a model that nobody serves stays known this long: 503, not 404
+
+
+class Worker:
+    def __init__(self, settings: Settings, redis: Redis, engine: Engine, card: Card, names: tuple[str, ...]) -> None:
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"   # of this incarnation
+        self.settings = settings
+        self.engine = engine
+        self.card = card
+        self.queue = Queue(redis, Shard.of(names[0], settings.shard), settings)
+        self._names = names
+        self._card_hash, self._card_bytes = card.pack()
+        self._tokenizer = Tokenizer.from_str(card.tokenizer_json)
+        self._answers: dict[str, Answer] = {}
+        self._alone = False                             # the one answer here must run by itself
+        self._claim_sequence = 1
+        self._claimed_s = self._renewed_s = self._announced_s = float("-inf")
+        self._wake = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._announcing: asyncio.Task[None] | None = None
+        self._step_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._num_tokens = 0                            # drawn since the last announcement
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.name} {self.engine!r}>"
+
+    def stop(self) -> None:
+        """Ends the loop after the running step; what is held goes to others at once."""
+        self._stopping.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until `stop()`."""
+        chores = [asyncio.create_task(self._listen()), asyncio.create_task(reap(lambda: [self.queue], self.settings))]
+        log.info("%s serves %s", self.name, ", ".join(self._names))
+        try:
+            while not self._stopping.is_set():
+                await self._turn()
+            log.info("%s hands over %d jobs", self.name, await self.queue.release(self.name))
+        except AWAY:
+            log.warning("%s leaves without Redis: its jobs go to others when its lease ends", self.name)
+        finally:
+            for task in (*chores, self._announcing):
+                if task:
+                    task.cancel()
+
+    async def _turn(self) -> None:
+        await self._admit()
+        self._announce()
+        if self.engine.has_work:
+            outputs = self._step()
+            await asyncio.sleep(0)                      # lets in what arrived meanwhile: wake-ups, signals
+        else:
+            outputs = []
+            await self._rest()
+        await self._publish(self._collect(outputs))
+
+    def _step(self) -> list[Output]:
+        began_s = time.perf_counter()
+        outputs = self.engine.step()
+        self._step_s.append(time.perf_counter() - began_s)
+        return outputs
+
+    async def _rest(self) -> None:
+        """Nothing to compute: until something is submitted, or it is time to claim and renew anyway."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), self.settings.idle_poll_s)
+
+    # ── claim ──
+
+    async def _admit(self) -> None:
+        """Takes jobs when there is room and something was said of new ones, or it is time to look."""
+        now_s = time.monotonic()
+        if not self._wake.is_set() and now_s - self._claimed_s < self.settings.idle_poll_s:
+            return
+        num_free = self.engine.num_free_seqs
+        if num_free <= 0 or (self._answers and self._alone):
+            return
+        self._wake.clear()
+        self._claimed_s = now_s
+        card = self.card
+        try:
+            claims = await self.queue.claim(self.name, self._claim_sequence, num_free, tokenizer_id=card.tokenizer_id,
+                                            weights_id=card.weights_id, numerics_id=card.numerics_id)
+            self._renewed_s = now_s
+            for claimed in claims.jobs:
+                await self._begin(claimed)
+        except AWAY as error:
+            log.warning("claim: Redis is away (%s)", type(error).__name__)
+            await asyncio.sleep(connection.RECONNECT_S)
+            return                                      # the same sequence again gives the same jobs again
+        for job_id in claims.malformed:
+            log.error("job %s does not decode: given up", job_id)
+            await self.queue.cancel(job_id, "job_failed")
+        self._claim_sequence += 1
+        self._alone = any(claimed.alone for claimed in claims.jobs)
+
+    async def _begin(self, claimed: Claimed) -> None:
+        if claimed.job.id in self._answers:
+            return
+        try:
+            entries = await self.queue.read(claimed.job.id) if claimed.position else []
+        except StreamLost:
+            return                                      # it ended, or is gone: nobody waits for it
+        answer = Answer(claimed, self._tokenizer, entries)
+        try:
+            if not answer.ended:
+                self.engine.add(answer.request())
+        except ValueError as error:
+            log.error("job %s is refused by the engine: %s", claimed.job.id, error)
+            await self.queue.publish(self.name, [answer.terminal("job_failed")])
+            return
+        self._answers[claimed.job.id] = answer
+        if claimed.position:
+            log.info("continues %r", answer)
+
+    # ── publish ──
+
+    def _collect(self, outputs: Sequence[Output]) -> list[Write]:
+        """This step's log entries, from what the engine drew."""
+        self._num_tokens += sum(len(output.token_ids) for output in outputs)
+        failed: dict[str, Answer] = {}
+        for output in outputs:
+            answer = self._answers.get(output.request_id)
+            if answer is None:
+                continue
+            if output.finish_reason == "error":
+                failed[output.request_id] = answer
+            elif answer.take(output):
+                self.engine.abort(output.request_id, output.index)
+        now_s = time.monotonic()
+        flush_s = self.settings.flush_s
+        writes = [write for answer in self._answers.values() if answer.ended or answer.is_due(now_s, flush_s)
+                  for write in answer.flush(now_s)]
+        for job_id, answer in failed.items():
+            writes.append(answer.terminal("generation_failed"))
+            self.engine.abort(job_id)
+        for write in writes:
+            if write.kind == "end":
+                del self._answers[write.job_id]
+        return writes
+
+    async def _publish(self, writes: list[Write]) -> None:
+        """Says what was drawn and renews the lease. A job that is no longer ours is dropped."""
+        now_s = time.monotonic()
+        if not writes and now_s - self._renewed_s < self.settings.lease_s / 4:
+            return
+        outcomes = await self._send(writes)
+        self._renewed_s = now_s
+        for write, outcome in zip(writes, outcomes, strict=True):
+            if outcome != "ok" and write.job_id in self._answers:
+                del self._answers[write.job_id]
+                self.engine.abort(write.job_id)
+                log.info("job %s is not ours any more (%s)", write.job_id, outcome)
+
+    async def _send(self, writes: list[Write]) -> list[Outcome]:
+        """The same entries again, until Redis says what became of them: it knows those that it has."""
+        while True:
+            try:
+                return await self.queue.publish(self.name, writes)
+            except AWAY as error:
+                log.warning("publish: Redis is away (%s)", type(error).__name__)
+                if self._stopping.is_set():
+                    raise
+                await asyncio.sleep(connection.RECONNECT_S)
+
+    # ── what others see ──
+
+    async def _listen(self) -> None:
+        async for _ in connection.listen(self.settings.redis_url, [self.queue.shard.key("wake")]):
+            self._wake.set()
+
+    def _announce(self) -> None:
+        """Called by the loop, so that a worker whose steps hang is not announced any more."""
+        now_s = time.monotonic()
+        passed_s = now_s - self._announced_s
+        if passed_s < self.settings.announce_s or (self._announcing and not self._announcing.done()):
+            return
+        tokens_per_s, self._num_tokens, self._announced_s = self._num_tokens / passed_s, 0, now_s
+        self._announcing = asyncio.create_task(self._say(tokens_per_s))
+
+    async def _say(self, tokens_per_s: float) -> None:
+        redis, key, ttl_ms = self.queue.redis, self.queue.shard.key, round(self.settings.announce_ttl_s * 1000)
+        try:
+            seconds, micros = await redis.time()
+            now_ms = seconds * 1000 + micros // 1000
+            word = Announcement(self.queue.shard.id, self._names, self._card_hash, now_ms + ttl_ms)
+            async with redis.pipeline(transaction=False) as pipe:
+                pipe.hset(key(f"worker:{self.name}"), mapping=self._portrait(tokens_per_s))
+                pipe.pexpire(key(f"worker:{self.name}"), ttl_ms)
+                pipe.set(key(f"card:{self._card_hash}"), self._card_bytes, px=ttl_ms)
+                pipe.hset(DIRECTORY, word.shard, word.encode())
+                pipe.hgetall(DIRECTORY)
+                *_, fields = await pipe.execute()
+            stale = [field for field, raw in fields.items()
+                     if Announcement.decode(raw).expires_ms < now_ms - FORGET_MODEL_S * 1000]
+            if stale:
+                await redis.hdel(DIRECTORY, *stale)
+        except AWAY as error:
+            log.warning("announce: Redis is away (%s)", type(error).__name__)
+
+    def _portrait(self, tokens_per_s: float) -> dict[Any, Any]:
+        step_ms = sorted(1000 * step_s for step_s in self._step_s) or [0.0]
+        return {"name": self.name, "model": self._names[0], "host": socket.gethostname(), "pid": os.getpid(),
+                "num_running": self.engine.num_running, "num_waiting": self.engine.num_waiting,
+                "num_jobs": len(self._answers), "tokens_per_s": round(tokens_per_s, 1),
+                "step_p50_ms": round(step_ms[len(step_ms) // 2], 2),
+                "step_p99_ms": round(step_ms[int(len(step_ms) * 0.99)], 2),
+                "card": self._card_hash, "numerics_id": self.card.numerics_id, "engine": repr(self.engine)}
