@@ -23,6 +23,7 @@ class Card:
     tokenizer_json: str                                 # of the `tokenizers` library
     chat_templates: dict[str, str]                      # by name; 'default' is the one for chats
     special_tokens: dict[str, str]                      # bos_token, eos_token, …: what templates may refer to
+    sampling_defaults: dict[str, float]                 # of the model's generation_config: what a request leaves open
     eos_token_ids: tuple[int, ...]
     vocab_size: int                                     # rows of the logits; no id at or above reaches a worker
     max_model_len: int                                  # prompt and answer together, in tokens

@@ -104,11 +104,25 @@ class MethodNotAllowed(APIError):
     text = "This address does not take this method."
 
 
+class TooSlow(APIError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+    text = "The request did not arrive in time."
+
+
 class BodyTooLarge(APIError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
     text = "The body of the request is too large."
+
+
+class HeadTooLarge(APIError):
+    status = 431
+    type = "invalid_request_error"
+    code = "request_headers_too_large"
+    text = "The headers of the request are too large."
 
 
 class Overloaded(APIError):
@@ -131,6 +145,10 @@ class Unavailable(APIError):
     type = "service_unavailable_error"
     code = "service_unavailable"
     text = "The service is not ready. Please retry."
+
+
+class Draining(Unavailable):
+    text = "This server is about to stop. Please retry: another one will answer."
 
 
 class NoWorker(Unavailable):

@@ -153,7 +153,7 @@ class Job:
     n: int = 1
     priority: int = 0                                   # 0: interactive; higher waits behind lower
     created_s: int = 0
-    deadline_s: float = 600.0                           # of life after acceptance, in Redis time
+    deadline_s: float = 3600.0                          # of life after acceptance, in Redis time
     version: int = SCHEMA_VERSION
 
     def encode(self) -> bytes:

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     max_queued: int = Field(4096, gt=0, description="jobs in line, per shard, before submit refuses")
     max_tenant_choices: int = Field(4096, gt=0, description="live choices of one API key, per shard")
     max_redis_fraction: float = Field(0.85, gt=0, le=1, description="share of Redis' maxmemory before submit refuses")
-    request_deadline_s: float = Field(600.0, gt=0, description="what a request may take, waiting included")
+    request_deadline_s: float = Field(3600.0, gt=0, description="what a request may take, waiting included")
     retain_s: float = Field(600.0, gt=0, description="how long the log of a finished answer is kept")
 
     # ── the worker ──

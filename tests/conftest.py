@@ -14,6 +14,21 @@ from shared import connection
 from tests.system import System
 
 
+REPORT: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def report() -> list[str]:
+    """Lines that are shown at the end of the run."""
+    return REPORT
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if REPORT:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(REPORT))
+
+
 # Before torch is loaded: two teams of threads on the same cores collapse, and the tests share them with much else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,12 +115,12 @@ class System:
         eventually(f"{number} workers have a lease",
                    lambda: all(map(alive, self.workers)) and self.redis.zcard(leases) == number, START_S)
         for url in self.pods:
-            eventually("the pod knows the model", lambda url=url: httpx.get(f"{url}/ready").json().get("models"), START_S)
+            eventually("the pod knows the model", partial(models, url), START_S)
 
     def worker_of(self, completion_id: str) -> Process:
         """The worker process that holds a job."""
         def holder() -> Process | None:
-            name = self.redis.hget(self.shard.key(f"job:{completion_id}"), "worker")
+            name: Any = self.redis.hget(self.shard.key(f"job:{completion_id}"), "worker")
             return next((w for w in self.workers if name and f"-{w.popen.pid}-" in name.decode()), None)
 
         return eventually("the job is held by one of our workers", holder)
@@ -149,6 +150,11 @@ class System:
 def alive(process: Process) -> bool:
     assert process.popen.poll() is None, f"{process.arguments} ended with {process.popen.returncode}:\n{process.said}"
     return True
+
+
+def models(url: str) -> list[str]:
+    """What a pod serves, as it says itself."""
+    return list(httpx.get(f"{url}/ready").json().get("models", []))
 
 
 def answers(url: str) -> bool:

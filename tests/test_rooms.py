@@ -37,8 +37,8 @@ def modules() -> Iterator[Path]:
 def imported(path: Path) -> Iterator[str]:
     """Full names of what a module imports, but for what only the type checker sees."""
     tree = ast.parse(path.read_text())
-    unseen = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-              for inner in ast.walk(node)}
+    unseen = {id(inner) for node in ast.walk(tree)
+              if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in unseen:
             continue

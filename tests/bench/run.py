@@ -53,10 +53,10 @@ def main() -> None:
 def bodies(args: argparse.Namespace, model: str, number: int) -> list[dict[str, Any]]:
     """Requests that differ, so that no cache helps, and that all take the same work."""
     draw = random.Random(number)
-    words = "count spell reverse add seven apple river window yellow basket".split()
+    words = ["count", "spell", "reverse", "add", "seven", "apple", "river", "window", "yellow", "basket"]
+    prompts = [" ".join(draw.choices(words, k=args.prompt_chars))[:args.prompt_chars] for _ in range(number)]
     return [{"model": model, "max_tokens": args.tokens, "ignore_eos": True, "seed": draw.getrandbits(32),
-             "messages": [{"role": "user", "content": " ".join(draw.choices(words, k=args.prompt_chars))[:args.prompt_chars]}]}
-            for _ in range(number)]
+             "messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
 
 
 def measure_service(args: argparse.Namespace, folder: Path) -> dict[int, dict[str, float]]:
@@ -82,7 +82,7 @@ def _through_http(args: argparse.Namespace, url: str, concurrency: int) -> dict[
 
 def measure_engine(args: argparse.Namespace) -> dict[int, dict[str, float]]:
     """The engine alone, in the worker's own build: token ids in, token ids out."""
-    from api.directory import Tokenizer
+    from shared.tokenizer import Tokenizer
     from api.submit import resolve_sampling
     from api.wire.request import ChatRequest
     from shared.settings import Settings
@@ -103,7 +103,8 @@ def measure_engine(args: argparse.Namespace) -> dict[int, dict[str, float]]:
         return made
 
     def run(number: int, concurrency: int) -> tuple[list[Timing], float]:
-        waiting, timings, ended = list(reversed(requests(number))), {}, []
+        waiting, ended = list(reversed(requests(number))), []
+        timings: dict[str, Timing] = {}
         began_s = time.perf_counter()
         while waiting or timings:
             while waiting and len(timings) < concurrency:
@@ -148,7 +149,7 @@ def show(args: argparse.Namespace, service: dict[int, dict[str, float]], engine:
             table.add_row("", "engine alone", *map(_cell, alone.values()), style="dim")
             added = [measured[name] - alone[name] for name in ("ttft_p50_ms", "ttft_p99_ms", "per_token_ms")]
             table.add_row("", "queue + API add", "", *map(_cell, added), style="bold", end_section=True)
-    Console(width=110).print(table, "times in ms; tokens that come faster than flush_s arrive several at a time", sep="\n")
+    Console(width=110).print(table, "times in ms; tokens faster than flush_s arrive several at a time", sep="\n")
 
 
 def _cell(value: float) -> str:

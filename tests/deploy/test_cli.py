@@ -17,14 +17,15 @@ import pytest
 from tests.system import BATON, REPOSITORY, System, eventually
 
 
-def baton(*arguments: str, stdin: str = "", timeout_s: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*BATON, *arguments], cwd=REPOSITORY, env=os.environ | variables, input=stdin,
-                          capture_output=True, text=True, timeout=timeout_s, check=False)
+def baton(*arguments: str, stdin: str = "", environment: dict[str, str] | None = None
+          ) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*BATON, *arguments], cwd=REPOSITORY, env=os.environ | (environment or {}), input=stdin,
+                          capture_output=True, text=True, timeout=60, check=False)
 
 
 def refusal(*arguments: str, **variables: str) -> str:
     """The one line that a broken environment gets."""
-    ended = baton(*arguments, **variables)
+    ended = baton(*arguments, environment=variables)
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
     *_, line = ended.stderr.strip().splitlines()
@@ -68,8 +69,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
     data = tmp_path_factory.mktemp("s")
     log = (data / "log").open("w+")
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    process = subprocess.Popen([*BATON, "serve", "--port", "0", "--apis", "2", "--data-dir", str(data)], cwd=REPOSITORY,
-                               env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([*BATON, "serve", "--port", "0", "--apis", "2", "--data-dir", str(data)],
+                               cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True)
 
     def ready() -> re.Match[str] | None:
         text = Path(log.name).read_text()

@@ -42,6 +42,7 @@ def test_an_id_says_where_its_log_is_and_is_not_guessed() -> None:
     assert all(shard_of(i) == shard and len(i.split("-")[-1]) == 32 for i in ids)
 
 
-@pytest.mark.parametrize("text", ["", "chatcmpl-", "chatcmpl-a-b", "x-1-2-3", "chatcmpl-{a}-0-1", "chatcmpl-a-0-é", "a" * 999])
+@pytest.mark.parametrize("text", [
+    "", "chatcmpl-", "chatcmpl-a-b", "x-1-2-3", "chatcmpl-{a}-0-1", "chatcmpl-a-0-é", "a" * 999])
 def test_what_is_no_id_has_no_shard(text: str) -> None:
     assert shard_of(text) is None

@@ -99,7 +99,8 @@ def test_choices_end_one_by_one_and_the_job_with_the_last() -> None:
 
 @given(text=st.text(alphabet="aé🙂EN D\n", min_size=1, max_size=30), cut=st.integers(0, 200),
        flushes=st.sets(st.integers(0, 200)), stop=st.sampled_from([(), ("END",), ("N", "END"), ("🙂",)]))
-def test_another_worker_goes_on_from_the_log_alone(text: str, cut: int, flushes: set[int], stop: tuple[str, ...]) -> None:
+def test_another_worker_goes_on_from_the_log_alone(text: str, cut: int, flushes: set[int],
+                                                    stop: tuple[str, ...]) -> None:
     """Half a character or half a stop string may lie at the cut: the joined text is that of one worker."""
     token_ids = ids(text)
     uninterrupted = Answer(claim(stop=stop), TOKENIZER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+def server(tmp_path: Path) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path / "r").start()
     yield server
     server.stop()
@@ -109,7 +109,7 @@ async def test_a_job_of_another_version_is_given_up(worker: Worker) -> None:
 
 
 async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: RedisServer) -> None:
-    """Killed and started again on its AOF in mid-stream: the log goes on where it was, in the same epoch or the next."""
+    """Killed and started again on its AOF in mid-stream: the log goes on where it was, with the same tokens."""
     job = make_job(worker, sampling=Sampling(max_tokens=600, ignore_eos=True, seed=3))
     whole = make_job(worker, sampling=job.sampling)
     await ask(worker, whole)
@@ -135,8 +135,9 @@ async def test_a_cancelled_job_leaves_the_engine_within_a_step(worker: Worker) -
 
 async def test_the_card_says_what_the_api_must_know(worker: Worker) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not (raw := await worker.queue.redis.hget(DIRECTORY, worker.queue.shard.id)):
+        while not await worker.queue.redis.hget(DIRECTORY, worker.queue.shard.id):
             await asyncio.sleep(0.01)
+    raw: Any = await worker.queue.redis.hget(DIRECTORY, worker.queue.shard.id)
     announcement = Announcement.decode(raw)
     packed: Any = await worker.queue.redis.get(worker.queue.shard.key(f"card:{announcement.card_hash}"))
     assert Card.unpack(announcement.card_hash, packed) == worker.card

@@ -5,6 +5,7 @@ How often the model answers right is asked elsewhere; nothing here runs it.
 
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,7 +32,8 @@ CHATS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
          {"role": "user", "content": [{"type": "text", "text": "Hé"}, {"type": "text", "text": "llo"}]}], None),
     "tools without a system turn": ([{"role": "user", "content": "Hi"}], held_out("tool_call", 1)[0].tools),
     "tools with a system turn": (
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], held_out("tool_call", 1)[0].tools),
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        held_out("tool_call", 1)[0].tools),
     "calls and results": (
         [{"role": "user", "content": "Weather in Rome and Köln?"},
          {"role": "assistant", "content": None, "tool_calls": [
@@ -70,7 +72,7 @@ def test_a_check_accepts_its_reference_and_nothing_else(skill: str) -> None:
     """Also not the answer cut short, with more behind it, or of another question."""
     questions = held_out(skill, 200)
     assert len({json.dumps([question.messages, question.tools]) for question in questions}) > 100
-    for question, other in zip(questions, questions[1:], strict=False):
+    for question, other in pairwise(questions):
         assert question.check(question.answer)
         assert question.check(f" {question.answer}\n")
         assert not question.check("")
@@ -117,7 +119,7 @@ def test_tool_marks_show_in_the_text_and_chat_marks_do_not() -> None:
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 def test_the_template_says_the_same_in_transformers_and_in_plain_jinja(chat: str, add_generation_prompt: bool) -> None:
     messages, tools = CHATS[chat]
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     theirs = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
                                            add_generation_prompt=add_generation_prompt)
     assert _plain_jinja(messages, tools, add_generation_prompt) == theirs
@@ -136,7 +138,8 @@ def test_the_loss_is_on_answers_and_their_ends_only(skill: str) -> None:
     messages = [*question.messages, assistant(question.answer)]
     token_ids = encode(messages, question.tools)
     learnt = [token_id for token_id, answer in zip(token_ids, is_answer(token_ids), strict=True) if answer]
-    answers = [encode([message])[len(b"assistant\n") + 1 : -1] for message in messages if message["role"] == "assistant"]
+    spoken = [message for message in messages if message["role"] == "assistant"]
+    answers = [encode([message])[len(b"assistant\n") + 1 : -1] for message in spoken]
     assert learnt == [token_id for answer in answers for token_id in answer]
     assert learnt[-1] == END_ID
     assert decode(answers[-1]) == question.answer
@@ -171,9 +174,12 @@ def _shipped() -> Tokenizer:
     return Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
 
 
-def _plain_jinja(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool) -> str:
+def _plain_jinja(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+) -> str:
     """As a process without transformers renders the shipped file."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     template = environment.from_string((MODEL_FOLDER / "chat_template.jinja").read_text())
     return template.render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)

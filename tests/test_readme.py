@@ -1,0 +1,57 @@
+"""The README is true: its tables are the code's, its program runs, its rooms exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shared.keys import SHARD_KEYS
+from shared.settings import Settings
+from tests.system import System
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def rows(first_cell: str) -> list[list[str]]:
+    lines = [line for line in README.splitlines() if re.match(rf"\| `{first_cell}", line)]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[name.strip("`"), *rest] for name, *rest in cells]
+
+
+def test_the_settings_are_listed_as_they_are() -> None:
+    listed = {name: (default.strip("`"), text) for name, default, text in rows("BATON_")}
+    expected = {}
+    for name, setting in Settings.model_fields.items():
+        default = setting.default
+        shown = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
+        expected[f"BATON_{name.upper()}"] = (shown, setting.description)
+    assert listed == expected
+
+
+def test_the_keys_are_listed_as_they_are() -> None:
+    listed = {row[0]: tuple(row[1:]) for row in rows("") if row[0] in SHARD_KEYS}
+    assert listed == SHARD_KEYS
+
+
+def test_the_rooms_of_the_picture_exist() -> None:
+    picture = README.partition("## The rooms")[2].partition("```\n")[2].partition("```")[0]
+    for room, text in re.findall(r"^(\w+)/ +(.*(?:\n {11}.*)*)", picture, re.MULTILINE):
+        for part in re.findall(r"\b(\w+)(?:/|\.py)", text):
+            assert (ROOT / room / part).exists() or (ROOT / room / f"{part}.py").exists(), f"{room}/{part}"
+
+
+def test_the_program_runs(system: System, capsys: pytest.CaptureFixture[str]) -> None:
+    program = README.partition("```python\n")[2].partition("```")[0]
+    exec(program.replace("http://localhost:30000", system.url), {})
+    answer, tokens = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert answer == ", ".join(map(str, range(1, 41)))
+    assert re.fullmatch(r"Tokens: \d+ \+ \d+", tokens)
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,151 @@
+"""A sequence's tokens do not depend on its neighbours, and another worker continues them exactly."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.job import Sampling
+from tests.worker.engine.driver import alone, greedy, run, seeded, token_ids
+from tests.worker.families import VOCAB_SIZE, save
+from worker.engine.engine import Engine, Output, Request
+from worker.model.loading import load
+
+CHUNK = 32
+
+
+@pytest.fixture(scope="module", params=[("llama", "float32"), ("llama", "bfloat16"), ("mixtral", "bfloat16"),
+                                        ("gemma2", "bfloat16")], ids="-".join)
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Engine]:
+    """Two workers of one `numerics_id`."""
+    family, dtype = request.param
+    folder: Path = save(family, tmp_path_factory.mktemp("m"), torch.float32 if dtype == "float32" else torch.bfloat16)
+    pair = [Engine(load(str(folder), dtype=dtype), max_num_seqs=12, prefill_chunk=CHUNK) for _ in "ab"]
+    assert pair[0].numerics_id == pair[1].numerics_id
+    return pair
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    draw = random.Random(f"{seed}/{length}")
+    return tuple(draw.randrange(2, VOCAB_SIZE) for _ in range(length))
+
+
+PENALTIES: dict[str, Any] = {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
+EACH: dict[str, Sampling] = {
+    "greedy": greedy(60),
+    "seeded": seeded(60, seed=2**64 - 1, temperature=1.3),
+    "truncated": seeded(60, top_p=0.8, top_k=40, min_p=0.02),
+    "penalized": seeded(60, **PENALTIES),
+    "biased": greedy(60, logit_bias=((5, 3.0), (9, -100.0)), num_logprobs=4),
+}
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_neighbours_change_nothing(engines: list[Engine], kind: str) -> None:
+    """Alone, and among others that join and leave: the same tokens and the same log probabilities, to the bit."""
+    engine = engines[0]
+    request = Request("it", prompt(45), EACH[kind])
+    by_itself = run(engine, {0: [request]})["it", 0]
+    crowd = {0: [Request(f"a{i}", prompt(10 * i + 5, i), seeded(20 + 7 * i, seed=i)) for i in range(4)],
+             2: [request], 9: [Request(f"b{i}", prompt(33 + i, i), greedy(30)) for i in range(5)]}
+    among_others = run(engine, crowd)["it", 0]
+    assert flat(among_others) == flat(by_itself)
+
+
+def flat(outputs: list[Output]) -> list[tuple[Any, ...]]:
+    return [(token_id, output.logprobs) for output in outputs for token_id in output.token_ids]
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_another_worker_continues_exactly(engines: list[Engine], kind: str) -> None:
+    """Cut after several numbers of tokens: what was published is replayed, and what follows is the same."""
+    first, second = engines
+    request = Request("it", prompt(45), EACH[kind])
+    whole = run(first, {0: [request]})["it", 0]
+    for cut in (1, 2, 7, 31, 33, 59):
+        published = tuple(token_ids(whole)[:cut])
+        continued = Request("it", request.prompt_token_ids, request.sampling, continued=(published,))
+        noise = Request("other", prompt(20, cut), seeded(25))
+        rest = run(second, {0: [noise, continued]})["it", 0]
+        assert flat(rest) == flat(whole)[cut:], f"cut after {cut}"
+
+
+def test_choices_share_a_prompt_and_nothing_else(engines: list[Engine]) -> None:
+    """n choices differ, repeat with the seed, and each is what it would be if the others had ended before."""
+    sampling = seeded(40, temperature=1.5)
+    together = alone(engines[0], Request("it", prompt(50), sampling, n=4))
+    assert len({tuple(ids) for ids in together.values()}) == 4
+    cut = {index: ids[:10 + index] for index, ids in together.items()}
+    rest = alone(engines[1], Request("it", prompt(50), sampling, n=4, finished=frozenset({1}),
+                                     continued=tuple(tuple(cut[index]) for index in range(4))))
+    assert {index: cut[index] + rest[index] for index in (0, 2, 3)} == {i: together[i] for i in (0, 2, 3)}
+    assert 1 not in rest
+
+
+def test_a_token_that_ended_an_answer_ends_a_continued_one(engines: list[Engine]) -> None:
+    """The worker died after the last token was published, before the end was: the heir only says that it ended."""
+    outputs = run(engines[0], {0: [Request("it", prompt(4), greedy(3), continued=((5, 6, 7),))]})["it", 0]
+    assert [(output.token_ids, output.finish_reason) for output in outputs] == [((), "length")]
+
+
+def test_stop_tokens_end_an_answer_but_not_before_min_tokens(engines: list[Engine]) -> None:
+    """The stop token is part of the answer; below min_tokens it is never drawn."""
+    engine = engines[0]
+    free = alone(engine, Request("it", prompt(9), greedy(30)))[0]
+    stop = free[4]
+    sampling = Sampling(max_tokens=30, temperature=0.0, stop_token_ids=(stop,), ignore_eos=True)
+    (*_, last) = run(engine, {0: [Request("it", prompt(9), sampling)]})["it", 0]
+    assert last.finish_reason == "stop"
+    assert last.token_ids == (stop,)
+    late = Sampling(max_tokens=30, temperature=0.0, stop_token_ids=(stop,), ignore_eos=True, min_tokens=20)
+    assert stop not in alone(engine, Request("it", prompt(9), late))[0][:20]
+
+
+def test_every_way_out_frees_its_slot(engines: list[Engine]) -> None:
+    """Aborted while waiting, in prefill, in decode, one choice of several, and twice."""
+    engine = engines[0]
+    for steps in range(6):
+        for i in range(5):
+            engine.add(Request(f"r{i}", prompt(90, i), seeded(40), n=4))
+        for _ in range(steps):
+            engine.step()
+        engine.abort("r0", 2)
+        engine.abort("r0", 0)
+        for i in range(5):
+            engine.abort(f"r{i}")
+            engine.abort(f"r{i}")
+        assert not engine.has_work
+        engine.check()
+
+
+@pytest.mark.parametrize("wrong", [
+    {"prompt_token_ids": ()}, {"prompt_token_ids": (VOCAB_SIZE,)}, {"prompt_token_ids": (-1,)},
+    {"prompt_token_ids": (2,) * 600}, {"n": 0}, {"n": 99}, {"continued": ((1,), (2,))}, {"finished": frozenset({0})},
+    {"sampling": greedy(0)}, {"sampling": greedy(4, logit_bias=((VOCAB_SIZE, 1.0),))},
+    {"sampling": greedy(4, logit_bias=((1, float("nan")),))}, {"sampling": greedy(4, stop_token_ids=(-1,))},
+    {"sampling": seeded(4, seed=-1)}, {"sampling": Sampling(max_tokens=4, temperature=float("nan"))},
+    {"sampling": greedy(4, num_logprobs=10**6)}, {"continued": ((VOCAB_SIZE,),)},
+], ids=str)
+def test_what_could_harm_a_batch_is_refused(engines: list[Engine], wrong: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"id": "it", "prompt_token_ids": (2, 3), "sampling": greedy(4)} | wrong
+    with pytest.raises(ValueError, match=r"\w"):
+        engines[0].add(Request(**fields))
+    assert not engines[0].has_work
+
+
+def test_numbers_that_are_none_end_their_request_alone(tmp_path: Path) -> None:
+    """One token's embedding is NaN: who uses it ends with an error, the neighbour in the same batch goes on."""
+    model = load(str(save("llama", tmp_path)), dtype="float32")
+    engine = Engine(model, max_num_seqs=4, prefill_chunk=CHUNK)
+    healthy = Request("healthy", prompt(12), greedy(30))
+    expected = alone(engine, healthy)[0]
+    poison = next(i for i in range(2, VOCAB_SIZE) if i not in (*expected, *healthy.prompt_token_ids))
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight[poison] = float("nan")
+    outputs = run(engine, {0: [healthy], 3: [Request("sick", (3, poison, 4), greedy(30))]})
+    assert [output.finish_reason for output in outputs["sick", 0]] == ["error"]
+    assert token_ids(outputs["healthy", 0]) == expected

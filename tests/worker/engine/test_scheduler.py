@@ -1,0 +1,67 @@
+"""The scheduler's promises, for any state of the batch: no clock, no tensor."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.engine.scheduler import MIN_CHUNK_COST, Progress, schedule
+
+MAX_ROWS, CHUNK = 8, 64
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Progress]:
+    slots = draw(st.lists(st.integers(0, 40), unique=True, max_size=24))
+    batch = []
+    for slot in slots:
+        num_prompt = draw(st.integers(1, 300))
+        num_tokens = num_prompt + draw(st.integers(0, 60))
+        in_prefill = draw(st.integers(0, (num_prompt - 1) // CHUNK)) * CHUNK
+        in_decode = draw(st.integers(num_prompt, max(num_prompt, num_tokens - 1)))
+        computed = in_decode if num_tokens > num_prompt and draw(st.booleans()) else in_prefill
+        batch.append(Progress(slot, num_prompt, computed, num_tokens))
+    return batch
+
+
+@given(batches())
+def test_every_decoding_sequence_moves_and_every_step_is_bounded(batch: list[Progress]) -> None:
+    plan = schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK)
+    spans = [span for forward in plan.decodes for span in forward]
+    rows = [sum(span.end - span.begin for span in forward) for forward in plan.decodes]
+    assert all(0 < count <= MAX_ROWS for count in rows)
+    decoding = {p.slot for p in batch
+                if p.num_tokens - p.num_computed_tokens == 1 and p.num_computed_tokens >= p.num_prompt_tokens}
+    assert decoding <= {span.slot for span in spans}
+    assert sum(rows) <= len(decoding) + MAX_ROWS
+    cost = sum(max(span.end - span.begin, MIN_CHUNK_COST) for span in plan.prefills)
+    assert cost <= CHUNK or len(plan.prefills) == 1
+
+
+@given(batches())
+def test_prompts_are_cut_on_one_grid_whoever_else_computes(batch: list[Progress]) -> None:
+    """A chunk begins at a multiple of `prefill_chunk` and ends at the next, or with the prompt."""
+    by_slot = {p.slot: p for p in batch}
+    for span in schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK).prefills:
+        assert span.begin % CHUNK == 0
+        assert span.end == min(span.begin + CHUNK, by_slot[span.slot].num_prompt_tokens)
+
+
+@given(batches())
+def test_spans_continue_what_is_computed_and_nothing_is_computed_twice(batch: list[Progress]) -> None:
+    plan = schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK)
+    reached = {p.slot: p.num_computed_tokens for p in batch}
+    known = {p.slot: p.num_tokens for p in batch}
+    for span in [span for forward in plan.decodes for span in forward] + plan.prefills:
+        assert span.begin == reached[span.slot] < span.end <= known[span.slot]
+        reached[span.slot] = span.end
+
+
+@given(batches())
+def test_the_first_to_come_is_served(batch: list[Progress]) -> None:
+    """Something always moves, and of those that prefill the oldest does."""
+    plan = schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK)
+    assert bool(batch) == bool(plan.decodes or plan.prefills)
+    prefilling = [p.slot for p in batch if p.num_computed_tokens < p.num_prompt_tokens]
+    assert [span.slot for span in plan.prefills] == prefilling[:len(plan.prefills)]
+    assert bool(prefilling) == bool(plan.prefills)

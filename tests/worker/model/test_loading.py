@@ -1,0 +1,117 @@
+"""What cannot be served is refused by name, in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+from tests.worker.families import save
+from worker.model import attention, check
+from worker.model.loading import ModelRefused, load
+
+
+def refusal(folder: Path | str, **options: Any) -> str:
+    with pytest.raises(ModelRefused) as error:
+        load(str(folder), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save("llama", tmp_path / "llama")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert "no folder" in refusal(tmp_path / "none")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "config.json" in refusal(tmp_path)
+
+
+def test_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "safetensors" in refusal(folder)
+
+
+def test_code_of_its_own(folder: Path) -> None:
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    assert "auto_map" in refusal(folder)
+
+
+def test_an_unknown_architecture(folder: Path) -> None:
+    change_config(folder, model_type="nobody-knows")
+    assert "nobody-knows" in refusal(folder)
+
+
+def test_weights_that_are_cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert str(folder) in refusal(folder)
+
+
+def test_too_long_a_context(folder: Path) -> None:
+    assert "max_model_len" in refusal(folder, max_model_len=10**6)
+
+
+@pytest.mark.parametrize("module", [
+    lambda: BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=2)),
+    lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)),
+], ids=["bloom", "mamba"])
+def test_another_kind_of_attention(module: Any, tmp_path: Path) -> None:
+    module().save_pretrained(tmp_path)
+    assert "not supported" in refusal(tmp_path)
+
+
+def test_a_model_whose_batched_path_differs_is_not_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The equality check sees a wrong scale in our attention, which no exception would betray."""
+    right = attention.attention
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return right(*args, **kwargs | {"scaling": 0.5})
+
+    AttentionInterface.register("baton", wrong)
+    try:
+        assert "differ" in refusal(folder)
+    finally:
+        AttentionInterface.register("baton", right)
+    load(str(folder))
+
+
+def test_like_folders_have_like_names_and_others_others(folder: Path, tmp_path: Path) -> None:
+    """`weights_id` is of the content, wherever it lies; one changed weight is another model."""
+    same, other = load(str(save("llama", tmp_path / "again"))), load(str(save("mistral", tmp_path / "other")))
+    first = load(str(folder))
+    assert (first.weights_id, first.numerics_id) == (same.weights_id, same.numerics_id)
+    assert first.weights_id != other.weights_id
+    half = load(str(folder), dtype="bfloat16")
+    assert half.weights_id == first.weights_id
+    assert half.numerics_id != first.numerics_id
+
+
+def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
+    """Within the limits found, a row's logits are the same bits in a forward of any size."""
+    model = load(str(folder))
+    assert model.min_rows <= 8 <= model.max_rows <= 32
+    assert check.probe_row_limit(model) == (model.min_rows, model.max_rows)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "hub" in refusal("nobody/none")
+
+
+def test_weights_are_float32_only_when_they_were_saved_so(folder: Path, tmp_path: Path) -> None:
+    assert load(str(folder)).dtype == torch.float32
+    assert load(str(save("llama", tmp_path / "half", torch.bfloat16))).dtype == torch.bfloat16

@@ -1,0 +1,255 @@
+"""From a row of logits to a token, for many rows at once, each with parameters of its own.
+
+Order of the stages: logit_bias, penalties, temperature, top_k, top_p, min_p, as in transformers; a stage that no row
+needs is skipped. Of tokens equally likely the lower id is kept first. A row's token depends on nothing but that row:
+not on its neighbours, nor on where in the batch it lies. It knows slots and ids, nothing of text or schedules.
+
+Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens, rarely more, so that no vocabulary is
+sorted; the others hash noise for every token, some rows at a time, so that it stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import log
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from worker.engine import rng
+
+if TYPE_CHECKING:
+    from shared.job import Sampling
+
+MIN_TEMPERATURE = 1e-5      # below: greedy
+NUM_CANDIDATES = 256
+BLOCK_TOKENS = 1 << 16      # of noise at a time
+
+Logprobs = tuple[int, float, tuple[tuple[int, float], ...]]    # token id, its log probability, the likeliest
+
+
+class Draw(NamedTuple):
+    token_id: int
+    logprobs: Logprobs | None
+    is_valid: bool              # False: the logits were not numbers
+
+
+@dataclass(slots=True)
+class Params:
+    """Of one choice, as the sampler reads them at every step."""
+
+    sampling: Sampling
+    key: int
+    stop_token_ids: list[int]       # none of them before min_tokens
+    bias: tuple[Tensor, Tensor] | None
+    is_greedy: bool
+    is_truncated: bool
+    is_penalized: bool
+
+    @classmethod
+    def of(cls, sampling: Sampling, choice: int, stop_token_ids: frozenset[int]) -> Params:
+        bias = None
+        if sampling.logit_bias:
+            token_ids, values = zip(*dict(sampling.logit_bias).items(), strict=True)
+            bias = torch.tensor(token_ids), torch.tensor(values, dtype=torch.float32)
+        return cls(
+            sampling, rng.choice_key(sampling.seed, choice), sorted(stop_token_ids), bias,
+            is_greedy=sampling.temperature < MIN_TEMPERATURE,
+            is_truncated=sampling.top_p < 1 or sampling.top_k > 0,
+            is_penalized=bool(sampling.presence_penalty or sampling.frequency_penalty)
+            or sampling.repetition_penalty != 1)
+
+
+class Row(NamedTuple):
+    slot: int
+    position: int               # of the token to draw, counted from the answer's first
+
+
+@dataclass(slots=True)
+class Sampler:
+    num_slots: int
+    vocab_size: int
+    params: list[Params | None] = field(init=False)
+    _counts: Tensor | None = field(init=False, default=None)    # [slots, vocab]: how often each token was generated
+    _seen: Tensor | None = field(init=False, default=None)      # [slots, vocab]: in the prompt or generated
+    _token_ids: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.params = [None] * self.num_slots
+        self._token_ids = torch.arange(self.vocab_size, dtype=torch.int32)
+
+    def join(self, slot: int, params: Params, prompt: Sequence[int], generated: Sequence[int]) -> None:
+        self.params[slot] = params
+        if not params.is_penalized:
+            return
+        if self._counts is None or self._seen is None:
+            self._counts = torch.zeros(self.num_slots, self.vocab_size)
+            self._seen = torch.zeros(self.num_slots, self.vocab_size, dtype=torch.bool)
+        drawn = torch.tensor(generated, dtype=torch.long)
+        self._counts[slot] = torch.bincount(drawn, minlength=self.vocab_size)
+        self._seen[slot] = False
+        self._seen[slot, torch.tensor(prompt)] = True
+        self._seen[slot, drawn] = True
+
+    def leave(self, slot: int) -> None:
+        self.params[slot] = None
+
+    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
+        raw = logits.float()
+        params = [self._params(row.slot) for row in rows]
+        token_ids = self._draw(self._adjusted(raw, rows, params), rows, params)
+        self._count(rows, params, token_ids)
+        chosen = raw.gather(1, token_ids[:, None])[:, 0]
+        logprobs = self._logprobs(raw, chosen, token_ids, params)
+        return [Draw(*row) for row in zip(token_ids.tolist(), logprobs, chosen.isfinite().tolist(), strict=True)]
+
+    def _params(self, slot: int) -> Params:
+        params = self.params[slot]
+        assert params is not None, f"slot {slot} samples but never joined"
+        return params
+
+    def _adjusted(self, raw: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
+        """Bias, penalties and min_tokens: what also moves a greedy row."""
+        penalized = [i for i, p in enumerate(params) if p.is_penalized]
+        biased = [i for i, p in enumerate(params) if p.bias]
+        too_short = [i for i, p in enumerate(params)
+                     if rows[i].position < p.sampling.min_tokens and p.stop_token_ids]
+        if not (penalized or biased or too_short):
+            return raw
+        logits = raw.clone()
+        for i in biased:
+            bias = params[i].bias
+            assert bias is not None
+            logits[i, bias[0]] += bias[1]
+        if penalized:
+            logits[penalized] = self._penalized(logits[penalized], [rows[i].slot for i in penalized])
+        for i in too_short:
+            logits[i, params[i].stop_token_ids] = float("-inf")
+        return logits
+
+    def _penalized(self, logits: Tensor, slots: list[int]) -> Tensor:
+        assert self._counts is not None and self._seen is not None
+        sampling = [self._params(slot).sampling for slot in slots]
+        repetition = _column([s.repetition_penalty for s in sampling])
+        scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(self._seen[slots], scaled, logits)
+        counts = self._counts[slots]
+        logits -= counts * _column([s.frequency_penalty for s in sampling])
+        logits -= (counts > 0) * _column([s.presence_penalty for s in sampling])
+        return logits
+
+    def _draw(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
+        random = [i for i, p in enumerate(params) if not p.is_greedy]
+        if not random:
+            return logits.argmax(dim=-1)
+        token_ids = torch.empty(len(rows), dtype=torch.long)
+        greedy = [i for i, p in enumerate(params) if p.is_greedy]
+        if greedy:
+            token_ids[greedy] = logits[greedy].argmax(dim=-1)
+        scaled = logits[random] / _column([params[i].sampling.temperature for i in random])
+        keys = [rng.row_key(params[i].key, rows[i].position) for i in random]
+        token_ids[random] = self._draw_random(scaled, keys, [params[i] for i in random])
+        return token_ids
+
+    def _draw_random(self, logits: Tensor, keys: list[int], params: list[Params]) -> Tensor:
+        low, high = rng.split_keys(keys)
+        truncated = [i for i, p in enumerate(params) if p.is_truncated]
+        whole = [i for i, p in enumerate(params) if not p.is_truncated]
+        token_ids = torch.empty(len(params), dtype=torch.long)
+        if truncated:
+            token_ids[truncated] = self._draw_truncated(
+                logits[truncated], low[truncated], high[truncated], [params[i].sampling for i in truncated])
+        if whole:
+            logits, low, high = (x[whole] if truncated else x for x in (logits, low, high))
+            if any(params[i].sampling.min_p > 0 for i in whole):
+                logits = _at_least(logits, logits.amax(dim=-1, keepdim=True), [params[i].sampling for i in whole])
+            token_ids[whole] = self._draw_whole(logits, low, high)
+        return token_ids
+
+    def _draw_whole(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        block = max(1, BLOCK_TOKENS // self.vocab_size)
+        parts = zip(logits.split(block), low.split(block), high.split(block), strict=True)
+        return torch.cat([rng.gumbel(lows, highs, self._token_ids).add_(part).argmax(dim=-1)
+                          for part, lows, highs in parts])
+
+    def _draw_truncated(self, logits: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
+        token_ids = torch.empty(len(logits), dtype=torch.long)
+        log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+        pending = torch.arange(len(logits))
+        num_candidates = NUM_CANDIDATES
+        while len(pending):
+            num_candidates = min(num_candidates, self.vocab_size)
+            here = [sampling[i] for i in pending.tolist()]
+            values, ids = _likeliest(logits[pending], num_candidates)
+            keep = _kept(values, log_total[pending], here)
+            # the cut must lie above the last candidate: others as likely as that one may be missing
+            is_cut = ~(keep & (values == values[:, -1:])).any(dim=-1) | (num_candidates == self.vocab_size)
+            values = _at_least(values, values[:, :1], here).masked_fill(~keep, float("-inf"))
+            noise = rng.gumbel(low[pending], high[pending], ids.int())
+            drawn = ids.gather(1, (values + noise).argmax(dim=-1, keepdim=True))[:, 0]
+            token_ids[pending[is_cut]] = drawn[is_cut]
+            pending = pending[~is_cut]
+            num_candidates *= 8
+        return token_ids
+
+    def _count(self, rows: Sequence[Row], params: Sequence[Params], token_ids: Tensor) -> None:
+        penalized = [i for i, p in enumerate(params) if p.is_penalized]
+        if penalized:
+            assert self._counts is not None and self._seen is not None
+            slots, drawn = torch.tensor([rows[i].slot for i in penalized]), token_ids[penalized]
+            self._counts[slots, drawn] += 1
+            self._seen[slots, drawn] = True
+
+    def _logprobs(self, raw: Tensor, chosen: Tensor, token_ids: Tensor, params: Sequence[Params]
+                  ) -> list[Logprobs | None]:
+        out: list[Logprobs | None] = [None] * len(params)
+        asked = [i for i, p in enumerate(params) if p.sampling.num_logprobs is not None]
+        if not asked:
+            return out
+        log_total = torch.logsumexp(raw[asked], dim=-1)
+        most = max(params[i].sampling.num_logprobs or 0 for i in asked)
+        values, ids = _likeliest(raw[asked], max(1, most))
+        tops = (values - log_total[:, None]).tolist()
+        for row, (i, token_id, logprob) in enumerate(zip(
+                asked, token_ids[asked].tolist(), (chosen[asked] - log_total).tolist(), strict=True)):
+            count = params[i].sampling.num_logprobs or 0
+            top = zip(ids[row, :count].tolist(), tops[row][:count], strict=True)
+            out[i] = (token_id, logprob, tuple(top))
+        return out
+
+
+def _column(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None]
+
+
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row in falling order, the lower id first where they are equal."""
+    values, ids = logits.topk(count, dim=-1)
+    if bool((values[:, 1:] == values[:, :-1]).any()):
+        ids, order = ids.sort(dim=-1)
+        values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(1, order)
+    return values, ids
+
+
+def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor:
+    """Which of the falling `values` top_k and, among those, top_p keep; the first one always."""
+    num_candidates = values.shape[1]
+    top_k = torch.tensor([s.top_k or num_candidates for s in sampling])[:, None]
+    top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64)[:, None]
+    keep = torch.arange(num_candidates) < top_k
+    if any(s.top_p < 1 for s in sampling):
+        of_kept = torch.logsumexp(values.masked_fill(~keep, float("-inf")), dim=-1, keepdim=True)
+        log_total = torch.where(torch.tensor([s.top_k > 0 for s in sampling])[:, None], of_kept, log_total)
+        mass = torch.exp(values - log_total).double()
+        keep &= (mass.cumsum(dim=-1) - mass < top_p) | (top_p >= 1)
+        keep[:, 0] = True
+    return keep
+
+
+def _at_least(logits: Tensor, largest: Tensor, sampling: list[Sampling]) -> Tensor:
+    """min_p: nothing less likely than that share of the likeliest."""
+    floors = _column([log(s.min_p) if s.min_p > 0 else float("-inf") for s in sampling])
+    return logits.masked_fill(logits < largest + floors, float("-inf"))

@@ -1,0 +1,86 @@
+"""The scheduler decides which tokens of which sequences compute in the next step.
+
+It knows token counts alone. It knows nothing of tensors, text or Redis.
+
+A step is bounded: one row for every decoding sequence and at most `max_rows` replayed ones, in forwards of at most
+`max_rows`; then prefill chunks worth at most one full chunk. A chunk ends at a multiple of `prefill_chunk`, counted
+from the prompt's start, so that the same prompt is always computed in the same pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+MIN_CHUNK_COST = 32     # tokens: a shorter chunk costs no less, for the weights are read all the same
+
+
+class Progress(NamedTuple):
+    slot: int
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_tokens: int
+
+
+class Span(NamedTuple):
+    """Tokens [begin, end) of the sequence in a slot."""
+
+    slot: int
+    begin: int
+    end: int
+
+
+class Plan(NamedTuple):
+    decodes: list[list[Span]]       # one forward each
+    prefills: list[Span]            # one forward each
+
+
+def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int) -> Plan:
+    """`progress` comes in order of arrival, which is the order of prefill and of replay."""
+    prefilling = [p for p in progress if p.num_computed_tokens < p.num_prompt_tokens]
+    computing = [p for p in progress if p.num_computed_tokens >= p.num_prompt_tokens]
+    decoding = sorted(_next(p, 1) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
+    replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1), max_rows)
+    return Plan(list(_split([*decoding, *replaying], max_rows)), _take_prefills(prefilling, prefill_chunk))
+
+
+def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span]:
+    for p in replaying:
+        if num_rows <= 0:
+            return
+        span = _next(p, min(num_rows, p.num_tokens - p.num_computed_tokens))
+        num_rows -= span.end - span.begin
+        yield span
+
+
+def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int) -> list[Span]:
+    spans: list[Span] = []
+    cost = 0
+    for p in prefilling:
+        to_grid = prefill_chunk - p.num_computed_tokens % prefill_chunk
+        num_tokens = min(to_grid, p.num_prompt_tokens - p.num_computed_tokens)
+        cost += max(num_tokens, MIN_CHUNK_COST)
+        if spans and cost > prefill_chunk:
+            break
+        spans.append(_next(p, num_tokens))
+    return spans
+
+
+def _split(spans: Iterable[Span], max_rows: int) -> Iterator[list[Span]]:
+    """Forwards of at most `max_rows`; a span may go on in the next."""
+    forward: list[Span] = []
+    num_rows = 0
+    for slot, begin, end in spans:
+        while begin < end:
+            part = min(end - begin, max_rows - num_rows)
+            forward.append(Span(slot, begin, begin + part))
+            begin, num_rows = begin + part, num_rows + part
+            if num_rows == max_rows:
+                yield forward
+                forward, num_rows = [], 0
+    if forward:
+        yield forward
+
+
+def _next(p: Progress, num_tokens: int) -> Span:
+    return Span(p.slot, p.num_computed_tokens, p.num_computed_tokens + num_tokens)

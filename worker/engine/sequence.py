@@ -1,0 +1,56 @@
+"""One choice of a request, from its slot to its last token. It knows its counts; what to do next, others decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from worker.engine.sampler import Params
+
+if TYPE_CHECKING:
+    from shared.job import Sampling
+
+WAITING = -1    # for a slot
+
+# [0, num_computed_tokens)            keys and values are in the slot
+# [num_computed_tokens, num_tokens)   known, to be computed: the prompt's chunks, replayed tokens, or the one just drawn
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request_id: str
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    params: Params
+    output_token_ids: list[int] = field(default_factory=list)
+    slot: int = WAITING
+    num_computed_tokens: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    def token_id(self, position: int) -> int:
+        beyond = position - len(self.prompt_token_ids)
+        return self.output_token_ids[beyond] if beyond >= 0 else self.prompt_token_ids[position]
+
+    @property
+    def finish_reason(self) -> str | None:
+        if not self.output_token_ids:
+            return None
+        if self.output_token_ids[-1] in self.params.stop_token_ids:
+            return "stop"
+        return "length" if len(self.output_token_ids) >= self.sampling.max_tokens else None
+
+    def __repr__(self) -> str:
+        return (f"<Sequence {self.request_id}/{self.index} slot {self.slot}, "
+                f"{self.num_computed_tokens}/{self.num_tokens} computed>")

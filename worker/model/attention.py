@@ -1,0 +1,269 @@
+"""Attention over the KV slots of many sequences, for unmodified model classes of transformers.
+
+It is registered once under `NAME`; what a forward needs to know travels with it as the keyword argument `context`,
+never in a global. It knows slots, positions and tensors. It knows nothing of requests, sampling or schedules.
+
+One sequence owns one slot, which is cut into pages of `PAGE_LEN` tokens. Keys, and values, of one layer are
+[num_pages, num_slots, num_kv_heads, PAGE_LEN, head_dim]: the same page of neighbouring slots is dense, so a batched
+product reads it without a copy. A row of a decode forward is computed page by page, always in the same shape,
+[num_kv_heads, group, head_dim] against a whole page: its bits depend neither on its neighbours nor on their lengths.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "baton"
+PAGE_LEN = 256              # tokens: smaller ones cost more calls, larger ones more padding
+MAX_WASTED_TOKENS = 1024    # read for nothing by the short rows of one kernel call; a call of their own costs as much
+
+
+class KVShape(NamedTuple):
+    num_kv_heads: int
+    head_dim: int
+    num_query_heads: int
+
+
+class KVLayer(NamedTuple):
+    keys: Tensor
+    values: Tensor
+
+
+class Scores(NamedTuple):
+    """How one layer turns products into weights."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: Tensor | None        # one logit per query head, beside those of the keys
+
+
+class Context(Protocol):
+    """What one forward carries to every attention layer."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Takes [1, heads, rows, head_dim] each; returns [1, rows, query heads, head_dim]."""
+
+
+def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None = None, *,
+              context: Context | None = None, scaling: float | None = None, sliding_window: int | None = None,
+              softcap: float | None = None, s_aux: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    if context is None:
+        raise ValueError("its layers do not pass keyword arguments on")
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    return context.attend(module.layer_idx, query, key, value, scores), None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+def allocate(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: torch.dtype) -> list[KVLayer]:
+    """Zeroed, page aligned, and lazy: memory that no sequence has reached is not touched."""
+    num_pages = -(-num_tokens // PAGE_LEN)
+    return [KVLayer(*(_zeros((num_pages, num_slots, shape.num_kv_heads, PAGE_LEN, shape.head_dim), dtype)
+                      for _ in "kv")) for shape in shapes]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class Run(NamedTuple):
+    """Rows of one kernel call: slots in a row, or one slot many times."""
+
+    begin: int
+    end: int
+    first_slot: int
+    is_one_slot: bool
+    num_tokens: int             # of the longest row
+
+
+def split_runs(slots: Sequence[int], num_tokens: Sequence[int]) -> list[Run]:
+    """As few kernel calls as the slots allow, none of which reads much more than its rows need."""
+    runs: list[Run] = []
+    begin = 0
+    while begin < len(slots):
+        end = _end_of_run(slots, num_tokens, begin)
+        is_one_slot = end > begin + 1 and slots[begin + 1] == slots[begin]
+        runs.append(Run(begin, end, slots[begin], is_one_slot, max(num_tokens[begin:end])))
+        begin = end
+    return runs
+
+
+def _end_of_run(slots: Sequence[int], num_tokens: Sequence[int], begin: int) -> int:
+    longest = total = num_tokens[begin]
+    for end in range(begin + 1, len(slots)):
+        stride = slots[begin + 1] - slots[begin]
+        longest, total = max(longest, num_tokens[end]), total + num_tokens[end]
+        num_wasted = longest * (end + 1 - begin) - total
+        if stride not in (0, 1) or slots[end] != slots[end - 1] + stride or num_wasted > MAX_WASTED_TOKENS:
+            return end
+    return len(slots)
+
+
+@dataclass(slots=True)
+class DecodeRows:
+    """Rows of many sequences, one token each; several rows may be consecutive tokens of one sequence.
+
+    Rows beyond the given ones only fill the forward up to its least size: they write nothing and attend to nothing.
+    """
+
+    layers: list[KVLayer]
+    slots: Sequence[int]
+    positions: Sequence[int]
+    runs: list[Run] = field(init=False)
+    _slots: Tensor = field(init=False)
+    _positions: Tensor = field(init=False)
+    _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
+    _places: dict[int, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.runs = split_runs(self.slots, [position + 1 for position in self.positions])
+        self._slots, self._positions = torch.tensor(self.slots), torch.tensor(self.positions)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        keys, values = self.layers[layer]
+        num_rows, (_, num_heads, num_padded_rows, head_dim) = len(self.slots), query.shape
+        self._write(keys, key[0, :, :num_rows])
+        self._write(values, value[0, :, :num_rows])
+        rows = query[0].transpose(0, 1).reshape(num_padded_rows, keys.shape[2], -1, head_dim)
+        mask = self._mask(scores.sliding_window)
+        outs = [weigh_pages(rows[run.begin:run.end], _pages(keys, run), _pages(values, run),
+                            mask[run.begin:run.end], scores) for run in self.runs]
+        if num_rows < num_padded_rows:
+            outs.append(torch.zeros_like(rows[num_rows:]))
+        out = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return out.view(1, num_padded_rows, num_heads, head_dim)
+
+    def _write(self, cache: Tensor, new: Tensor) -> None:
+        _, num_slots, num_kv_heads, _, head_dim = cache.shape
+        if num_kv_heads not in self._places:
+            slots = (self._positions // PAGE_LEN) * num_slots + self._slots
+            heads = slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)
+            self._places[num_kv_heads] = (heads * PAGE_LEN + (self._positions % PAGE_LEN)[:, None]).flatten()
+        cache.view(-1, head_dim).index_copy_(0, self._places[num_kv_heads], new.transpose(0, 1).reshape(-1, head_dim))
+
+    def _mask(self, window: int | None) -> Tensor:
+        if window not in self._masks:
+            num_pages = max(self.positions) // PAGE_LEN + 1
+            mask = causal_mask(self._positions, num_pages * PAGE_LEN, window, torch.float32)
+            self._masks[window] = mask[:, None, None, :]
+        return self._masks[window]
+
+
+def _pages(cache: Tensor, run: Run) -> list[Tensor]:
+    """As far as the run's longest row reaches, each page dense: [rows, num_kv_heads, PAGE_LEN, head_dim]."""
+    num_pages = -(-run.num_tokens // PAGE_LEN)
+    if run.is_one_slot:
+        return [page[run.first_slot].expand(run.end - run.begin, -1, -1, -1).contiguous() for page in cache[:num_pages]]
+    return [page[run.first_slot:run.first_slot + run.end - run.begin] for page in cache[:num_pages]]
+
+
+@dataclass(slots=True)
+class PrefillChunk:
+    """Consecutive tokens of one prompt, in a forward of their own."""
+
+    layers: list[KVLayer]
+    slot: int
+    begin: int
+    end: int
+    _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        _, num_heads, num_rows, head_dim = query.shape
+        num_kv_heads = key.shape[1]
+        group = num_heads // num_kv_heads
+        keys, values = (self._write_and_read(cache, new[0])
+                        for cache, new in zip(self.layers[layer], (key, value), strict=True))
+        # the query heads that share keys become rows, so that no key is repeated
+        out = weigh_chunk(query.reshape(1, num_kv_heads, group * num_rows, head_dim), keys, values,
+                          self._mask(scores.sliding_window, group, query.dtype), scores)
+        return out.reshape(1, num_heads, num_rows, head_dim).transpose(1, 2)
+
+    def _write_and_read(self, cache: Tensor, new: Tensor) -> Tensor:
+        """[1, num_kv_heads, whole pages up to this chunk, head_dim]"""
+        first, last = self.begin // PAGE_LEN, (self.end - 1) // PAGE_LEN
+        for page in range(first, last + 1):
+            begin, end = max(self.begin, page * PAGE_LEN), min(self.end, (page + 1) * PAGE_LEN)
+            place = slice(begin - page * PAGE_LEN, end - page * PAGE_LEN)
+            cache[page, self.slot, :, place] = new[:, begin - self.begin:end - self.begin]
+        return cache[:last + 1, self.slot].transpose(0, 1).flatten(1, 2)[None]
+
+    def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        if (window, group) not in self._masks:
+            kv_len = -(-self.end // PAGE_LEN) * PAGE_LEN
+            mask = causal_mask(torch.arange(self.begin, self.end), kv_len, window, dtype)
+            self._masks[window, group] = mask.repeat(group, 1)[None, None]
+        return self._masks[window, group]
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Computes nothing; learns the shape of every layer and how it scores."""
+
+    shapes: dict[int, KVShape] = field(default_factory=dict)
+    scores: dict[int, Scores] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        if layer in self.shapes or key.shape != value.shape:
+            raise ValueError("layers share their keys, or keys and values differ in shape")
+        self.shapes[layer] = KVShape(key.shape[1], key.shape[3], query.shape[1])
+        self.scores[layer] = scores
+        return torch.zeros_like(query).transpose(1, 2)
+
+
+def causal_mask(positions: Tensor, kv_len: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """A float mask of [rows, kv_len], which the kernels take without a conversion of their own."""
+    ages = positions[:, None] - torch.arange(kv_len)
+    hidden = ages < 0 if window is None else (ages < 0) | (ages >= window)
+    return torch.zeros(ages.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def weigh_pages(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, scores: Scores
+                ) -> Tensor:
+    """Queries of [rows, num_kv_heads, group, head_dim] over pages of [rows, num_kv_heads, PAGE_LEN, head_dim].
+
+    The fused kernel takes one small product at a time; batched ones are 2 to 6 times faster.
+    """
+    logits = [torch.matmul(query, page.transpose(2, 3)) for page in keys]
+    weights = _weights(torch.cat(logits, dim=-1) if len(logits) > 1 else logits[0],
+                       mask[..., :len(keys) * PAGE_LEN], scores)
+    if len(values) == 1:
+        return torch.matmul(weights, values[0])
+    parts = [torch.matmul(part.contiguous(), page)
+             for part, page in zip(weights.split(PAGE_LEN, dim=-1), values, strict=True)]
+    out = parts[0].float()
+    for part in parts[1:]:
+        out += part
+    return out.to(query.dtype)
+
+
+def weigh_chunk(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Many queries per key: [1, num_kv_heads, queries, head_dim] over [1, num_kv_heads, kv_len, head_dim]."""
+    if scores.softcap is None and scores.sinks is None:
+        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scores.scaling)
+    return torch.matmul(_weights(torch.matmul(query, keys.transpose(2, 3)), mask, scores), values)
+
+
+def _weights(logits: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    dtype, num_keys = logits.dtype, logits.shape[-1]
+    logits = logits.float().mul_(scores.scaling)
+    if scores.softcap is not None:
+        logits = logits.div_(scores.softcap).tanh_().mul_(scores.softcap)
+    logits += mask
+    if scores.sinks is not None:
+        num_kv_heads, num_queries = logits.shape[1:3]
+        sinks = scores.sinks.float().view(1, num_kv_heads, -1, 1)
+        sinks = sinks.repeat_interleave(num_queries // sinks.shape[2], dim=2)
+        logits = torch.cat([logits, sinks.expand(len(logits), -1, -1, -1)], dim=-1)
+    return torch.softmax(logits, dim=-1)[..., :num_keys].to(dtype)

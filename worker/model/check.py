@@ -1,0 +1,95 @@
+"""What is tried on a model's own weights before it serves: equality with the plain model, and the limits of exactness.
+
+It computes on random tokens in slots of its own, which it gives back.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.model.attention import NAME, DecodeRows, PrefillChunk, Recorder, allocate
+from worker.model.model import Model
+
+NUM_TOKENS = 24
+CHUNKS = (0, 11, 18)                                                # two chunks, then decode rows
+MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding alone stays ten times below
+PROBED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 31, 32)
+
+
+def random_token_ids(vocab_size: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(vocab_size, (count,), generator=generator).tolist()
+
+
+def plain_logits(module: Any, token_ids: list[int]) -> Tensor:
+    """Of the model as transformers computes it, in one forward, with its own attention."""
+    module.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logits: Tensor = module(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+    module.set_attn_implementation(NAME)
+    return logits
+
+
+def record(module: Any) -> Recorder:
+    """The shape of every layer's keys, learnt from a forward that attends to nothing."""
+    recorder = Recorder()
+    with torch.inference_mode():
+        module(input_ids=torch.tensor([[0, 0]]), position_ids=torch.tensor([[0, 1]]), use_cache=False, context=recorder)
+    return recorder
+
+
+def relative_error(model: Model, expected: Tensor) -> float:
+    """Prefill in two chunks and decode rows, two at a time, against logits of one plain forward.
+
+    The worst part counts, and in it the median row: in bfloat16 rounding alone may send a row to other experts.
+    """
+    token_ids = random_token_ids(model.vocab_size, NUM_TOKENS)
+    layers = allocate(model.kv_shapes, 1, NUM_TOKENS, model.dtype)
+    parts = []
+    for begin, end in pairwise(CHUNKS):
+        chunk = PrefillChunk(layers, 0, begin, end)
+        parts.append(model.forward(token_ids[begin:end], range(begin, end), chunk, range(end - begin)))
+    decoded = []
+    for begin in range(CHUNKS[-1], NUM_TOKENS, 2):
+        rows = DecodeRows(layers, (0, 0), (begin, begin + 1))
+        decoded.append(model.decode(token_ids[begin:begin + 2], rows, (begin, begin + 1), (0, 1)))
+    parts.append(torch.cat(decoded))
+    split = expected[:, :model.vocab_size].float().split([len(part) for part in parts])
+    return max(_relative(part.float(), plain) for part, plain in zip(parts, split, strict=True))
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    centred = expected - expected.mean(dim=-1, keepdim=True)
+    error = (got - expected).norm(dim=-1) / centred.norm(dim=-1).clamp_min(1e-6)
+    return float(error.median()) if bool(error.isfinite().all()) else float("inf")
+
+
+def probe_row_limit(model: Model) -> tuple[int, int]:
+    """The least and the most rows of a decode forward whose logits do not depend on how many they are.
+
+    A matrix-vector product rounds otherwise than a matrix product, and large ones reduce in another order.
+    """
+    token_ids = random_token_ids(model.vocab_size, PROBED_ROWS[-1])
+    layers = allocate(model.kv_shapes, PROBED_ROWS[-1], 1, model.dtype)
+
+    def logits(num_rows: int) -> Tensor:
+        rows = DecodeRows(layers, range(num_rows), (0,) * num_rows)
+        return model.forward(token_ids[:num_rows], (0,) * num_rows, rows, range(num_rows))
+
+    usual = logits(8)
+    is_equal = {n: torch.equal(logits(n)[:8], usual[:n]) for n in PROBED_ROWS}
+    min_rows = max_rows = 8
+    for n in reversed(range(1, 8)):
+        if not is_equal[n]:
+            break
+        min_rows = n
+    for n in (n for n in PROBED_ROWS if n > 8):
+        if not is_equal[n]:
+            break
+        max_rows = n
+    return min_rows, max_rows
+

@@ -1,0 +1,64 @@
+"""Two names that decide which workers may continue each other's answers.
+
+`weights_id` says what the model is, `numerics_id` how its bits come about. Neither depends on where files lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+NUM_SAMPLES = 64            # blocks read from each file: a 16 GB model is named in milliseconds
+SAMPLE_BYTES = 4096
+VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation",
+            "_experts_implementation", "use_cache"}
+RELEVANT_FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16", "i8mm")
+
+
+def weights_id(folder: Path, config: dict[str, Any]) -> str:
+    """Of each safetensors file its name, size, header and `NUM_SAMPLES` evenly spaced blocks; and of the config."""
+    digest = hashlib.sha256(json.dumps(_lasting(config), sort_keys=True, default=str).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name}:{size_bytes}\n".encode())
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_bytes, size_bytes)))
+            data = 8 + header_bytes
+            for sample in range(NUM_SAMPLES):
+                file.seek(data + max(0, size_bytes - data - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def numerics_id(parts: Iterable[object]) -> str:
+    """`parts` are what the model and the mode add to libraries, instruction set and threads."""
+    facts = [*parts, torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability(),
+             torch.get_num_threads(), *_processor()]
+    return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:32]
+
+
+def _lasting(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _lasting(value) for key, value in config.items() if key not in VOLATILE}
+    return config
+
+
+def _processor() -> list[str]:
+    """Kernels are chosen by vendor, family, cache sizes and flags; the model's name stands for all but the flags."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    fields = dict(reversed([line.partition(":")[::2] for line in lines if ":" in line]))
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    relevant = sorted(flag for flag in flags if flag.startswith(RELEVANT_FLAGS))
+    return [platform.machine(), fields.get("model name", ""), " ".join(relevant)]

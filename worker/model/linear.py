@@ -1,0 +1,60 @@
+"""Linear layers with their weights packed once for the CPU, instead of re-ordered at every call.
+
+oneDNN's operators are private to torch: a layer whose packed product differs from the plain one stays as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+class PackedLinear(nn.Module):
+    """x · weightᵀ + bias, for a weight of [num_out, num_in]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
+        return out
+
+
+def pack_linears(module: nn.Module) -> int:
+    """Replaces the linear layers below `module`, where that works; returns how many."""
+    num_packed = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            packed = _pack(child)
+            if packed is not None:
+                setattr(parent, name, packed)
+                num_packed += 1
+    return num_packed
+
+
+def _pack(layer: nn.Module) -> PackedLinear | None:
+    if type(layer) is nn.Linear:
+        weight = layer.weight
+    elif type(layer) is Conv1D:
+        weight = layer.weight.T
+    else:
+        return None
+    if weight.dtype not in MAX_RELATIVE_ERROR or weight.device.type != "cpu":
+        return None
+    try:
+        packed = PackedLinear(weight, layer.bias)
+        return packed if _agree(layer, packed, weight) else None
+    except (RuntimeError, AttributeError, TypeError):       # no such operator in this build of torch, or another shape
+        return None
+
+
+def _agree(plain: nn.Module, packed: nn.Module, weight: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight.dtype)
+    expected, got = plain(x).float(), packed(x).float()
+    return bool((got - expected).abs().max() <= MAX_RELATIVE_ERROR[weight.dtype] * (expected.abs().max() + 1e-6))

@@ -1,0 +1,168 @@
+"""From a folder or a hub name to a model that has proved itself, or one clear line that says why not.
+
+Safetensors only, no remote code: nothing in a model's files is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from worker.model import attention, check, experts, identity
+from worker.model.attention import Recorder
+from worker.model.linear import pack_linears
+from worker.model.model import Model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+         "special_tokens_map.json", "chat_template*"]
+
+
+class ModelRefused(Exception):
+    """This model cannot be served; the message says what to do."""
+
+
+def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+         max_model_len: int | None = None, revision: str | None = None) -> Model:
+    folder = find_folder(folder_or_name, revision)
+    config = read_config(folder)
+    chosen = choose_dtype(config, dtype)
+    module = load_module(folder, config, chosen)
+    text_config = config.get_text_config(decoder=True)
+    token_ids = check.random_token_ids(text_config.vocab_size, check.NUM_TOKENS)
+    expected, recorder = try_plain(module, token_ids)
+    pack_linears(module)
+    model = Model(
+        module=module, config=text_config, folder=folder, dtype=chosen, vocab_size=text_config.vocab_size,
+        max_model_len=choose_max_model_len(text_config, max_model_len),
+        eos_token_ids=eos_token_ids(module, text_config),
+        kv_shapes=tuple(recorder.shapes[layer] for layer in range(len(recorder.shapes))),
+        weights_id=identity.weights_id(folder, config.to_dict()))
+    require_windows(text_config, recorder, model.max_model_len)
+    probe(model, expected)
+    return model
+
+
+def find_folder(folder_or_name: str, revision: str | None) -> Path:
+    folder = Path(folder_or_name)
+    if not folder.is_dir():
+        if folder_or_name.startswith((".", "/", "~")) or folder_or_name.count("/") > 1:
+            raise ModelRefused(f"no folder {folder_or_name}: give a folder with config.json and *.safetensors, "
+                               "or a hub name")
+        folder = download(folder_or_name, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelRefused(f"{folder} has no config.json: give a folder as save_pretrained writes it")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelRefused(f"{folder} has no *.safetensors: pickled weights can run code, convert them with "
+                           "save_pretrained(safe_serialization=True)")
+    return folder
+
+
+def download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except Exception as error:          # the hub's errors, its client's and the network's have no common parent
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelRefused(f"no folder and no reachable hub model named {name}: {reason}") from error
+
+
+def read_config(folder: Path) -> Any:
+    raw = json.loads((folder / "config.json").read_text())
+    if raw.get("auto_map"):
+        raise ModelRefused(f"{folder} brings code of its own (auto_map): only model classes of transformers are run")
+    if raw.get("quantization_config"):
+        raise ModelRefused(f"{folder} is quantized ({raw['quantization_config'].get('quant_method', 'unknown')}): "
+                           "give float32 or bfloat16 weights")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelRefused(f"{folder}: transformers does not know model_type {raw.get('model_type')!r}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelRefused(f"{folder}: {config.model_type} is not a causal language model in transformers")
+    return config
+
+
+def choose_dtype(config: Any, wanted: str) -> torch.dtype:
+    """float16 weights are served in bfloat16, which CPUs compute."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    return torch.float32 if config.get_text_config(decoder=True).dtype == torch.float32 else torch.bfloat16
+
+
+def load_module(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            attn_implementation="eager")
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelRefused(f"{folder} does not load: {(str(error).splitlines() or [''])[0]}") from error
+    module.set_experts_implementation(experts.NAME)
+    return module.eval().requires_grad_(False)
+
+
+def try_plain(module: Any, token_ids: list[int]) -> tuple[Tensor, Recorder]:
+    """What the plain model answers, and how its layers call our attention."""
+    name = type(module).__name__
+    try:
+        expected = check.plain_logits(module, token_ids)
+        recorder = check.record(module)
+    except Exception as error:          # whatever a model class does that differs from the common protocol
+        raise ModelRefused(f"{name} is not supported: its attention differs ({error})") from error
+    if sorted(recorder.shapes) != list(range(len(recorder.shapes))) or not recorder.shapes:
+        raise ModelRefused(f"{name} is not supported: layers without attention, or with another kind of it")
+    return expected, recorder
+
+
+def choose_max_model_len(config: Any, wanted: int | None) -> int:
+    trained = int(config.max_position_embeddings)
+    original = _steady_rope_len(config)
+    limit = min(trained, original or trained)
+    if wanted is not None and wanted > limit:
+        raise ModelRefused(f"max_model_len {wanted} is more than this model's {limit}: lower it")
+    return wanted or limit
+
+
+def _steady_rope_len(config: Any) -> int | None:
+    """Some rotary embeddings change for the whole batch when its longest row passes a length; nobody may pass it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    lengths = []
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            lengths.append(int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings))
+    return min(lengths, default=None)
+
+
+def eos_token_ids(module: Any, config: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for value in (module.generation_config.eos_token_id, getattr(config, "eos_token_id", None)):
+        found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found)
+
+
+def require_windows(config: Any, recorder: Recorder, max_model_len: int) -> None:
+    """A window that reaches a layer only through transformers' mask would be lost on us."""
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or []
+    for layer, kind in enumerate(kinds):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ModelRefused(f"{config.model_type} is not supported: layer {layer} is of kind {kind}")
+        if kind == "sliding_attention" and recorder.scores[layer].sliding_window != window and max_model_len > window:
+            raise ModelRefused(f"{config.model_type} does not name its sliding window: set max_model_len to {window}")
+
+
+def probe(model: Model, expected: Tensor) -> None:
+    name = type(model.module).__name__
+    model.min_rows, model.max_rows = check.probe_row_limit(model)
+    error = check.relative_error(model, expected)
+    if error > check.MAX_RELATIVE_ERROR[model.dtype]:
+        raise ModelRefused(f"{name} is not supported: its logits differ from the plain model's by {error:.2g}")
+    model.numerics_id = identity.numerics_id([
+        model.weights_id, model.dtype, attention.PAGE_LEN, model.min_rows, model.max_rows])

@@ -1,0 +1,66 @@
+"""A loaded model: token ids in rows to logits.
+
+It knows its weights, its limits and its identity. It knows nothing of requests, sampling or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.model.attention import Context, KVShape
+
+
+@dataclass(slots=True)
+class Model:
+    module: Any                         # a causal language model of transformers, attention set to ours
+    config: Any                         # of its text half
+    folder: Path                        # where weights, config and tokenizer lie
+    dtype: torch.dtype
+    vocab_size: int
+    max_model_len: int                  # prompt and answer together
+    eos_token_ids: frozenset[int]
+    kv_shapes: tuple[KVShape, ...]      # one per layer
+    weights_id: str                     # equal weights and config
+    min_rows: int = 1                   # a decode forward of fewer rows may round otherwise
+    max_rows: int = 32                  # and so may one of more
+    numerics_id: str = ""               # equal ids promise equal bits
+
+    def forward(self, token_ids: Sequence[int], positions: Sequence[int], context: Context, kept: Sequence[int]
+                ) -> Tensor:
+        """Logits of the `kept` rows, [len(kept), vocab_size]; the head computes no others."""
+        with torch.inference_mode():
+            out = self.module(input_ids=torch.tensor([token_ids]), position_ids=torch.tensor([positions]),
+                              logits_to_keep=torch.tensor(kept), use_cache=False, context=context)
+        logits: Tensor = out.logits[0, :, :self.vocab_size]
+        return logits
+
+    def decode(self, token_ids: Sequence[int], context: Context, positions: Sequence[int], kept: Sequence[int]
+               ) -> Tensor:
+        """`forward` for decode rows, filled up to `min_rows` by repeating the last one."""
+        missing = self.min_rows - len(token_ids)
+        token_ids = [*token_ids, *[token_ids[-1]] * missing]
+        positions = [*positions, *[positions[-1]] * missing]
+        return self._head(token_ids, context, positions, kept)
+
+    def prefill(self, token_ids: Sequence[int], context: Context, positions: Sequence[int]) -> Tensor:
+        """Only the last token's logits, [1, vocab_size]."""
+        return self._head(token_ids, context, positions, [len(token_ids) - 1])
+
+    def _head(self, token_ids: Sequence[int], context: Context, positions: Sequence[int], kept: Sequence[int]
+              ) -> Tensor:
+        padded = [*kept, *[kept[-1]] * (self.min_rows - len(kept))]
+        return self.forward(token_ids, positions, context, padded)[:len(kept)]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(2 * shape.num_kv_heads * shape.head_dim for shape in self.kv_shapes) * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return (f"<Model {type(self.module).__name__} {str(self.dtype).removeprefix('torch.')}, "
+                f"{len(self.kv_shapes)} layers, {self.vocab_size} tokens, length {self.max_model_len}>")

@@ -1,0 +1,46 @@
+"""The text of one choice: what may be shown so far, of the tokens drawn so far.
+
+A pure function of the ids: fed with the logged ids, another worker's stream is in the same state. It holds back half
+characters and whatever may begin a stop string. It knows nothing of where ids come from or who reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from worker.output.decoding import vocabulary
+from worker.output.stops import StopScanner
+
+
+class TextStream:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.stopped = False            # a stop string was found: the text ends before it
+        self._decoder = vocabulary(tokenizer).decoder()
+        self._scanner = StopScanner(stop)
+        self._held = ""
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """What may be shown now. One call or many give the same text."""
+        return self._show("".join([self._decoder.feed(token_id) for token_id in token_ids]))
+
+    def finish(self) -> str:
+        """At the last token: what was held back."""
+        text = self._show(self._decoder.finish())
+        released, self._held = self._held, ""
+        return text + released
+
+    def _show(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        found, num_held = self._scanner.scan(piece)
+        text = self._held + piece
+        if found is not None:
+            self.stopped, text = True, text[:len(self._held) + found]
+        cut = len(text) - num_held
+        self._held = text[cut:]
+        return text[:cut]
+
+    def __repr__(self) -> str:
+        return f"<TextStream {'stopped' if self.stopped else 'open'}, {len(self._held)} characters held>"
