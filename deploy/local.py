@@ -21,6 +21,7 @@ from deploy.redis import RedisServer
 from shared.errors import BrokenEnvironment
 from shared.settings import Settings
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)   # Ctrl-C, a service manager, a terminal that was closed
 EXIT_BROKEN = 2
 POLL_S = 0.1
 RESTART_S = 1.0                                         # pause before a child that died is started again
@@ -65,12 +66,12 @@ class Child:
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT has arrived."""
+    """One of STOPS has arrived."""
 
 
 def serve(settings: Settings) -> int:
-    """Until Ctrl-C or SIGTERM. Raises BrokenEnvironment with the one thing to do."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Until it is stopped. Raises BrokenEnvironment with the one thing to do."""
+    for number in STOPS:
         signal.signal(number, _raise_stopped)
     redis: RedisServer | None = None
     children: list[Child] = []
@@ -90,7 +91,7 @@ def serve(settings: Settings) -> int:
         print("baton: stopping", flush=True)
         return 0
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
         _stop(children)
         if redis:
@@ -185,24 +186,24 @@ def _reachable(host: str) -> str:
 
 def _say_what_next(settings: Settings, port: int) -> None:
     url = f"http://{'localhost' if settings.host in ('127.0.0.1', '0.0.0.0') else _reachable(settings.host)}:{port}"
-    key = settings.api_key[0] if settings.api_key else "EMPTY"
-    shown = "$OPENAI_API_KEY" if settings.api_key else key
+    key = "YOUR KEY" if settings.api_key else "EMPTY"
     model = settings.served_model_name[0] if settings.served_model_name else settings.model or "baton-tiny"
-    chat = f"baton chat --url {url}" if port != 30000 else "baton chat"
+    baton = os.path.relpath(Path(sys.executable).with_name("baton"))
+    chat = f"{baton} chat" if port == 30000 else f"{baton} chat --url {url}"
     print(f"""
 Baton is ready at {url}  (docs: {url}/docs)
 
-  curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\
+  curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\
     -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Count from 1 to 40."}}]}}'
 
   import openai                                   # pip install openai
-  client = openai.Client(base_url="{url}/v1", api_key="{shown}")
+  client = openai.Client(base_url="{url}/v1", api_key="{key}")
   stream = client.chat.completions.create(model="{model}", stream=True,
                                           messages=[{{"role": "user", "content": "Count from 1 to 40."}}])
   for chunk in stream:
       print(chunk.choices[0].delta.content or "", end="")
 
-  {chat}                                      # a chat in the terminal; here it is .venv/bin/{chat}
+  {chat}                           # a chat in the terminal
 
 Ctrl-C stops everything.
 """, flush=True)

@@ -69,8 +69,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
     data = tmp_path_factory.mktemp("s")
     log = (data / "log").open("w+")
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    process = subprocess.Popen([*BATON, "serve", "--port", "0", "--apis", "2", "--data-dir", str(data)],
-                               cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True)
+    command = [*BATON, "serve", "--port", "0", "--apis", "2", "--data-dir", str(data)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                               stderr=subprocess.STDOUT, text=True)
 
     def ready() -> re.Match[str] | None:
         text = Path(log.name).read_text()

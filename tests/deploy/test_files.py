@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from api.server import KEEP_ALIVE_S
 from shared.settings import PREFIX, Settings
 from tests.tools import require_tool
 
@@ -163,6 +164,12 @@ def test_the_proxy_is_wider_than_the_api() -> None:
     assert seconds(directive("proxy_read_timeout")) > DEFAULTS["request_deadline_s"]
 
 
+def test_the_proxy_closes_an_idle_connection_before_a_pod_does() -> None:
+    """The other way round a POST now and then meets a closed connection, and may not be sent again."""
+    of_the_pods = NGINX_CONF[NGINX_CONF.index("upstream api"):]
+    assert seconds(directive("keepalive_timeout", of_the_pods)) < KEEP_ALIVE_S
+
+
 def test_the_proxy_keeps_nothing_for_a_slow_reader() -> None:
     """Buffered, a gigabyte of each stream would lie on its disk, and no pod would ever see who is slow."""
     assert directive("proxy_buffering") == "off"
@@ -174,8 +181,8 @@ def test_the_proxy_asks_the_pods_of_compose() -> None:
     assert SERVICES["proxy"]["ports"] == ["30000:30000"]
 
 
-def directive(name: str) -> str:
-    match = re.search(rf"^\s*{name} ([^;]+);", NGINX_CONF, re.MULTILINE)
+def directive(name: str, conf: str = NGINX_CONF) -> str:
+    match = re.search(rf"^\s*{name} ([^;]+);", conf, re.MULTILINE)
     assert match, name
     return match[1].strip()
 
