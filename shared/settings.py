@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, gt=0, description="longest context, in tokens; none: the model's own")
     max_num_seqs: int = Field(32, gt=0, le=1024, description="choices that run at once")
     kv_cache_bytes: int = Field(4 << 30, gt=0, description="memory for keys and values")
-    prefill_chunk_tokens: int = Field(256, ge=16, description="tokens of a prompt per forward")
+    prefill_chunk_tokens: int = Field(256, ge=16, description="of a prompt per forward; a slow machine takes fewer")
     flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1")

@@ -26,6 +26,8 @@ class Tokenizer:
     def __init__(self, card: Card) -> None:
         self.card = card
         self.fast = FastTokenizer.from_str(card.tokenizer_json)
+        self.fast.no_truncation()                       # some files hold what a training script left there
+        self.fast.no_padding()
         self.templates = {name: ChatTemplate(source) for name, source in card.chat_templates.items()}
         added = self.fast.get_added_tokens_decoder()
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
@@ -36,6 +38,16 @@ class Tokenizer:
 
     def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of the rendered chat. Raises TemplateRefused, or BadRequest when there is no chat template."""
+        try:
+            pieces = self._render(messages, tools)
+            return [i for piece in pieces if piece for i in self.fast.encode(piece, add_special_tokens=False).ids]
+        except RecursionError:
+            raise TemplateRefused("The messages or the tools are nested too deeply.") from None
+        except (UnicodeEncodeError, TypeError):         # a lone surrogate
+            raise TemplateRefused("The messages hold text that is not valid Unicode.") from None
+
+    def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+        """The text of the chat, cut wherever it would read as a token that only a template may write."""
         template = self.templates.get("tool_use" if tools else "default") or self.templates.get("default")
         if template is None:
             raise BadRequest("This model has no chat template, so it cannot chat.")
@@ -46,13 +58,7 @@ class Tokenizer:
                          for name, value in message.items()} for message in messages]
             tools = _map_strings(tools, written, cut)
         text = template.render(messages, tools=tools, special_tokens=self.card.special_tokens)
-        return self._encode(text.split(cut) if cut else [text])
-
-    def _encode(self, pieces: list[str]) -> list[int]:
-        try:
-            return [i for piece in pieces if piece for i in self.fast.encode(piece, add_special_tokens=False).ids]
-        except (UnicodeEncodeError, TypeError):         # a lone surrogate
-            raise TemplateRefused("The messages hold text that is not valid Unicode.") from None
+        return text.split(cut) if cut else [text]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, also where they are not a whole character."""

@@ -13,7 +13,6 @@ from deploy.redis import RedisServer, binaries
 from shared import connection
 from tests.system import System
 
-
 REPORT: list[str] = []
 
 

@@ -82,10 +82,10 @@ def _through_http(args: argparse.Namespace, url: str, concurrency: int) -> dict[
 
 def measure_engine(args: argparse.Namespace) -> dict[int, dict[str, float]]:
     """The engine alone, in the worker's own build: token ids in, token ids out."""
-    from shared.tokenizer import Tokenizer
     from api.submit import resolve_sampling
     from api.wire.request import ChatRequest
     from shared.settings import Settings
+    from shared.tokenizer import Tokenizer
     from worker.announce import make_card
     from worker.engine.engine import Engine, Request
     from worker.serve import _load_engine
