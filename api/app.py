@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import secrets
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, Request, Response
 from redis.exceptions import RedisError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import docs
+from api.answer import REQUEST_ID, answer, new_request_id
 from api.auth import Door
 from api.pod import Pod
 from api.routes import chat, health, models
@@ -20,44 +21,49 @@ from shared.errors import APIError, BadRequest, MethodNotAllowed, NotFound, Unav
 
 log = logging.getLogger(__name__)
 
+EXPOSED_HEADERS = [REQUEST_ID, "retry-after", "retry-after-ms", "x-baton-completion-id"]
+
 
 def make_app(pod: Pod) -> FastAPI:
     """The application of a pod, whose chores somebody else runs."""
     settings = pod.settings
     door = Door(settings.api_key)
-    app = FastAPI(title="Baton", description="Chat completions whose streams cannot be lost.")
+    app = FastAPI(title="Baton", description="Chat completions whose streams cannot be lost.", redirect_slashes=False,
+                  responses=docs.ERRORS)
     app.include_router(chat.router(pod, door))
     app.include_router(models.router(pod), dependencies=[Depends(door)])
     app.include_router(health.router(pod))
+    docs.complete(app)
     app.add_exception_handler(APIError, _answer)
     app.add_exception_handler(RedisError, _redis_away)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(_Outermost, pod=pod)
+    app.add_exception_handler(ClientDisconnect, _half_sent)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["*"], expose_headers=["x-request-id"])
+                           allow_headers=["*"], expose_headers=EXPOSED_HEADERS)
+    app.add_middleware(_Outermost, pod=pod)
     return app
 
 
-async def _answer(_: Request, error: Exception) -> JSONResponse:
+async def _answer(_: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    headers = {}
-    if error.retry_after_s is not None:
-        headers = {"retry-after": str(max(1, round(error.retry_after_s))),
-                   "retry-after-ms": str(round(error.retry_after_s * 1000))}
-    return JSONResponse(error.body(), error.status, headers)
+    return answer(error)
 
 
-async def _redis_away(request: Request, error: Exception) -> JSONResponse:
+async def _redis_away(_: Request, error: Exception) -> Response:
     log.warning("Redis failed a request: %s", type(error).__name__)
-    return await _answer(request, Unavailable(retry_after_s=1.0))
+    return answer(Unavailable(retry_after_s=1.0))
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
+async def _half_sent(_: Request, __: Exception) -> Response:
+    return answer(BadRequest("The request was not sent to its end."))    # nobody reads it, but it is counted
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
     """What the framework raises: an unknown address, a method that it does not take."""
     assert isinstance(error, HTTPException)
     known: dict[int, type[APIError]] = {404: NotFound, 405: MethodNotAllowed}
-    response = await _answer(request, known.get(error.status_code, BadRequest)())
+    response = answer(known.get(error.status_code, BadRequest)())
     response.headers.update(error.headers or {})
     return response
 
@@ -70,17 +76,17 @@ class _Outermost:
         self.pod = pod
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request_id = f"req_{secrets.token_hex(12)}"
+        request_id = new_request_id()
         started = False
 
         async def send_named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                if self.pod.draining:
+                    headers["connection"] = "close"     # the next request of this client goes to another pod
                 self.pod.metrics.requests.labels(str(message["status"])).inc()
             await send(message)
 
@@ -90,4 +96,4 @@ class _Outermost:
             log.exception("request %s failed", request_id)
             if started:
                 raise
-            await (await _answer(Request(scope), APIError()))(scope, receive, send_named)
+            await answer(APIError())(scope, receive, send_named)

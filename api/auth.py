@@ -16,18 +16,18 @@ class Door:
     """Without keys it is open, and all are one tenant."""
 
     def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode("utf-8", "surrogateescape")) for key in keys]
 
-    def __call__(self, request: Request) -> str:
+    async def __call__(self, request: Request) -> str:   # async: FastAPI sends the other kind to a thread
         """The tenant, a hash of the key. A dependency of every route under /v1. Raises Unauthorized."""
         if not self._digests:
             return ANONYMOUS
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip()) if scheme.lower() == "bearer" else b""
+        scheme, _, key = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        digest = _digest(key.strip()) if scheme.lower() == b"bearer" else b""
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):      # a sum: all are compared
             raise Unauthorized
         return digest.hex()[:16]
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from shared.card import Announcement, Card
-from shared.errors import ModelNotFound, NoWorker
+from shared.errors import APIError, ModelNotFound, NoWorker
 from shared.keys import DIRECTORY, Shard
 from shared.queue import Queue
 from shared.settings import Settings
@@ -80,7 +81,7 @@ class Directory:
         while True:
             try:
                 await self.refresh()
-            except Exception as error:                  # Redis away, a card of another version: keep what we have
+            except (RedisError, APIError, OSError) as error:    # Redis is away: keep what we have
                 log.warning("the directory was not read: %s", type(error).__name__)
             await asyncio.sleep(self._settings.announce_s)
 
@@ -93,7 +94,7 @@ class Directory:
                 pipe.time()
                 pipe.hgetall(DIRECTORY)
                 (seconds, micros), fields = await pipe.execute()
-            await self._adopt([Announcement.decode(raw) for raw in fields.values()], seconds * 1000 + micros // 1000)
+            await self._adopt(list(_decode(fields.values())), seconds * 1000 + micros // 1000)
             self._refreshed_s = loop.time()
 
     async def _adopt(self, announcements: list[Announcement], now_ms: int) -> None:
@@ -116,6 +117,19 @@ class Directory:
             packed: Any = await self._redis.get(Shard(announcement.shard).key(f"card:{card_hash}"))
             if packed is None:
                 return None
-            # Tens of milliseconds for a large vocabulary: not in the loop that relays.
-            self._tokenizers[card_hash] = await asyncio.to_thread(lambda: Tokenizer(Card.unpack(card_hash, packed)))
+            try:
+                # Tens of milliseconds for a large vocabulary: not in the loop that relays.
+                tokenizer = await asyncio.to_thread(lambda: Tokenizer(Card.unpack(card_hash, packed)))
+            except Exception as error:                  # tokenizers raises a plain one
+                log.warning("a card of shard %s cannot be used: %s", announcement.shard, type(error).__name__)
+                return None
+            self._tokenizers[card_hash] = tokenizer
         return self._tokenizers[card_hash]
+
+
+def _decode(rows: Iterable[bytes]) -> Iterator[Announcement]:
+    for raw in rows:
+        try:
+            yield Announcement.decode(raw)
+        except ValueError:                              # of another version: its workers have pods of their own
+            log.warning("an announcement cannot be read")

@@ -7,6 +7,7 @@ import logging
 import math
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from api.directory import Directory
 from shared.errors import Overloaded
@@ -21,7 +22,7 @@ PRESSED_FRACTION = 0.75                                 # of max_redis_fraction:
 
 
 def retry_after_s(num_queued: int, jobs_per_s: float) -> float:
-    """Backlog over measured rate: when the line will have moved on."""
+    """Backlog over measured rate: when the line will have moved on. Without a rate yet: soon."""
     return min(max(num_queued / jobs_per_s if jobs_per_s > 0 else MIN_RETRY_S, MIN_RETRY_S), MAX_RETRY_S)
 
 
@@ -61,7 +62,7 @@ class Limits:
             try:
                 await self._watch()
                 self.answered_s = asyncio.get_running_loop().time()
-            except Exception as error:                  # Redis away: readiness says so
+            except (RedisError, OSError) as error:      # Redis is away: readiness says so
                 log.warning("Redis was not looked at: %s", type(error).__name__)
             await asyncio.sleep(WATCH_S)
 

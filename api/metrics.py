@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from redis.exceptions import RedisError
 
 from shared.queue import Queue
 
+LOOK_TIMEOUT_S = 2.0                                    # for all shards; scrapers give up after ten seconds
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -26,11 +30,14 @@ class Metrics:
                                for name, text in WORKER_GAUGES.items()}
 
     async def scrape(self, queues: Iterable[Queue], num_streams: int) -> bytes:
+        """What Redis does not answer in time has no line."""
         self.streams.set(num_streams)
-        for gauge in self._worker_gauges.values():
-            gauge.clear()                               # workers that have left leave no line behind
-        for queue in queues:
-            await self._look(queue)
+        for gauge in (self._jobs, self._totals, self._workers, *self._worker_gauges.values()):
+            gauge.clear()                               # workers that have left leave no line behind either
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                for queue in queues:
+                    await self._look(queue)
         return generate_latest(self.registry)
 
     async def _look(self, queue: Queue) -> None:

@@ -66,7 +66,7 @@ class Pod:
             task.add_done_callback(self._goodbyes.discard)
 
     async def _cancel(self, stream: Stream) -> None:
-        await asyncio.sleep(self.settings.disconnect_grace_s)
+        await asyncio.sleep(0 if self.draining else self.settings.disconnect_grace_s)
         for _ in range(MAX_CANCEL_TRIES):
             try:
                 await stream.queue.cancel(stream.job_id)

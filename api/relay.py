@@ -10,7 +10,10 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+from redis.exceptions import RedisError
+
 from shared import connection
+from shared.errors import DeadlineExceeded, Unavailable
 from shared.job import Entry
 from shared.keys import Shard
 from shared.queue import Queue, parse_push
@@ -20,22 +23,31 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1                                            # how exactly silence is noticed
 READ_LIMIT = 256                                        # entries of one look into a log
+READ_TIMEOUT_S = 2.0                                    # of one look: meanwhile no heartbeat goes out
+MAX_SWEEP_S = 10.0                                      # silence between two looks: thousands may wait in line
+LATE_S = 30.0                                           # after its deadline, for others to end a job
+HEAR_TIMEOUT_S = 2.0
 
 
 class Stream:
     """One request's view of its log. `batches()` gives every entry once, in order."""
 
-    def __init__(self, job_id: str, queue: Queue, max_pending: int) -> None:
+    def __init__(self, job_id: str, queue: Queue, settings: Settings) -> None:
         self.job_id = job_id
         self.queue = queue
         self.last: Entry | None = None                  # the last one that `batches()` gave
-        self.left = False                               # the client is gone
-        self.heartbeat_due = False
-        self.silent_s = 0.0
+        self.left = False                               # the client is gone, or the pod goes
+        self.silent_s = 0.0                             # since entries came
+        self.unsent_s = 0.0                             # since bytes went to the client, as whoever sends them says
+        self._settings = settings
         self._pending: list[Entry] = []
-        self._max_pending = max_pending
         self._behind = False                            # the log has what we do not
+        self._sweep_at_s = settings.sweep_s             # of silence
         self._wake = asyncio.Event()
+
+    def __repr__(self) -> str:
+        position = self.last.position if self.last else 0
+        return f"<Stream {self.job_id} at {position}, {len(self._pending)} pending, silent for {self.silent_s:.1f} s>"
 
     def push(self, entry: Entry) -> None:
         """Takes what was pushed, if it is the next; else remembers that the log must be read."""
@@ -43,7 +55,7 @@ class Stream:
         position = newest.position if newest else 0     # position 0, the header, is known before anything is pushed
         if entry.position <= position:
             return
-        if entry.position != position + 1 or len(self._pending) >= self._max_pending:
+        if entry.position != position + 1 or len(self._pending) >= self._settings.max_pending_entries:
             self.look()
             return
         self._pending.append(entry)
@@ -58,31 +70,35 @@ class Stream:
         self.left = True
         self._wake.set()
 
-    def tick(self, passed_s: float, sweep_s: float, heartbeat_s: float) -> None:
-        """Time passes in silence: look into the log every `sweep_s`, ask for a heartbeat every `heartbeat_s`."""
-        before, self.silent_s = self.silent_s, self.silent_s + passed_s
-        if before // sweep_s != self.silent_s // sweep_s:
+    def tick(self, passed_s: float) -> None:
+        """Time passes. In silence the log is looked into, at `sweep_s` and then ever less often."""
+        self.silent_s += passed_s
+        self.unsent_s += passed_s
+        if self.silent_s >= self._sweep_at_s:
+            self._sweep_at_s = min(2 * self._sweep_at_s, self._sweep_at_s + MAX_SWEEP_S)
             self.look()
-        if before // heartbeat_s != self.silent_s // heartbeat_s:
-            self.heartbeat_due = True
+        if self.unsent_s >= self._settings.heartbeat_s:
             self._wake.set()
 
     async def batches(self) -> AsyncIterator[list[Entry]]:
         """What has arrived, as it arrives; an empty batch is a heartbeat. Ends when the client left.
 
-        Raises StreamLost when the log is gone.
+        Raises StreamLost when the log is gone, DeadlineExceeded when Redis stays away.
         """
         while not self.left:
             await self._wake.wait()
             self._wake.clear()
             entries = self._take_pending()
-            if self._behind:
-                entries += await self._read_missed()
+            if self._behind and entries:
+                self._wake.set()                        # first what we have: the log may be gone
+            elif self._behind:
+                entries = await self._read_missed()
             if entries:
-                self.silent_s = 0.0
-            if entries or self.heartbeat_due:
-                self.heartbeat_due = False
+                self.silent_s, self._sweep_at_s = 0.0, self._settings.sweep_s
                 yield entries
+            elif self.unsent_s >= self._settings.heartbeat_s:
+                self.unsent_s = 0.0
+                yield []
 
     def _take_pending(self) -> list[Entry]:
         entries, self._pending = self._pending, []
@@ -93,13 +109,16 @@ class Stream:
         """What the log has behind the last entry. What is pushed meanwhile stands in it too, or follows it."""
         self._behind = False
         try:
-            missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
-        except (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError):
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
+        except (RedisError, OSError, TimeoutError):
+            if self.silent_s > self._settings.request_deadline_s + LATE_S:
+                raise DeadlineExceeded from None
             return []                                   # Redis is away: the next sweep looks again
         pushed, self._pending = self._pending, []
         self.last = missed[-1] if missed else self.last
-        if len(missed) == READ_LIMIT:
-            self.look()
+        if missed:
+            self.look()                                 # until nothing is missing; fences make a full read look short
         for entry in pushed:
             self.push(entry)
         return missed
@@ -113,6 +132,7 @@ class Relay:
         self.settings = settings
         self._streams: dict[str, Stream] = {}
         self._heard: dict[str, asyncio.Event] = {}      # channel → set once it is subscribed
+        self._stopping = False
 
     def __repr__(self) -> str:
         return f"<Relay {len(self._streams)} streams, {len(self._heard)} shards>"
@@ -122,18 +142,25 @@ class Relay:
         return len(self._streams)
 
     async def hear(self, shard: Shard) -> None:
-        """Listens to a shard before anything is submitted to it."""
-        await self._heard.setdefault(shard.key(f"push:{self.pod_id}"), asyncio.Event()).wait()
+        """Listens to a shard before anything is submitted to it. Raises Unavailable when Redis is away."""
+        subscribed = self._heard.setdefault(shard.key(f"push:{self.pod_id}"), asyncio.Event())
+        try:
+            async with asyncio.timeout(HEAR_TIMEOUT_S):
+                await subscribed.wait()
+        except TimeoutError:
+            raise Unavailable(retry_after_s=1.0) from None
 
     def open(self, job_id: str, queue: Queue) -> Stream:
-        stream = self._streams[job_id] = Stream(job_id, queue, self.settings.max_pending_entries)
+        stream = self._streams[job_id] = Stream(job_id, queue, self.settings)
+        stream.left = self._stopping
         return stream
 
     def close(self, stream: Stream) -> None:
         self._streams.pop(stream.job_id, None)
 
     def leave_all(self) -> None:
-        """The pod stops: every stream that still runs ends here."""
+        """The pod stops: every stream that still runs, or is opened after this, ends here."""
+        self._stopping = True
         for stream in self._streams.values():
             stream.leave()
 
@@ -161,7 +188,5 @@ class Relay:
             await asyncio.sleep(TICK_S)
             now = loop.time()
             for stream in self._streams.values():
-                stream.tick(now - before, self.settings.sweep_s, self.settings.heartbeat_s)
+                stream.tick(now - before)
             before = now
-
-

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.relay import Stream
 from api.wire.chat import HEARTBEAT, ChunkFold
-from shared.errors import APIError, Unavailable
+from shared.errors import APIError, Draining
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
            "x-accel-buffering": "no"}
@@ -33,10 +33,9 @@ class EventStream(Response):
         self._on_first = on_first
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": b"", "more_body": True})
         watch = asyncio.create_task(self._watch(receive))
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._relay(send)
         finally:
             watch.cancel()
@@ -56,9 +55,10 @@ class EventStream(Response):
                     self._on_first()
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": not self._fold.ended})
+                    self._stream.unsent_s = 0.0
                 if self._fold.ended:
                     return
-            error: APIError = Unavailable("The server stops. Please send the request again.")
+            error: APIError = Draining()
         except APIError as failure:
             error = failure
         # To a client that has left this goes nowhere.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 from api.directory import Served
@@ -19,20 +20,22 @@ from shared.job import Header, Job, Sampling
 from shared.keys import new_completion_id
 from shared.settings import Settings
 
-INLINE_CHARS = 16_384                                   # longer prompts are rendered beside the loop that relays
+INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
-async def make_job(request: ChatRequest, served: Served, *, tenant: str, pod_id: str,
+async def make_job(request: ChatRequest, served: Served, *, num_body_bytes: int, tenant: str, pod_id: str,
                    settings: Settings) -> tuple[Job, Header]:
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
     card = served.card
     messages = [message.for_template() for message in request.messages]
     _adapt_roles(messages, card)
     encode = served.tokenizer.encode_chat
-    if sum(len(message["content"] or "") for message in messages) > INLINE_CHARS:
+    if num_body_bytes > INLINE_BYTES:
         prompt = await asyncio.to_thread(encode, messages, request.offered_tools)
     else:
         prompt = encode(messages, request.offered_tools)
+    if not prompt:
+        raise InvalidValue("The messages make an empty prompt.", param="messages")
     sampling = resolve_sampling(request, card, len(prompt))
     completion_id, n, created_s = new_completion_id(served.queue.shard), request.n or 1, int(time.time())
     if n > card.max_num_seqs:
@@ -70,14 +73,14 @@ def resolve_sampling(request: ChatRequest, card: Card, num_prompt_tokens: int) -
     biases = {int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()}
     _refuse_unknown_ids(biases, card, "logit_bias")
     _refuse_unknown_ids(request.stop_token_ids or (), card, "stop_token_ids")
-    defaults = Sampling(max_tokens=max_tokens)
+    defaults = replace(Sampling(max_tokens=max_tokens), **card.sampling_defaults)  # type: ignore[arg-type]
     return Sampling(
         max_tokens=max_tokens,
         seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
         temperature=_given(request.temperature, defaults.temperature),
         top_p=_given(request.top_p, defaults.top_p),
-        top_k=max(request.top_k or 0, 0),
-        min_p=request.min_p or 0.0,
+        top_k=min(max(int(_given(request.top_k, defaults.top_k)), 0), card.vocab_size),
+        min_p=_given(request.min_p, defaults.min_p),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),

@@ -14,6 +14,8 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.utils
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.errors import TemplateRefused
@@ -35,6 +37,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
                special_tokens: Mapping[str, str], **variables: Any) -> str:
         """The prompt's text. Raises TemplateRefused when the template rejects the messages or takes too long."""
+        # As transformers: templates know what to do with a key that is missing, and print one that is None.
+        messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
         pieces, num_chars, deadline = [], 0, time.monotonic() + MAX_RENDER_S
         try:
@@ -69,14 +73,39 @@ class _Dict:
         return dict.fromkeys(*args, **kwargs)
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace(…)`, in which no name leads to the inside of Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:    # a template may have an attribute `self`
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _Namespace._check(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _Namespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
     return environment
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().replace(tzinfo=None).strftime(form)
 
 
 def _raise_exception(message: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from api import docs
 from api.auth import Door
 from api.directory import Served
 from api.pod import Pod
@@ -15,27 +15,29 @@ from api.relay import Stream
 from api.sse import EventStream
 from api.submit import make_job
 from api.wire.chat import ChunkFold, CompletionFold
-from api.wire.request import ChatRequest, parse
-from shared.errors import BodyTooLarge, Overloaded, Unavailable
+from api.wire.request import parse
+from shared.errors import BodyTooLarge, Draining, Overloaded, TooSlow
 from shared.job import Header, Job
 
 DRAINED_BYTES = 1 << 20                                 # of a refused body: closing at once can swallow the refusal
-
-SCHEMA: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {
-    "schema": ChatRequest.model_json_schema()}}}}
+BODY_TIMEOUT_S = 60.0
 
 
 def router(pod: Pod, door: Door) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", openapi_extra=SCHEMA)
+    @routes.post("/v1/chat/completions", openapi_extra=docs.CHAT)
     async def create_chat_completion(request: Request, tenant: str = Depends(door)) -> Response:
         """Answers a conversation, whole or as a stream of server-sent events."""
         began_s = time.monotonic()
-        chat = parse(await read_body(request, pod.settings.max_body_bytes), pod.settings.max_messages)
+        body = await read_body(request, pod.settings.max_body_bytes)
+        if pod.draining:
+            raise Draining(retry_after_s=0.1)
+        chat = parse(body, pod.settings.max_messages)
         served = await pod.directory.find(chat.model)
         pod.limits.check_memory()
-        job, header = await make_job(chat, served, tenant=tenant, pod_id=pod.id, settings=pod.settings)
+        job, header = await make_job(chat, served, num_body_bytes=len(body), tenant=tenant, pod_id=pod.id,
+                                     settings=pod.settings)
         stream = await submit(pod, served, job, header)
         headers = {"x-baton-completion-id": job.id}
         if header.stream:
@@ -79,7 +81,7 @@ async def collect(stream: Stream, fold: CompletionFold, request: Request) -> Non
                 return
     finally:
         watch.cancel()
-    raise Unavailable
+    raise Draining(retry_after_s=1.0)                   # to a client that has left this goes nowhere
 
 
 async def _watch(request: Request, stream: Stream) -> None:
@@ -89,14 +91,18 @@ async def _watch(request: Request, stream: Stream) -> None:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, whatever its content type says. Raises BodyTooLarge once a part of the rest has been read."""
+    """The body, whatever its content type says. Raises TooSlow, or BodyTooLarge once a part of the rest was read."""
     pieces, num_bytes = [], 0
-    async for piece in request.stream():
-        num_bytes += len(piece)
-        if num_bytes <= max_bytes:
-            pieces.append(piece)
-        elif num_bytes > max_bytes + DRAINED_BYTES:
-            break
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                num_bytes += len(piece)
+                if num_bytes <= max_bytes:
+                    pieces.append(piece)
+                elif num_bytes > max_bytes + DRAINED_BYTES:
+                    break
+    except TimeoutError:
+        raise TooSlow from None
     if num_bytes > max_bytes:
         raise BodyTooLarge(f"The body of a request has at most {max_bytes} bytes.")
     return b"".join(pieces)

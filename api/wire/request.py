@@ -11,6 +11,7 @@ import logging
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from shared.errors import (
     BadRequest,
@@ -31,8 +32,10 @@ MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_TOOLS = 128
+MAX_NESTING = 64                                        # of a tool's schema, or of a call's arguments
 
-TokenId = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Model(BaseModel):
@@ -50,6 +53,11 @@ class ToolCall(_Model):
     function: Function
 
 
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
 class Message(_Model):
     """One turn. Content comes as a string or as text parts, and is a string from here on."""
 
@@ -59,7 +67,7 @@ class Message(_Model):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
     def _join_parts(cls, content: Any) -> Any:
         return "\n".join(_part_text(part) for part in content) if isinstance(content, list) else content
@@ -97,9 +105,15 @@ def _part_text(part: Any) -> str:
 
 def _arguments(raw: str | None) -> Any:
     try:
-        return json.loads(raw or "{}")
+        arguments = json.loads(raw or "{}")
     except (ValueError, RecursionError):
         return raw
+    return raw if _is_deep(arguments) else arguments
+
+
+def _is_deep(value: Any, room: int = MAX_NESTING) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return room == 0 or any(_is_deep(element, room - 1) for element in inner)
 
 
 class StreamOptions(_Model):
@@ -118,12 +132,12 @@ class ChatRequest(_Model):
     model: str = Field(min_length=1, description="a name of GET /v1/models")
     stream: bool | None = Field(None, description="answer with server-sent events")
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
-    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens; it wins")
+    max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
+    max_completion_tokens: Count | None = Field(None, ge=1, description="the newer name of max_tokens; it wins")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt")
     temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token, always")
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="0 or -1: off")
+    top_k: Count | None = Field(None, ge=-1, description="0 or -1: off")
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -134,14 +148,14 @@ class ChatRequest(_Model):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="the same seed repeats the same answer")
     stop: list[str] | None = Field(None, max_length=MAX_STOPS, description="a string or a list of strings")
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: Count | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _stop_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
@@ -168,6 +182,8 @@ class ChatRequest(_Model):
             function = tool.get("function")
             if tool.get("type") != "function" or not isinstance(function, dict) or not _is_name(function.get("name")):
                 raise ValueError("a tool is {'type': 'function', 'function': {'name': …}}")
+            if _is_deep(tool):
+                raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
         return tools
 
     @model_validator(mode="after")
@@ -215,8 +231,9 @@ def parse(body: bytes, max_messages: int) -> ChatRequest:
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        raw = json.loads(body, parse_constant=_refuse_constant)
-        if b"\\ud" in body or b"\\uD" in body:          # half a surrogate pair is JSON, but no text
+        text = body.decode()                            # json.loads takes other encodings, and bytes that are no text
+        raw = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text or "\\uD" in text:            # half a surrogate pair is JSON, but no text either
             json.dumps(raw, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise NotJSON from None

@@ -1,0 +1,42 @@
+"""What /docs says beyond what FastAPI reads from the routes: the request's schema, keys, and the shape of errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from api.wire.request import ChatRequest
+
+COMPONENTS = "#/components/schemas/"
+
+ERROR_SCHEMA: dict[str, Any] = {"type": "object", "properties": {"error": {"type": "object", "properties": {
+    "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+    "code": {"type": ["string", "null"]}}}}}
+_ERROR: dict[str, Any] = {"content": {"application/json": {"schema": {"$ref": COMPONENTS + "Error"}}}}
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "The request is refused.", **_ERROR},
+                                           "5XX": {"description": "The service failed, or is full.", **_ERROR}}
+
+_REQUEST = {"schema": {"$ref": COMPONENTS + "ChatRequest"}}
+CHAT: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": _REQUEST}},
+    "responses": {"200": {"description": "A chat.completion; with `stream`, chat.completion.chunk events and [DONE].",
+                          "content": {"application/json": {}, "text/event-stream": {}}}}}
+
+
+def complete(app: FastAPI) -> None:
+    """Makes /openapi.json, once, when somebody asks."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            request = ChatRequest.model_json_schema(ref_template=COMPONENTS + "{model}")
+            components = schema.setdefault("components", {})
+            components["schemas"] = {"Error": ERROR_SCHEMA, **request.pop("$defs"), "ChatRequest": request}
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}, {}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

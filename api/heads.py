@@ -1,0 +1,100 @@
+"""HTTP/1.1 on one connection: uvicorn's, with bounds on a request's head, in bytes and in seconds.
+
+Without them a header of any size is taken, and half a header is waited on for ever. It knows nothing of routes; what it
+refuses has not become a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from api.answer import last_answer
+from shared.errors import APIError, BadRequest, HeadTooLarge, TooSlow
+
+MAX_HEADER_BYTES = 64 << 10                             # of a request line and its headers, or of what stands for them
+HEAD_TIMEOUT_S = 20.0                                   # from a request's first byte, or a connection's start
+LINGER_S = 1.0                                          # after a refusal: closing at once can swallow it
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_header_bytes = 0                      # of this request, in headers that are complete
+        self._num_framing_bytes = 0                     # since the last byte of a body, or the end of a request
+        self._refused = False
+        self._clock: asyncio.TimerHandle | None = None  # runs while a head is awaited
+
+    # ── what arrives ──
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._clock = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, TooSlow())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._clock is None and (self.cycle is None or self.cycle.response_complete):
+            self._clock = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, TooSlow())
+        self._num_framing_bytes += len(data)
+        super().data_received(data)
+        if self._num_framing_bytes > MAX_HEADER_BYTES:
+            self._refuse(HeadTooLarge())                # one header, or a trailer, that does not end
+
+    # ── what the parser finds in it; an exception here ends the parsing, and comes back as send_400_response ──
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._num_header_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)         # ': ' and the end of the line
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_framing_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_framing_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's own words
+        self._refuse(HeadTooLarge() if self._num_header_bytes > MAX_HEADER_BYTES else
+                     BadRequest("This is not a valid HTTP request."))
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_header_bytes += num_bytes
+        if self._num_header_bytes > MAX_HEADER_BYTES:
+            raise ValueError("the head is too large")
+
+    def _refuse(self, error: APIError) -> None:
+        """The last answer of this connection; none where it would fall into the middle of another one."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._stop_clock()
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(last_answer(error))
+            self._clock = self.loop.call_later(LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None

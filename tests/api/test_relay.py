@@ -1,0 +1,183 @@
+"""One stream's view of its log on a real Redis: whatever the pushes do, every entry once and in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from api.relay import READ_LIMIT, Relay, Stream
+from shared import connection
+from shared.errors import DeadlineExceeded, StreamLost
+from shared.job import Entry, Header, Job, Sampling
+from shared.keys import new_completion_id
+from shared.queue import Queue
+from shared.settings import Settings
+from tests.api.scripted import WAIT_S, Script, ScriptedWorker, say, until
+
+SETTINGS = Settings(max_pending_entries=3, sweep_s=0.5, heartbeat_s=1.0)
+HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=1)
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    redis = connection.connect(redis_url)
+    yield redis
+    await redis.aclose()
+
+
+async def make_script(redis: Redis) -> Script:
+    worker = ScriptedWorker(redis)
+    job = Job(id=new_completion_id(worker.queue.shard), tenant="t", pod="p", prompt_token_ids=(1,),
+              sampling=Sampling(max_tokens=10), tokenizer_id=worker.card.tokenizer_id,
+              weights_id=worker.card.weights_id)
+    await worker.queue.submit(job, HEADER, retain_s=60)
+    return await worker.claim()
+
+
+async def log_of(script: Script) -> list[Entry]:
+    return await script.worker.queue.read(script.job.id)
+
+
+class Reader:
+    """Takes what a stream gives, as a client's response does."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.entries: list[Entry] = []
+        self.num_heartbeats = 0
+        self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for entries in self.stream.batches():
+            self.entries += entries
+            self.num_heartbeats += not entries
+            if entries and entries[-1].kind == "end":
+                return
+
+    async def end(self) -> list[int]:
+        """The positions that came, without the header's, once the stream has ended."""
+        await asyncio.wait_for(self.task, WAIT_S)
+        return self.positions
+
+    @property
+    def positions(self) -> list[int]:
+        return [entry.position for entry in self.entries if entry.position]
+
+
+NUM_ENTRIES = 8
+mishaps = st.lists(st.lists(st.integers(1, NUM_ENTRIES), max_size=6), max_size=6)
+
+
+@given(bursts=mishaps)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_lost_repeated_and_reordered_pushes_give_each_entry_once(redis_url: str, bursts: list[list[int]]) -> None:
+    """Any pushes in any order, in any bursts, then silence: the log has what they left out."""
+    asyncio.run(give_each_once(redis_url, bursts))
+
+
+async def give_each_once(redis_url: str, bursts: list[list[int]]) -> None:
+    async with connection.connect(redis_url) as redis:
+        script = await make_script(redis)
+        await script.answer("x" * (NUM_ENTRIES - 2))
+        log = await log_of(script)
+        reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+        for burst in bursts:
+            for position in burst:
+                reader.stream.push(log[position])
+            await asyncio.sleep(0)                      # the reader may take what has come, or be in the middle of it
+        reader.stream.tick(SETTINGS.sweep_s)
+        assert await reader.end() == list(range(1, NUM_ENTRIES + 1))
+        await redis.delete(script.worker.queue.shard.key(f"out:{script.job.id}"))
+
+
+async def test_pushes_in_order_need_no_look_into_the_log(redis: Redis) -> None:
+    """The log is gone, and nobody notices."""
+    script = await make_script(redis)
+    await script.answer("Hello")
+    log = await log_of(script)
+    await redis.delete(script.worker.queue.shard.key(f"out:{script.job.id}"))
+    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+    for entry in log:
+        reader.stream.push(entry)
+        await asyncio.sleep(0)
+    assert await reader.end() == list(range(1, len(log)))
+
+
+async def test_what_a_slow_reader_leaves_waiting_is_bounded(redis: Redis) -> None:
+    """More than `max_pending_entries` are not kept: they are read from the log when the reader comes back."""
+    script = await make_script(redis)
+    await script.answer("a longer answer")
+    log = await log_of(script)
+    stream = Stream(script.job.id, script.worker.queue, SETTINGS)
+    for entry in log:
+        stream.push(entry)
+    assert len(stream._pending) == SETTINGS.max_pending_entries
+    assert await Reader(stream).end() == list(range(1, len(log)))
+
+
+async def test_a_log_longer_than_one_look_is_read_to_its_end(redis: Redis) -> None:
+    """No push and no further sweep: fences, which make a look seem short, do not end it early."""
+    script = await make_script(redis)
+    await script.say(say("a"))
+    await script.worker.queue.release("scripted-1")
+    script = await script.worker.claim()
+    await script.answer("b" * (READ_LIMIT + 20))
+    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+    reader.stream.look()
+    assert await reader.end() == list(range(1, READ_LIMIT + 24))
+
+
+async def test_a_log_that_is_gone_is_an_error(redis: Redis) -> None:
+    reader = Reader(Stream("chatcmpl-none", ScriptedWorker(redis).queue, SETTINGS))
+    reader.stream.look()
+    with pytest.raises(StreamLost):
+        await reader.end()
+
+
+async def test_silence_beats_and_looks_ever_less_often(redis: Redis) -> None:
+    """At half a second, one, two, four: thousands that wait in line do not keep Redis busy."""
+    script = await make_script(redis)
+    stream = Stream(script.job.id, script.worker.queue, SETTINGS)
+    looks = []
+    for _ in range(160):
+        stream.tick(0.0625)
+        if stream._behind:
+            looks.append(stream.silent_s)
+            stream._behind = False
+    assert looks == [0.5, 1, 2, 4, 8]
+    reader = Reader(stream)
+    await until("a heartbeat", lambda: reader.num_heartbeats)
+    stream.leave()
+    assert await reader.end() == []
+
+
+async def test_a_stream_that_is_left_ends(redis: Redis) -> None:
+    script = await make_script(redis)
+    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+    reader.stream.leave()
+    assert await reader.end() == []
+
+
+async def test_a_redis_that_stays_away_ends_the_stream_at_last(redis: Redis) -> None:
+    """Past its deadline a job has ended, even if nobody can read how."""
+    queue = Queue(Redis.from_url("unix:///nowhere.sock"), ScriptedWorker(redis).queue.shard, SETTINGS)
+    reader = Reader(Stream("chatcmpl-none", queue, SETTINGS))
+    reader.stream.tick(SETTINGS.sweep_s)
+    await until("the look has failed", lambda: not reader.stream._behind)
+    reader.stream.tick(SETTINGS.request_deadline_s + 60)
+    with pytest.raises(DeadlineExceeded):
+        await reader.end()
+
+
+async def test_after_the_end_of_the_pod_no_stream_begins(redis: Redis) -> None:
+    relay = Relay("p", SETTINGS)
+    script = await make_script(redis)
+    before = Reader(relay.open(script.job.id, script.worker.queue))
+    relay.leave_all()
+    assert await before.end() == []
+    assert relay.open("chatcmpl-late", script.worker.queue).left
