@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from shared import byte_level
 from shared.card import Card
 from shared.errors import BadRequest, TemplateRefused
 from shared.template import ChatTemplate
@@ -107,8 +108,7 @@ def _unused_cut(value: Any) -> str:
 def _token_bytes(tokenizer_json: str) -> Callable[[str], bytes]:
     """How this tokenizer writes bytes into its vocabulary: GPT-2's byte alphabet, or pieces with '▁' and <0xNN>."""
     if '"ByteLevel"' in tokenizer_json:
-        alphabet = _byte_alphabet()
-        return lambda token: b"".join(alphabet.get(char) or char.encode() for char in token)
+        return byte_level.token_bytes
     hex_byte = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
     def piece_bytes(token: str) -> bytes:
@@ -117,11 +117,3 @@ def _token_bytes(tokenizer_json: str) -> Callable[[str], bytes]:
         return token.replace("▁", " ").encode()
 
     return piece_bytes
-
-
-def _byte_alphabet() -> dict[str, bytes]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2, encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    codes = {byte: byte for byte in printable} | {byte: 256 + i for i, byte in enumerate(rest)}
-    return {chr(code): bytes([byte]) for byte, code in codes.items()}

@@ -12,12 +12,12 @@ import httpx
 from redis.asyncio import Redis
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from shared.byte_level import BYTE_OF_CHARACTER
 from shared.card import Announcement, Card
 from shared.job import Delta, Finish, Kind, Usage, encode_deltas
 from shared.keys import DIRECTORY, Shard
 from shared.queue import Claimed, Queue, Write
 from shared.settings import Settings
-from shared.tokenizer import _byte_alphabet
 
 WAIT_S = 20.0
 ANNOUNCED_S = 600                                       # longer than any test
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 def byte_tokenizer(*special: str) -> Tokenizer:
     """One token per byte, and the special ones behind them."""
-    alphabet = sorted(_byte_alphabet(), key=lambda char: _byte_alphabet()[char])
+    alphabet = sorted(BYTE_OF_CHARACTER, key=BYTE_OF_CHARACTER.__getitem__)
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -16,6 +16,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from shared import byte_level
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = pattern("<0x([0-9A-Fa-f]{2})>")
 MAX_HELD_TOKENS = 8         # no character needs more; what still looks unfinished then is shown as it is
@@ -51,11 +53,7 @@ class Vocabulary:
     def bytes_of(self, token_id: int) -> bytes:
         """Of a byte-level token, as the decoder of tokenizers reads it."""
         if token_id not in self._bytes:
-            token = self.tokenizer.id_to_token(token_id) or ""
-            try:
-                self._bytes[token_id] = bytes(BYTE_OF_CHARACTER[character] for character in token)
-            except KeyError:        # an added token, written as it is
-                self._bytes[token_id] = token.encode()
+            self._bytes[token_id] = byte_level.token_bytes(self.tokenizer.id_to_token(token_id) or "")
         return self._bytes[token_id]
 
     def byte_token(self, token_id: int) -> bytes | None:
@@ -145,13 +143,3 @@ class WindowDecoder:
         self._context, self._held = self._held, []
         self._shown = self._vocabulary.decode(self._context)
         return text
-
-
-def _byte_of_character() -> dict[str, int]:
-    """The inverse of GPT-2's table, in which every byte has a printable character."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _byte_of_character()
