@@ -89,7 +89,8 @@ class Worker:
             await asyncio.sleep(0)                      # lets in what arrived meanwhile: wake-ups, signals
         else:
             outputs = []
-            await self._rest()
+            if not self._answers:                       # one may have been claimed that only lacks its terminal
+                await self._rest()
         await self._publish(self._collect(outputs))
 
     def _step(self) -> list[Output]:
@@ -122,13 +123,13 @@ class Worker:
             self._renewed_s = now_s
             for claimed in claims.jobs:
                 await self._begin(claimed)
+            for job_id in claims.malformed:
+                log.error("job %s does not decode: given up", job_id)
+                await self.queue.cancel(job_id, "job_failed")
         except AWAY as error:
             log.warning("claim: Redis is away (%s)", type(error).__name__)
             await asyncio.sleep(connection.RECONNECT_S)
             return                                      # the same sequence again gives the same jobs again
-        for job_id in claims.malformed:
-            log.error("job %s does not decode: given up", job_id)
-            await self.queue.cancel(job_id, "job_failed")
         self._claim_sequence += 1
         self._alone = any(claimed.alone for claimed in claims.jobs)
 

@@ -13,8 +13,9 @@ import pytest
 from deploy.redis import RedisServer
 from shared import connection
 from shared.card import Announcement, Card
-from shared.job import Entry, Header, Job, Sampling
+from shared.job import Delta, Entry, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import DIRECTORY, new_completion_id
+from shared.queue import Write
 from shared.settings import Settings
 from worker import tiny
 from worker.announce import make_card
@@ -106,6 +107,25 @@ async def test_a_job_of_another_version_is_given_up(worker: Worker) -> None:
     job = make_job(worker, version=99)
     await ask(worker, job)
     assert (await read_until(worker, job, ended))[-1].finish.error == "job_failed"
+
+
+async def test_an_answer_that_lacks_only_its_terminal_gets_it(engine: Engine, server: RedisServer) -> None:
+    """A worker died between the last token and the end: its heir computes nothing and ends the stream."""
+    redis = connection.connect(server.url)
+    heir = Worker(Settings(redis_url=server.url), redis, engine, make_card("m", engine), ("m",))
+    job, card = make_job(heir), heir.card
+    await ask(heir, job)
+    (claimed,) = (await heir.queue.claim("dead", 1, 1, tokenizer_id=card.tokenizer_id, weights_id=card.weights_id,
+                                         numerics_id=card.numerics_id)).jobs
+    last = encode_deltas([Delta(0, (72, 105), "Hi", "stop")])
+    await heir.queue.publish("dead", [Write(job.id, claimed.epoch, 1, 2, "delta", last)])
+    await heir.queue.release("dead")
+    running = asyncio.create_task(heir.run())
+    entries = await read_until(heir, job, ended)
+    assert entries[-1].finish == Finish(Usage(2, 2))
+    heir.stop()
+    await running
+    await redis.aclose()
 
 
 async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: RedisServer) -> None:
