@@ -15,12 +15,10 @@ from api.app import make_app
 from api.heads import BoundedProtocol
 from api.pod import Pod
 from shared import connection
-from shared.errors import BrokenEnvironment
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 1024                                          # connections that wait to be accepted
 DRAIN_POLL_S = 0.1
 KEEP_ALIVE_S = 75
 CLOSE_S = 5                                             # for the last events to leave, after the streams were ended
@@ -32,13 +30,12 @@ class _Server(uvicorn.Server):
         yield                                           # signals are ours
 
 
-async def serve(settings: Settings, listening: socket.socket | None = None) -> None:
-    """Until SIGTERM or SIGINT. Raises BrokenEnvironment when Redis is none that we can use, or the port is taken."""
+async def serve(settings: Settings, listening: socket.socket) -> None:
+    """Until SIGTERM or SIGINT. Raises BrokenEnvironment when Redis is none that we can use."""
     pod = Pod(settings)
     await connection.check(pod.redis, allow_no_aof=settings.allow_no_aof)
-    listening = listening or bind(settings.host, settings.port)
     config = uvicorn.Config(make_app(pod), log_config=None, access_log=False, http=BoundedProtocol, ws="none",
-                            lifespan="off", backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S,
+                            lifespan="off", timeout_keep_alive=KEEP_ALIVE_S,
                             timeout_graceful_shutdown=CLOSE_S, server_header=False)
     server = _Server(config)
     stopping = asyncio.Event()
@@ -53,15 +50,6 @@ async def serve(settings: Settings, listening: socket.socket | None = None) -> N
             server.should_exit = True
         stop.cancel()
         await serving
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Raises BrokenEnvironment."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-                                    backlog=BACKLOG)
-    except OSError as error:
-        raise BrokenEnvironment(f"cannot listen on {host}:{port} ({error.strerror}): change it with --port") from None
 
 
 async def drain(pod: Pod) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
+from deploy.listening import bind
 from shared import log, settings
 from shared.errors import BrokenEnvironment
 from shared.settings import API_ONLY, SERVE_ONLY, WORKER_ONLY, Settings
@@ -94,7 +95,8 @@ def _api(args: argparse.Namespace) -> None:
 
     read = _settings(args)
     log.configure("api", read.log_level)
-    uvloop.run(serve(read, socket.socket(fileno=args.fd) if args.fd is not None else None))
+    with socket.socket(fileno=args.fd) if args.fd is not None else bind(read.host, read.port) as listening:
+        uvloop.run(serve(read, listening))
 
 
 def _worker(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from deploy.listening import bind
 from deploy.redis import RedisServer
 from shared.errors import BrokenEnvironment
 from shared.settings import Settings
@@ -28,7 +29,6 @@ RESTART_S = 1.0                                         # pause before a child t
 START_TIMEOUT_S = 600.0                                 # until the first model is announced
 STOP_TIMEOUT_S = 20.0
 DRAIN_S = 3.0                                           # one machine, one person: no need to wait for long streams
-BACKLOG = 1024                                          # connections that wait to be accepted
 
 
 @dataclass
@@ -76,7 +76,7 @@ def serve(settings: Settings) -> int:
     redis: RedisServer | None = None
     children: list[Child] = []
     try:
-        with _bind(settings.host, settings.port) as listening:
+        with bind(settings.host, settings.port) as listening:
             port = listening.getsockname()[1]
             url, redis = _find_redis(settings, port)
             children += _children(settings, url, listening)
@@ -100,20 +100,6 @@ def serve(settings: Settings) -> int:
 
 def _raise_stopped(*_: object) -> None:
     raise Stopped
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise BrokenEnvironment(f"cannot listen on {host}:{port} ({error.strerror}): change it with --port") from None
-    listening.listen(BACKLOG)
-    listening.setblocking(False)
-    return listening
 
 
 def _find_redis(settings: Settings, port: int) -> tuple[str, RedisServer | None]:

@@ -390,6 +390,7 @@ async def test_an_empty_prompt_is_refused(http: httpx.AsyncClient, worker: Scrip
     await until_known(http, silent)
     error = error_of(await http.post(CHAT, json=ask(silent.model)), 400)
     assert (error["code"], error["param"]) == ("invalid_value", "messages")
+    await silent.leave()
 
 
 # ── models, errors, limits ──

@@ -5,7 +5,7 @@ It computes on random tokens in slots of its own, which it gives back.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from worker.model.model import Model
 NUM_TOKENS = 24
 CHUNKS = (0, 11, 18)                                                # two chunks, then decode rows
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding alone stays ten times below
-PROBED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 31, 32)
+MIN_ROWS, MAX_ROWS = 2, 32
 
 
 def random_token_ids(vocab_size: int, count: int) -> list[int]:
@@ -71,25 +71,24 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 def probe_row_limit(model: Model) -> tuple[int, int]:
     """The least and the most rows of a decode forward whose logits do not depend on how many they are.
 
-    A matrix-vector product rounds otherwise than a matrix product, and large ones reduce in another order.
+    Small and large products reduce in another order than those between. In bfloat16 that shows in so few places that a
+    probe may miss it: one row, a matrix-vector product, is the known case and never taken.
     """
-    token_ids = random_token_ids(model.vocab_size, PROBED_ROWS[-1])
-    layers = allocate(model.kv_shapes, PROBED_ROWS[-1], 1, model.dtype)
+    num_usual = 8
+    token_ids = random_token_ids(model.vocab_size, MAX_ROWS)
+    layers = allocate(model.kv_shapes, MAX_ROWS, 1, model.dtype)
 
-    def logits(num_rows: int) -> Tensor:
-        rows = DecodeRows(layers, range(num_rows), (0,) * num_rows)
-        return model.forward(token_ids[:num_rows], (0,) * num_rows, rows, range(num_rows))
+    def logits(begin: int, end: int) -> Tensor:
+        context = DecodeRows(layers, range(begin, end), (0,) * (end - begin))
+        return model.forward(token_ids[begin:end], (0,) * (end - begin), context, range(end - begin))
 
-    usual = logits(8)
-    is_equal = {n: torch.equal(logits(n)[:8], usual[:n]) for n in PROBED_ROWS}
-    min_rows = max_rows = 8
-    for n in reversed(range(1, 8)):
-        if not is_equal[n]:
-            break
-        min_rows = n
-    for n in (n for n in PROBED_ROWS if n > 8):
-        if not is_equal[n]:
-            break
-        max_rows = n
-    return min_rows, max_rows
+    def is_usual(num_rows: int) -> bool:
+        """Eight rows come out the same when computed so many at a time."""
+        begins = range(0, num_usual - num_rows + 1, num_rows) or [0]
+        return all(torch.equal(logits(begin, begin + num_rows)[:num_usual], usual[begin:begin + num_rows])
+                   for begin in begins)
 
+    usual = logits(0, num_usual)
+    fewer = list(takewhile(is_usual, range(num_usual - 1, MIN_ROWS - 1, -1)))
+    more = list(takewhile(is_usual, (12, 16, 24, MAX_ROWS - 1, MAX_ROWS)))
+    return min(fewer, default=num_usual), max(more, default=num_usual)

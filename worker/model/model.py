@@ -27,7 +27,7 @@ class Model:
     eos_token_ids: frozenset[int]
     kv_shapes: tuple[KVShape, ...]      # one per layer
     weights_id: str                     # equal weights and config
-    min_rows: int = 1                   # a decode forward of fewer rows may round otherwise
+    min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
     numerics_id: str = ""               # equal ids promise equal bits
 
