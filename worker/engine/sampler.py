@@ -4,13 +4,13 @@ Order of the stages: logit_bias, penalties, temperature, top_k, top_p, min_p, as
 needs is skipped. Of tokens equally likely the lower id is kept first. A row's token depends on nothing but that row:
 not on its neighbours, nor on where in the batch it lies. It knows slots and ids, nothing of text or schedules.
 
-Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens, rarely more, so that no vocabulary is
-sorted; the others hash noise for every token, some rows at a time, so that it stays in the processor's cache.
+No vocabulary is sorted. Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens when those are
+enough; the others hash noise for every token, and a flat row with top_p takes the best one that is in its nucleus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shared.job import Sampling
 
 MIN_TEMPERATURE = 1e-5      # below: greedy
-NUM_CANDIDATES = 256
+NUM_CANDIDATES = 64
 BLOCK_TOKENS = 1 << 16      # of noise at a time
 
 Logprobs = tuple[int, float, tuple[tuple[int, float], ...]]    # token id, its log probability, the likeliest
@@ -124,7 +124,7 @@ class Sampler:
             assert bias is not None
             logits[i, bias[0]] += bias[1]
         if penalized:
-            logits[penalized] = self._penalized(logits[penalized], [rows[i].slot for i in penalized])
+            logits[penalized] = self._penalized(_rows(logits, penalized), [rows[i].slot for i in penalized])
         for i in too_short:
             logits[i, params[i].stop_token_ids] = float("-inf")
         return logits
@@ -132,12 +132,14 @@ class Sampler:
     def _penalized(self, logits: Tensor, slots: list[int]) -> Tensor:
         assert self._counts is not None and self._seen is not None
         sampling = [self._params(slot).sampling for slot in slots]
-        repetition = _column([s.repetition_penalty for s in sampling])
-        scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-        logits = torch.where(self._seen[slots], scaled, logits)
-        counts = self._counts[slots]
-        logits -= counts * _column([s.frequency_penalty for s in sampling])
-        logits -= (counts > 0) * _column([s.presence_penalty for s in sampling])
+        if any(s.repetition_penalty != 1 for s in sampling):
+            repetition = _column([s.repetition_penalty for s in sampling])
+            scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+            logits = torch.where(self._seen[slots], scaled, logits)
+        if any(s.frequency_penalty or s.presence_penalty for s in sampling):
+            counts = self._counts[slots]
+            logits = logits - counts * _column([s.frequency_penalty for s in sampling])
+            logits -= counts.clamp_(max=1) * _column([s.presence_penalty for s in sampling])
         return logits
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
@@ -147,8 +149,8 @@ class Sampler:
         token_ids = torch.empty(len(rows), dtype=torch.long)
         greedy = [i for i, p in enumerate(params) if p.is_greedy]
         if greedy:
-            token_ids[greedy] = logits[greedy].argmax(dim=-1)
-        scaled = logits[random] / _column([params[i].sampling.temperature for i in random])
+            token_ids[greedy] = _rows(logits, greedy).argmax(dim=-1)
+        scaled = _rows(logits, random) / _column([params[i].sampling.temperature for i in random])
         keys = [rng.row_key(params[i].key, rows[i].position) for i in random]
         token_ids[random] = self._draw_random(scaled, keys, [params[i] for i in random])
         return token_ids
@@ -160,38 +162,68 @@ class Sampler:
         token_ids = torch.empty(len(params), dtype=torch.long)
         if truncated:
             token_ids[truncated] = self._draw_truncated(
-                logits[truncated], low[truncated], high[truncated], [params[i].sampling for i in truncated])
+                _rows(logits, truncated), _rows(low, truncated), _rows(high, truncated),
+                [params[i].sampling for i in truncated])
         if whole:
-            logits, low, high = (x[whole] if truncated else x for x in (logits, low, high))
+            logits, low, high = (_rows(x, whole) for x in (logits, low, high))
             if any(params[i].sampling.min_p > 0 for i in whole):
                 logits = _at_least(logits, logits.amax(dim=-1, keepdim=True), [params[i].sampling for i in whole])
             token_ids[whole] = self._draw_whole(logits, low, high)
         return token_ids
 
     def _draw_whole(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        block = max(1, BLOCK_TOKENS // self.vocab_size)
-        parts = zip(logits.split(block), low.split(block), high.split(block), strict=True)
-        return torch.cat([rng.gumbel(lows, highs, self._token_ids).add_(part).argmax(dim=-1)
-                          for part, lows, highs in parts])
+        return torch.cat([noisy.argmax(dim=-1) for noisy in self._with_noise(logits, low, high)])
+
+    def _with_noise(self, logits: Tensor, low: Tensor, high: Tensor) -> Iterator[Tensor]:
+        """Some rows at a time, so that they stay in the processor's cache."""
+        num_rows = max(1, BLOCK_TOKENS // self.vocab_size)
+        parts = zip(logits.split(num_rows), low.split(num_rows), high.split(num_rows), strict=True)
+        return (rng.gumbel(lows, highs, self._token_ids).add_(part) for part, lows, highs in parts)
 
     def _draw_truncated(self, logits: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
         token_ids = torch.empty(len(logits), dtype=torch.long)
         log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-        pending = torch.arange(len(logits))
+        pending = list(range(len(logits)))
         num_candidates = NUM_CANDIDATES
-        while len(pending):
+        while pending:
             num_candidates = min(num_candidates, self.vocab_size)
-            here = [sampling[i] for i in pending.tolist()]
-            values, ids = _likeliest(logits[pending], num_candidates)
+            here = [sampling[i] for i in pending]
+            values, ids = _likeliest(_rows(logits, pending), num_candidates)
             keep = _kept(values, log_total[pending], here)
             # the cut must lie above the last candidate: others as likely as that one may be missing
             is_cut = ~(keep & (values == values[:, -1:])).any(dim=-1) | (num_candidates == self.vocab_size)
             values = _at_least(values, values[:, :1], here).masked_fill(~keep, float("-inf"))
             noise = rng.gumbel(low[pending], high[pending], ids.int())
-            drawn = ids.gather(1, (values + noise).argmax(dim=-1, keepdim=True))[:, 0]
-            token_ids[pending[is_cut]] = drawn[is_cut]
-            pending = pending[~is_cut]
+            token_ids[pending] = ids.gather(1, (values + noise).argmax(dim=-1, keepdim=True))[:, 0]
+            pending = [i for i, is_drawn in zip(pending, is_cut.tolist(), strict=True) if not is_drawn]
+            wide = [i for i in pending if not sampling[i].top_k]
+            if wide:
+                token_ids[wide] = self._draw_nucleus(logits[wide], low[wide], high[wide], [sampling[i] for i in wide])
+            pending = [i for i in pending if sampling[i].top_k]
             num_candidates *= 8
+        return token_ids
+
+    def _draw_nucleus(self, logits: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
+        """The first in the order of logits + noise whose likelier tokens weigh less than top_p.
+
+        That is the argmax within the nucleus, whose borders nobody has to find: 1 / top_p tries on average at most.
+        """
+        token_ids = torch.empty(len(logits), dtype=torch.long)
+        shares = torch.softmax(logits, dim=-1)
+        top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64)
+        noisy = _at_least(logits, logits.amax(dim=-1, keepdim=True), sampling)
+        noisy = torch.cat(list(self._with_noise(noisy, low, high)))
+        pending = torch.arange(len(logits))
+        while len(pending):
+            drawn = noisy[pending].argmax(dim=-1, keepdim=True)
+            here = logits[pending]
+            value = here.gather(1, drawn)
+            is_likelier = (here > value) | ((here == value) & (self._token_ids < drawn))
+            mass = (shares[pending] * is_likelier).sum(dim=-1)
+            is_inside = (mass.double() < top_p[pending]) | ~is_likelier.any(dim=-1)
+            token_ids[pending[is_inside]] = drawn[is_inside, 0]
+            noisy[pending, drawn[:, 0]] = float("-inf")
+            pending = pending[~is_inside]
         return token_ids
 
     def _count(self, rows: Sequence[Row], params: Sequence[Params], token_ids: Tensor) -> None:
@@ -208,9 +240,10 @@ class Sampler:
         asked = [i for i, p in enumerate(params) if p.sampling.num_logprobs is not None]
         if not asked:
             return out
-        log_total = torch.logsumexp(raw[asked], dim=-1)
+        of_asked = _rows(raw, asked)
+        log_total = torch.logsumexp(of_asked, dim=-1)
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
-        values, ids = _likeliest(raw[asked], max(1, most))
+        values, ids = _likeliest(of_asked, max(1, most))
         tops = (values - log_total[:, None]).tolist()
         for row, (i, token_id, logprob) in enumerate(zip(
                 asked, token_ids[asked].tolist(), (chosen[asked] - log_total).tolist(), strict=True)):
@@ -218,6 +251,11 @@ class Sampler:
             top = zip(ids[row, :count].tolist(), tops[row][:count], strict=True)
             out[i] = (token_id, logprob, tuple(top))
         return out
+
+
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Without a copy when they are all: rows are listed once each, in order."""
+    return x if len(rows) == len(x) else x[rows]
 
 
 def _column(values: list[float]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.job import Sampling
 from tests.worker.engine.driver import alone, greedy, run, seeded, token_ids
@@ -54,6 +55,23 @@ def test_neighbours_change_nothing(engines: list[Engine], kind: str) -> None:
              2: [request], 9: [Request(f"b{i}", prompt(33 + i, i), greedy(30)) for i in range(5)]}
     among_others = run(engine, crowd)["it", 0]
     assert flat(among_others) == flat(by_itself)
+
+
+def test_layers_as_wide_as_real_ones_are_exact_too(tmp_path: Path) -> None:
+    """A wide product of one row takes another kernel than one of several, and rounds otherwise, in few places."""
+    torch.manual_seed(3)
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=1024, intermediate_size=4864, num_hidden_layers=1,
+                         num_attention_heads=8, num_key_value_heads=1, max_position_embeddings=512)
+    module: Any = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in (parameter for parameter in module.parameters() if parameter.dim() > 1):
+            weight.normal_(0, 0.08)
+    module.to(torch.bfloat16).save_pretrained(tmp_path)
+    engine = Engine(load(str(tmp_path), dtype="bfloat16"), max_num_seqs=16)
+    requests = [Request(f"{i}", prompt(20 + 30 * i, i), seeded(16, seed=i, num_logprobs=2)) for i in range(10)]
+    together = run(engine, {0: requests})
+    for request in requests:
+        assert flat(run(engine, {0: [request]})[request.id, 0]) == flat(together[request.id, 0])
 
 
 def flat(outputs: list[Output]) -> list[tuple[Any, ...]]:
@@ -120,6 +138,39 @@ def test_every_way_out_frees_its_slot(engines: list[Engine]) -> None:
             engine.abort(f"r{i}")
         assert not engine.has_work
         engine.check()
+
+
+def test_a_half_computed_prompt_outlives_the_choice_that_computed_it(engines: list[Engine]) -> None:
+    """The first choice is aborted between two chunks: the others say what they would have said."""
+    engine = engines[0]
+    request = Request("it", prompt(3 * CHUNK + 5), seeded(12), n=3)
+    expected = alone(engine, request)
+    for steps in range(1, 4):
+        engine.add(request)
+        for _ in range(steps):
+            engine.step()
+        engine.abort("it", 0)
+        engine.check()
+        assert engine.num_running == 2
+        rest = {index: token_ids(outputs) for (_, index), outputs in run(engine, {0: []}).items()}
+        assert rest == {index: expected[index] for index in (1, 2)}
+
+
+def test_requests_wait_for_slots_in_order_of_arrival(engines: list[Engine]) -> None:
+    """A request of many choices is not overtaken by small ones; one that waits can be aborted choice by choice."""
+    engine = engines[0]
+    engine.add(Request("first", prompt(8), seeded(30), n=8))
+    engine.step()
+    engine.add(Request("many", prompt(9), seeded(4), n=6))
+    engine.add(Request("small", prompt(10), seeded(4)))
+    engine.step()
+    assert (engine.num_running, engine.num_waiting, engine.num_free_seqs) == (8, 7, 0)
+    engine.abort("many", 0)
+    engine.abort("many", 5)
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (12, 1)
+    assert set(run(engine, {0: []})) == {*(("first", i) for i in range(8)), *(("many", i) for i in range(1, 5)),
+                                         ("small", 0)}
 
 
 @pytest.mark.parametrize("wrong", [

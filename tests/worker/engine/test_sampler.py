@@ -61,6 +61,20 @@ def reference(logits: Tensor, s: Sampling, prompt: list[int], generated: list[in
     return out
 
 
+def test_a_flat_row_is_truncated_as_exactly_as_a_steep_one() -> None:
+    """Nuclei of most of the vocabulary, ties everywhere: never outside, the lower id first, and quickly enough."""
+    steep, flat = torch.arange(VOCAB_SIZE) * -1e-3, torch.zeros(VOCAB_SIZE)
+    number = 3000
+    for logits, top_p, num_allowed in ((flat, 0.5, 250), (flat, 0.0, 1), (flat, 0.9, 450), (steep, 0.9, None)):
+        each = [Sampling(max_tokens=9, seed=seed, top_p=top_p) for seed in range(number)]
+        allowed = reference(logits, each[0], [2], [], 0)
+        drawn = Counter(draw(sampler_of(each), logits.expand(number, -1)))
+        assert all(allowed[token_id] > 0 for token_id in drawn)
+        assert num_allowed is None or max(drawn) < num_allowed
+        assert len(drawn) > 0.9 * int((allowed > 0).sum())
+        assert max(drawn.values()) < 40 or num_allowed == 1
+
+
 PARAMETERS: list[dict[str, Any]] = [
     {}, {"temperature": 0.5}, {"temperature": 1.9}, {"top_k": 1}, {"top_k": 7}, {"top_k": 300}, {"top_p": 0.0},
     {"top_p": 0.5}, {"top_p": 0.99}, {"min_p": 0.1}, {"min_p": 1.0},

@@ -50,6 +50,30 @@ def test_code_of_its_own(folder: Path) -> None:
     assert "auto_map" in refusal(folder)
 
 
+def test_quantized_weights(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "gptq"})
+    assert "quantized (gptq)" in refusal(folder)
+
+
+def test_a_window_that_does_not_reach_our_attention(folder: Path) -> None:
+    """Equal on 24 tokens, and wrong after the window: so it is served up to the window, or not at all."""
+    change_config(folder, sliding_window=100, layer_types=["full_attention", "sliding_attention"])
+    assert "set max_model_len to 100" in refusal(folder)
+    assert load(str(folder), max_model_len=100).max_model_len == 100
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128},
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0,
+     "original_max_position_embeddings": 128},
+], ids=lambda rope: str(rope["rope_type"]))
+def test_rotary_angles_that_change_with_the_longest_row_are_not_reached(folder: Path, rope: dict[str, Any]) -> None:
+    """One long neighbour would turn the angles of the whole batch: nobody may be that long."""
+    change_config(folder, rope_parameters=rope)
+    assert load(str(folder)).max_model_len == 128
+    assert "128" in refusal(folder, max_model_len=200)
+
+
 def test_an_unknown_architecture(folder: Path) -> None:
     change_config(folder, model_type="nobody-knows")
     assert "nobody-knows" in refusal(folder)
@@ -103,7 +127,7 @@ def test_like_folders_have_like_names_and_others_others(folder: Path, tmp_path: 
 def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
     """Within the limits found, a row's logits are the same bits in a forward of any size."""
     model = load(str(folder))
-    assert model.min_rows <= 8 <= model.max_rows <= 32
+    assert 2 <= model.min_rows <= 8 <= model.max_rows <= 32
     assert check.probe_row_limit(model) == (model.min_rows, model.max_rows)
 
 

@@ -1,0 +1,58 @@
+"""Slots are held once, come back, and hold one sequence's numbers at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from worker.engine.kv import KVSlots
+from worker.model.attention import PAGE_LEN, KVShape, allocate
+
+SHAPES = [KVShape(num_kv_heads=2, head_dim=4, num_query_heads=4),
+          KVShape(num_kv_heads=1, head_dim=8, num_query_heads=4)]
+
+
+@pytest.fixture
+def kv() -> KVSlots:
+    return KVSlots(allocate(SHAPES, 4, 2 * PAGE_LEN + 1, torch.bfloat16), 4)
+
+
+def test_the_lowest_free_slot_is_taken_and_sums_stay_true(kv: KVSlots) -> None:
+    """Neighbouring slots are computed in one kernel call, so holes are filled first."""
+    assert [kv.reserve() for _ in range(4)] == [0, 1, 2, 3]
+    kv.release(2)
+    kv.release(1)
+    kv.check()
+    assert (kv.num_free, kv.num_held) == (2, 2)
+    assert kv.reserve() == 1
+    kv.check()
+
+
+def test_a_slot_is_not_released_twice_and_a_leak_is_seen(kv: KVSlots) -> None:
+    slot = kv.reserve()
+    kv.release(slot)
+    with pytest.raises(KeyError):
+        kv.release(slot)
+    kv.num_slots = 5
+    with pytest.raises(AssertionError, match="leaks"):
+        kv.check()
+
+
+def test_fresh_memory_is_zero_and_rounded_up_to_pages(kv: KVSlots) -> None:
+    """Padding is read with weight zero, which is only harmless when it is a number."""
+    assert [tuple(layer.keys.shape) for layer in kv.layers] == [(3, 4, 2, PAGE_LEN, 4), (3, 4, 1, PAGE_LEN, 8)]
+    assert not any(cache.any() for layer in kv.layers for cache in layer)
+
+
+def test_a_copy_is_equal_and_a_wiped_slot_is_zero(kv: KVSlots) -> None:
+    for layer in kv.layers:
+        for cache in layer:
+            cache.normal_()
+    before = [cache.clone() for layer in kv.layers for cache in layer]
+    kv.copy(1, 3, PAGE_LEN + 1)
+    kv.wipe(0, 1)
+    for old, new in zip(before, (cache for layer in kv.layers for cache in layer), strict=True):
+        assert torch.equal(new[:2, 3], old[:2, 1]), "the pages that the prompt reaches"
+        assert torch.equal(new[2, 3], old[2, 3]), "and no others"
+        assert torch.equal(new[:, 1:3], old[:, 1:3])
+        assert not new[0, 0].any()

@@ -1,0 +1,107 @@
+"""Rows of many sequences against a plain attention over one, and the bits of a row in any company."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from worker.model.attention import (
+    MAX_WASTED_TOKENS,
+    PAGE_LEN,
+    DecodeRows,
+    KVShape,
+    PrefillChunk,
+    Scores,
+    allocate,
+    split_runs,
+)
+
+NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
+SHAPE = KVShape(NUM_KV_HEADS, HEAD_DIM, NUM_KV_HEADS * GROUP)
+NUM_TOKENS = 2 * PAGE_LEN + 20
+KINDS = {
+    "plain": Scores(0.25, None, None, None),
+    "window": Scores(0.25, 40, None, None),
+    "wide window": Scores(0.25, PAGE_LEN + 7, None, None),
+    "softcap": Scores(0.25, None, 5.0, None),
+    "sinks": Scores(0.25, 40, None, torch.linspace(-1, 3, NUM_KV_HEADS * GROUP)),
+}
+
+
+def plain(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+    """The last query of one sequence: [heads, head_dim] over [kv heads, tokens, head_dim], in float64."""
+    keys, values = (x.double().repeat_interleave(GROUP, dim=0) for x in (keys, values))
+    logits = torch.einsum("hd,htd->ht", query.double(), keys) * scores.scaling
+    if scores.softcap:
+        logits = torch.tanh(logits / scores.softcap) * scores.softcap
+    if scores.sliding_window:
+        logits[:, :-scores.sliding_window] = -math.inf
+    if scores.sinks is not None:
+        logits = torch.cat([logits, scores.sinks.double()[:, None]], dim=-1)
+    return torch.einsum("ht,htd->hd", logits.softmax(-1)[:, :keys.shape[1]], values)
+
+
+@pytest.mark.parametrize("scores", KINDS.values(), ids=KINDS)
+def test_chunks_and_rows_are_plain_attention(scores: Scores) -> None:
+    """A prompt in uneven chunks, then rows one by one and several at once, over three pages."""
+    torch.manual_seed(1)
+    query = torch.randn(1, NUM_KV_HEADS * GROUP, NUM_TOKENS, HEAD_DIM)
+    key, value = (torch.randn(1, NUM_KV_HEADS, NUM_TOKENS, HEAD_DIM) for _ in "kv")
+    layers = allocate([SHAPE], 3, NUM_TOKENS, torch.float32)
+    outs = []
+    for begin, end in ((0, 200), (200, PAGE_LEN + 30), (PAGE_LEN + 30, NUM_TOKENS - 8)):
+        at = slice(begin, end)
+        chunk = PrefillChunk(layers, 2, begin, end)
+        outs.append(chunk.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores))
+    for begin, end in ((NUM_TOKENS - 8, NUM_TOKENS - 7), (NUM_TOKENS - 7, NUM_TOKENS)):
+        at = slice(begin, end)
+        rows = DecodeRows(layers, [2] * (end - begin), range(begin, end))
+        outs.append(rows.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores))
+    got = torch.cat(outs, dim=1)[0]
+    for position in (0, 1, 39, 41, 199, 200, PAGE_LEN, NUM_TOKENS - 9, NUM_TOKENS - 8, NUM_TOKENS - 1):
+        seen = slice(0, position + 1)
+        expected = plain(query[0, :, position], key[0, :, seen], value[0, :, seen], scores)
+        assert torch.allclose(got[position].double(), expected, atol=1e-5), position
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scores", KINDS.values(), ids=KINDS)
+def test_a_row_has_the_same_bits_in_any_company(scores: Scores, dtype: torch.dtype) -> None:
+    """Alone, or beside rows that reach one page or three, with holes between the slots, or filled up."""
+    torch.manual_seed(2)
+    positions = [7, NUM_TOKENS - 1, PAGE_LEN - 1, PAGE_LEN, 300, 40]
+    slots = [0, 1, 2, 4, 5, 7]
+    layers = allocate([SHAPE], 8, NUM_TOKENS, dtype)
+    for cache in layers[0]:
+        cache.copy_(torch.randn(cache.shape))
+    query = torch.randn(1, NUM_KV_HEADS * GROUP, 8, HEAD_DIM).to(dtype)
+    key, value = (torch.randn(1, NUM_KV_HEADS, 8, HEAD_DIM).to(dtype) for _ in "kv")
+
+    def attend(rows: list[int], num_padded: int) -> Tensor:
+        context = DecodeRows(layers, [slots[row] for row in rows], [positions[row] for row in rows])
+        at = [*rows, *[rows[-1]] * num_padded]
+        return context.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores)[0]
+
+    together = attend(list(range(6)), 0)
+    for row in range(6):
+        assert torch.equal(attend([row], 0)[0], together[row])
+        assert torch.equal(attend([row], 3)[0], together[row])
+    assert torch.equal(attend([1, 3, 5], 1)[:3], together[[1, 3, 5]])
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5000)), min_size=1, max_size=32), st.booleans())
+def test_runs_cover_every_row_once_and_waste_little(rows: list[tuple[int, int]], in_order: bool) -> None:
+    slots, num_tokens = zip(*(sorted(rows) if in_order else rows), strict=True)
+    runs = split_runs(slots, num_tokens)
+    assert [row for run in runs for row in range(run.begin, run.end)] == list(range(len(rows)))
+    for run in runs:
+        of_run = num_tokens[run.begin:run.end]
+        assert run.num_tokens == max(of_run)
+        assert run.num_tokens * len(of_run) - sum(of_run) <= MAX_WASTED_TOKENS
+        stride = 0 if run.is_one_slot else 1
+        assert list(slots[run.begin:run.end]) == [run.first_slot + stride * i for i in range(len(of_run))]
