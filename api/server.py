@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -41,6 +42,7 @@ async def serve(settings: Settings, listening: socket.socket) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    gc.freeze()                                         # what start-up made is not looked through again
     async with pod.running():
         serving = asyncio.create_task(server.serve([listening]))
         stop = asyncio.create_task(stopping.wait())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -41,6 +42,8 @@ async def serve(settings: Settings) -> None:
     engine = await asyncio.to_thread(_load_engine, settings)
     worker = Worker(settings, redis, engine, make_card(names[0], engine), names)
     stop = asyncio.create_task(_stop_when(stopping, worker))
+    gc.collect()
+    gc.freeze()                                         # a full collection over torch's objects would stall a step
     await worker.run()
     stop.cancel()
     await redis.aclose()

@@ -84,13 +84,11 @@ class Worker:
     async def _turn(self) -> None:
         await self._admit()
         self._announce()
-        if self.engine.has_work:
-            outputs = self._step()
-            await asyncio.sleep(0)                      # lets in what arrived meanwhile: wake-ups, signals
-        else:
-            outputs = []
-            if not self._answers:                       # one may have been claimed that only lacks its terminal
-                await self._rest()
+        if not self._answers:
+            await self._rest()                          # what ends it makes the next turn claim, which renews
+            return
+        outputs = self._step() if self.engine.has_work else []      # a claimed answer may lack only its terminal
+        await asyncio.sleep(0)                          # lets in what arrived meanwhile: wake-ups, signals
         await self._publish(self._collect(outputs))
 
     def _step(self) -> list[Output]:

@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="", help="folder or hub name; the built-in one otherwise")
     parser.add_argument("--requests", type=int, default=200, help="per concurrency (%(default)s)")
-    parser.add_argument("--prompt-chars", type=int, default=100, help="of the user's message (%(default)s)")
+    parser.add_argument("--prompt-chars", type=int, default=100, help="of the system's message (%(default)s)")
     parser.add_argument("--tokens", type=int, default=96, help="of each answer (%(default)s)")
     parser.add_argument("--url", help="measure a service that runs, and not one of our own")
     parser.add_argument("--engine-only", action="store_true", help=argparse.SUPPRESS)
@@ -51,12 +51,17 @@ def main() -> None:
 
 
 def bodies(args: argparse.Namespace, model: str, number: int) -> list[dict[str, Any]]:
-    """Requests that differ, so that no cache helps, and that all take the same work."""
+    """Requests that differ, so that no cache helps, and that all take the same work: long counts, which always show."""
     draw = random.Random(number)
     words = ["count", "spell", "reverse", "add", "seven", "apple", "river", "window", "yellow", "basket"]
-    prompts = [" ".join(draw.choices(words, k=args.prompt_chars))[:args.prompt_chars] for _ in range(number)]
-    return [{"model": model, "max_tokens": args.tokens, "ignore_eos": True, "seed": draw.getrandbits(32),
-             "messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+
+    def messages() -> list[dict[str, str]]:
+        filler = " ".join(draw.choices(words, k=args.prompt_chars))[:args.prompt_chars]
+        return [{"role": "system", "content": filler},
+                {"role": "user", "content": f"Count from {draw.randint(1, 60)} to 100."}]
+
+    return [{"model": model, "max_tokens": args.tokens, "ignore_eos": True, "temperature": 0, "messages": messages()}
+            for _ in range(number)]
 
 
 def measure_service(args: argparse.Namespace, folder: Path) -> dict[int, dict[str, float]]:

@@ -55,7 +55,7 @@ def test_streamed_or_not_the_answer_is_the_same(client: openai.Client) -> None:
 def test_a_seed_repeats_and_choices_differ(client: openai.Client) -> None:
     def ask(seed: int) -> list[str | None]:
         answer = client.chat.completions.create(model=MODEL, messages=COUNT, seed=seed, temperature=2.0, n=4,
-                                                max_tokens=32)
+                                                max_tokens=256, extra_body={"ignore_eos": True})
         return [choice.message.content for choice in answer.choices]
 
     first = ask(1)

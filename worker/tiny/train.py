@@ -1,6 +1,6 @@
 """Train baton-tiny from nothing on synthetic chat and write its folder.
 
-    python -m worker.tiny.train                    # the shipped model: one thread, about an hour
+    python -m worker.tiny.train                    # the shipped model: one thread, about 70 minutes
     python -m worker.tiny.train --resume           # go on from the last checkpoint
 
 It knows tensors and the clock. What is asked and answered is made in `skills.py`, and the loss is on answers only.
@@ -55,7 +55,10 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Lengths of training are in millions of tokens, padding included; the whole is about an hour of one core."""
+    """Lengths of training are in millions of tokens, padding included.
+
+    The whole takes about 70 minutes of one core with AVX512-BF16.
+    """
 
     stages: tuple[Stage, ...] = STAGES
     seed: int = 1
@@ -284,7 +287,7 @@ def _block_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention by plain matrix products in bf16, a block of queries at a time and only over what it sees.
 
-    On a CPU this takes a fifth to a third of the time of the fused kernel, whose backward is slow.
+    On a CPU this takes a fifth to a half of the time of the fused kernel, whose backward is slow.
     """
     rows, heads, length, width = query.shape
     groups = key.shape[1]
