@@ -22,7 +22,7 @@ SHARD = Shard.of("a/{model}")
 
 
 def make_queue(redis: Redis, **settings: Any) -> Queue:
-    quick: dict[str, Any] = {"lease_s": 0.2, "idle_poll_s": 0.05, "patience_s": 0.05}
+    quick: dict[str, Any] = {"lease_s": 0.2, "idle_poll_s": 0.05, "patience_s": 0.4}
     return Queue(redis, SHARD, Settings(**quick | settings))
 
 
@@ -64,6 +64,11 @@ def end(claimed: Claimed, k: int) -> Write:
 async def lose_lease(queue: Queue) -> None:
     """Waits until Redis holds the lease for expired."""
     await asyncio.sleep(queue.settings.lease_s * 1.2)
+
+
+async def lose_patience(queue: Queue) -> None:
+    """Waits until what is in line has waited long enough for special treatment."""
+    await asyncio.sleep(queue.settings.patience_s * 1.2)
 
 
 async def log_ids(queue: Queue, job: Job) -> list[str]:
@@ -162,7 +167,8 @@ async def test_the_fence_silences_a_worker_that_lost_its_lease(queue: Queue) -> 
     assert not any((await leftovers(queue)).values())
 
 
-async def test_a_lease_that_is_renewed_is_not_reaped(queue: Queue) -> None:
+async def test_a_lease_that_is_renewed_is_not_reaped(each_redis: Redis) -> None:
+    queue = make_queue(each_redis, lease_s=1.0)
     await submit(queue)
     claimed = await claim_one(queue)
     for k in range(1, 6):
@@ -224,7 +230,7 @@ async def test_a_busy_worker_drains_for_a_job_that_must_run_alone(queue: Queue) 
     await busy.claim("w2", 1, 1, **LIKE)
     await lose_lease(queue)
     assert (await queue.reap()).num_requeued == 1
-    await asyncio.sleep(queue.settings.patience_s * 2)
+    await lose_patience(queue)
     assert (await busy.claim("w1", 2, 8, **LIKE)).jobs == ()
     assert len((await busy.claim("w2", 2, 8, **LIKE)).jobs) == 1
     await busy.publish("w1", [end(healthy, 1)])
@@ -271,7 +277,7 @@ async def test_a_started_answer_goes_to_like_workers_only(queue: Queue) -> None:
     await queue.release("w1")
     assert (await queue.claim("w2", 1, 8, **LIKE)).jobs == ()
     assert (await queue.claim("w3", 1, 8, **LIKE | {"weights_id": "w2", "numerics_id": "m"})).jobs == ()
-    await asyncio.sleep(0.1)
+    await lose_patience(queue)
     (late,) = (await queue.claim("w3", 2, 8, **LIKE | {"weights_id": "w2", "numerics_id": "m"})).jobs
     assert late.job == job
 
@@ -295,7 +301,7 @@ async def test_a_wide_job_is_not_starved_by_narrow_ones(queue: Queue) -> None:
     await submit(queue, make_job(tenant="u"))
     assert (await claim_one(queue, free=2)).job != wide
     await submit(queue, make_job(tenant="v"))
-    await asyncio.sleep(0.1)
+    await lose_patience(queue)
     assert (await queue.claim("w2", 1, 2, **LIKE)).jobs == ()
     assert (await claim_one(queue, "w3", free=4)).job == wide
 
