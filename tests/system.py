@@ -92,7 +92,12 @@ class System:
 
     @property
     def shard(self) -> Shard:
-        return Shard.of(self.environment.get("BATON_SERVED_MODEL_NAME", MODEL).split(",")[0])
+        return Shard.of(self.model)
+
+    @property
+    def model(self) -> str:
+        """The canonical name: tests that share a Redis tell their models apart by it."""
+        return self.environment.get("BATON_SERVED_MODEL_NAME", MODEL).split(",")[0]
 
     def start_pod(self, **settings: Any) -> str:
         """Starts a pod; its URL once it is ready."""
@@ -115,7 +120,7 @@ class System:
         eventually(f"{number} workers have a lease",
                    lambda: all(map(alive, self.workers)) and self.redis.zcard(leases) == number, START_S)
         for url in self.pods:
-            eventually("the pod knows the model", partial(models, url), START_S)
+            eventually("the pod knows the model", partial(serves, url, self.model), START_S)
 
     def worker_of(self, completion_id: str) -> Process:
         """The worker process that holds a job."""
@@ -152,9 +157,9 @@ def alive(process: Process) -> bool:
     return True
 
 
-def models(url: str) -> list[str]:
-    """What a pod serves, as it says itself."""
-    return list(httpx.get(f"{url}/ready").json().get("models", []))
+def serves(url: str, model: str) -> bool:
+    """What a pod knows of models, as it says itself."""
+    return model in httpx.get(f"{url}/ready").json().get("models", [])
 
 
 def answers(url: str) -> bool:
