@@ -18,6 +18,7 @@ from shared.card import Card
 from shared.errors import ContextTooLong, InvalidValue
 from shared.job import Header, Job, Sampling
 from shared.keys import new_completion_id
+from shared.prefix import prefix_names, some
 from shared.settings import Settings
 
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
@@ -42,6 +43,7 @@ async def make_job(request: ChatRequest, served: Served, *, num_body_bytes: int,
         raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")
     job = Job(id=completion_id, tenant=tenant, pod=pod_id, prompt_token_ids=tuple(prompt), sampling=sampling,
               tokenizer_id=card.tokenizer_id, weights_id=card.weights_id, n=n, created_s=created_s,
+              prefix=some(prefix_names(tenant, prompt, card.prefill_chunk_tokens)),
               deadline_s=settings.request_deadline_s)
     options = request.stream_options
     header = Header(model=request.model, created_s=created_s, fingerprint=card.fingerprint, seed=sampling.seed, n=n,

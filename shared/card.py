@@ -28,6 +28,7 @@ class Card:
     vocab_size: int                                     # rows of the logits; no id at or above reaches a worker
     max_model_len: int                                  # prompt and answer together, in tokens
     max_num_seqs: int                                   # choices that one worker can run at once
+    prefill_chunk_tokens: int                           # the grid on which prompts are cut, and their beginnings named
     weights_id: str                                     # other weights never continue a started answer
     numerics_id: str                                    # workers of one id promise each other bit-equality
     created_s: int                                      # of the weights, for GET /v1/models

@@ -62,6 +62,8 @@ class Delta:
     text: str                                           # what may be shown: no half characters, no half stop strings
     finish_reason: FinishReason | None = None           # set on the last delta of a choice
     logprobs: tuple[TokenLogprob, ...] = ()             # one for each token id, when they were asked for
+    num_cached_tokens: int = 0                          # of the prompt, found computed; on a choice's first delta
+    is_exact: bool = True                               # False: from here on valid, not promised to be the same text
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class Job:
     tokenizer_id: str                                   # of the card that rendered the prompt: must equal the worker's
     weights_id: str                                     # of that card: only like weights continue a started answer
     n: int = 1
+    prefix: tuple[str, ...] = ()                        # names of the prompt's beginnings (shared/prefix.py), some
     priority: int = 0                                   # 0: interactive; higher waits behind lower
     created_s: int = 0
     deadline_s: float = 3600.0                          # of life after acceptance, in Redis time
@@ -177,21 +180,21 @@ _header_adapter = TypeAdapter(Header)
 
 
 def encode_deltas(deltas: list[Delta]) -> str:
-    """Deltas as compact JSON rows `[index, token_ids, text, finish_reason, logprobs]`, trailing blanks left out."""
+    """Deltas as compact JSON rows, their fields in order, trailing blanks left out."""
     return json.dumps([_row(delta) for delta in deltas], separators=(",", ":"))
 
 
 def _row(delta: Delta) -> list[Any]:
-    row: list[Any] = [delta.index, delta.token_ids, delta.text]
-    if delta.finish_reason or delta.logprobs:
-        row.append(delta.finish_reason)
-    if delta.logprobs:
-        row.append([[entry.token_id, entry.logprob, entry.top] for entry in delta.logprobs])
+    logprobs = [[entry.token_id, entry.logprob, entry.top] for entry in delta.logprobs]
+    row: list[Any] = [delta.index, delta.token_ids, delta.text, delta.finish_reason, logprobs,
+                      delta.num_cached_tokens, int(not delta.is_exact)]
+    while len(row) > 3 and not row[-1]:
+        row.pop()
     return row
 
 
 def _delta(index: int, token_ids: list[int], text: str, reason: FinishReason | None = None,
-           logprobs: list[Any] | None = None) -> Delta:
+           logprobs: list[Any] | None = None, num_cached_tokens: int = 0, is_inexact: int = 0) -> Delta:
     entries = tuple(TokenLogprob(token_id, logprob, tuple((i, p) for i, p in top))
                     for token_id, logprob, top in logprobs or ())
-    return Delta(index, tuple(token_ids), text, reason, entries)
+    return Delta(index, tuple(token_ids), text, reason, entries, num_cached_tokens, not is_inexact)

@@ -28,6 +28,7 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
     "counters": ("hash", "scripts", "totals since the shard began, for operators"),
     "dead": ("stream", "scripts", "jobs given up, newest 10,000"),
     "worker:<worker>": ("hash", "worker", "what a worker says of itself; `announce_ttl_s`"),
+    "prefix:<name>": ("string", "scripts", "worker that computed this beginning of a prompt last; 10 minutes"),
     "card:<hash>": ("string", "worker", "a card, zlib; `announce_ttl_s`"),
     "push:<pod>": ("channel", "scripts", "what was appended to the logs of a pod's streams, packed"),
     "wake": ("channel", "scripts", "there may be something to claim"),

@@ -22,6 +22,7 @@ from shared.settings import Settings
 LUA = Path(__file__).parent / "lua"
 VERBS = ("submit", "claim", "publish", "release", "reap", "cancel")
 MAX_REAPED = 64                                         # jobs put back by one reap
+PREFIX_TTL_S = 600.0                                    # how long a worker is believed to hold a prompt's beginning
 
 Outcome = Literal["ok", "refused", "gone"]
 
@@ -47,12 +48,14 @@ class Claimed:
     position: int
     num_tokens: int
     alone: bool                                         # it lost a worker before: nothing else may run beside it
+    is_like: bool = True                                # whoever began the answer had the same numerics
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
     jobs: tuple[Claimed, ...]
     malformed: tuple[str, ...]                          # ids of jobs that do not decode
+    look_again_s: float | None                          # until a job that was left to a better worker may be ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class Queue:
         outcome, num_queued = await self._run(
             "submit", job.id, job.encode(), header.encode(), job.tenant, job.n, job.pod, job.priority,
             round(job.deadline_s * 1000), round(retain_s * 1000), len(job.prompt_token_ids), cost, job.tokenizer_id,
-            job.weights_id, limits.max_queued, limits.max_tenant_choices)
+            job.weights_id, " ".join(job.prefix), limits.max_queued, limits.max_tenant_choices)
         if outcome == b"full":
             raise Overloaded
         if outcome == b"tenant_full":
@@ -92,16 +95,18 @@ class Queue:
     async def claim(self, worker: str, sequence: int, num_free: int, *, tokenizer_id: str, weights_id: str,
                     numerics_id: str) -> Claims:
         """Takes jobs of at most `num_free` choices. Repeat a call whose reply was lost with the same `sequence`."""
-        rows = await self._run(
+        settings = self.settings
+        look_again_ms, *rows = await self._run(
             "claim", worker, self._lease_ms, sequence, num_free, tokenizer_id, weights_id, numerics_id,
-            round(self.settings.patience_s * 1000), self.settings.max_scan)
+            round(settings.patience_s * 1000), settings.max_scan, round(settings.prefix_patience_s * 1000),
+            round(PREFIX_TTL_S * 1000), int(settings.allow_other_weights))
         jobs, malformed = [], []
-        for job_id, epoch, position, num_tokens, alone, request in rows:
+        for job_id, epoch, position, num_tokens, alone, is_like, request in rows:
             try:
-                jobs.append(Claimed(Job.decode(request), epoch, position, num_tokens, bool(alone)))
+                jobs.append(Claimed(Job.decode(request), epoch, position, num_tokens, bool(alone), bool(is_like)))
             except ValueError:
                 malformed.append(job_id.decode())
-        return Claims(tuple(jobs), tuple(malformed))
+        return Claims(tuple(jobs), tuple(malformed), look_again_ms / 1000 if look_again_ms >= 0 else None)
 
     async def publish(self, worker: str, writes: Sequence[Write]) -> list[Outcome]:
         """Appends one step's entries and renews the lease; what became of each entry."""

@@ -22,7 +22,8 @@ API_ONLY = frozenset({
     "request_deadline_s", "retain_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
-    "prefill_chunk_tokens", "flush_s", "dtype", "threads", "idle_poll_s", "patience_s", "max_scan"})
+    "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "dtype", "threads",
+    "idle_poll_s", "patience_s", "prefix_patience_s", "allow_other_weights", "max_scan"})
 SERVE_ONLY = frozenset({"apis", "workers", "data_dir"})
 
 PREFIX = "BATON_"
@@ -65,8 +66,11 @@ class Settings(BaseSettings):
     shard: int = Field(0, ge=0, description="number of the shard that this worker serves")
     max_model_len: int | None = Field(None, gt=0, description="longest context, in tokens; none: the model's own")
     max_num_seqs: int = Field(32, gt=0, le=1024, description="choices that run at once")
-    kv_cache_bytes: int = Field(4 << 30, gt=0, description="memory for keys and values")
+    kv_cache_bytes: int = Field(4 << 30, gt=0, description="memory for keys and values, kept prefixes included")
+    enable_prefix_caching: bool = Field(True, description="keep the computed beginnings of prompts")
     prefill_chunk_tokens: int = Field(256, ge=16, description="of a prompt per forward; a slow machine takes fewer")
+    exact_replay_max_tokens: int = Field(
+        4096, ge=0, description="longer answers continue from a prefill: valid, not exact")
     flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1")
@@ -78,6 +82,8 @@ class Settings(BaseSettings):
     announce_s: float = Field(1.0, gt=0, description="how often a worker says that it is there")
     announce_ttl_s: float = Field(10.0, gt=0, description="how long its word is believed")
     patience_s: float = Field(2.0, ge=0, description="how long a job waits for a like worker, or for an empty one")
+    prefix_patience_s: float = Field(0.2, ge=0, description="how long a job waits for the worker that holds its prefix")
+    allow_other_weights: bool = Field(False, description="continue answers that other weights have begun")
     max_attempts: int = Field(3, gt=0, description="leases lost in a row without progress before a job is given up")
     max_claims: int = Field(100, gt=0, description="claims of one job, whatever its progress")
     max_scan: int = Field(64, gt=0, description="jobs at the head of the line that one claim looks at")

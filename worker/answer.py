@@ -35,12 +35,15 @@ class Answer:
         self.position = claimed.position
         self.num_tokens = claimed.num_tokens
         self.flushed_s = float("-inf")
+        self.is_exact = claimed.is_like                 # what it says is what any like worker would have said
+        self.num_cached_tokens = 0                      # of the prompt, when the answer began
         self.choices = [Choice(TextStream(tokenizer, self.job.sampling.stop)) for _ in range(self.job.n)]
         for delta in (delta for entry in log if entry.kind == "delta" for delta in entry.deltas):
             choice = self.choices[delta.index]
             choice.text.feed(delta.token_ids)
             choice.token_ids += delta.token_ids
             choice.finish_reason = delta.finish_reason
+            self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
 
     def __repr__(self) -> str:
         return f"<Answer {self.job.id} epoch {self.epoch} position {self.position}, {self.num_tokens} tokens>"
@@ -53,7 +56,7 @@ class Answer:
         """What the engine computes: the choices that have not ended, from where they stand."""
         finished = frozenset(i for i, choice in enumerate(self.choices) if choice.finish_reason)
         return Request(self.job.id, self.job.prompt_token_ids, self.job.sampling, self.job.n,
-                       tuple(tuple(choice.token_ids) for choice in self.choices), finished)
+                       tuple(tuple(choice.token_ids) for choice in self.choices), finished, self.job.tenant)
 
     def take(self, output: Output) -> bool:
         """A choice gained tokens. True when a stop string ended it, and the engine has to be told."""
@@ -67,7 +70,9 @@ class Answer:
             if choice.text.stopped:
                 choice.finish_reason = "stop"
         logprobs = tuple(TokenLogprob(*entry) for entry in output.logprobs)
-        choice.unflushed.append(Delta(output.index, output.token_ids, text, choice.finish_reason, logprobs))
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        choice.unflushed.append(Delta(output.index, output.token_ids, text, choice.finish_reason, logprobs,
+                                      output.num_cached_tokens, self.is_exact))
         return choice.text.stopped and not output.finish_reason
 
     def is_due(self, now_s: float, flush_s: float) -> bool:
@@ -88,7 +93,7 @@ class Answer:
         return [*writes, self.terminal()] if self.ended else writes
 
     def terminal(self, error: str | None = None) -> Write:
-        usage = Usage(len(self.job.prompt_token_ids), self.num_tokens)
+        usage = Usage(len(self.job.prompt_token_ids), self.num_tokens, self.num_cached_tokens)
         return self._write("end", Finish(usage, error).encode())
 
     def _write(self, kind: str, data: str) -> Write:
@@ -101,4 +106,5 @@ def _merge(deltas: list[Delta]) -> Delta:
         return deltas[0]
     return Delta(deltas[0].index, tuple(token_id for delta in deltas for token_id in delta.token_ids),
                  "".join(delta.text for delta in deltas), deltas[-1].finish_reason,
-                 tuple(entry for delta in deltas for entry in delta.logprobs))
+                 tuple(entry for delta in deltas for entry in delta.logprobs),
+                 deltas[0].num_cached_tokens, deltas[0].is_exact)

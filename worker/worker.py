@@ -52,7 +52,7 @@ class Worker:
         self._answers: dict[str, Answer] = {}
         self._alone = False                             # the one answer here must run by itself
         self._claim_sequence = 1
-        self._claimed_s = self._renewed_s = self._announced_s = float("-inf")
+        self._claim_at_s = self._renewed_s = self._announced_s = float("-inf")
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._announcing: asyncio.Task[None] | None = None
@@ -102,25 +102,27 @@ class Worker:
     async def _rest(self) -> None:
         """Nothing to compute: until something is submitted, or it is time to claim and renew anyway."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), self.settings.idle_poll_s)
+            await asyncio.wait_for(self._wake.wait(), max(0.0, self._claim_at_s - time.monotonic()))
 
     # ── claim ──
 
     async def _admit(self) -> None:
         """Takes jobs when there is room and something was said of new ones, or it is time to look."""
         now_s = time.monotonic()
-        if not self._wake.is_set() and now_s - self._claimed_s < self.settings.idle_poll_s:
+        if not self._wake.is_set() and now_s < self._claim_at_s:
             return
         num_free = self.engine.num_free_seqs
         if num_free <= 0 or (self._answers and self._alone):
             return
         self._wake.clear()
-        self._claimed_s = now_s
+        self._claim_at_s = now_s + self.settings.idle_poll_s
         card = self.card
         try:
             claims = await self.queue.claim(self.name, self._claim_sequence, num_free, tokenizer_id=card.tokenizer_id,
                                             weights_id=card.weights_id, numerics_id=card.numerics_id)
             self._renewed_s = now_s
+            if claims.look_again_s is not None:
+                self._claim_at_s = min(self._claim_at_s, now_s + claims.look_again_s)
             for claimed in claims.jobs:
                 await self._begin(claimed)
             for job_id in claims.malformed:
@@ -141,6 +143,8 @@ class Worker:
         except StreamLost:
             return                                      # it ended, or is gone: nobody waits for it
         answer = Answer(claimed, self._tokenizer, entries)
+        if not all(self.engine.replays_exactly(len(choice.token_ids)) for choice in answer.choices):
+            answer.is_exact = False
         try:
             if not answer.ended:
                 self.engine.add(answer.request())

@@ -34,6 +34,7 @@ class ChunkFold:
         self.ended = False                              # the terminal was folded: nothing follows
         self._token_bytes = token_bytes
         self._role_sent = False
+        self._num_cached_tokens = 0
         head = _head(completion_id, "chat.completion.chunk", header)
         self._head = head.encode()
         self._choice_heads = [f'{head}"choices":[{{"index":{index},"delta":'.encode() for index in range(header.n)]
@@ -42,8 +43,10 @@ class ChunkFold:
     def feed(self, entry: Entry) -> bytes:
         """The events of the next entry: none, one or several."""
         if entry.kind == "delta":
+            deltas = entry.deltas
+            self._num_cached_tokens = max([self._num_cached_tokens, *(d.num_cached_tokens for d in deltas)])
             return self._opening(entry) + b"".join(
-                self._event(body) for delta in entry.deltas for body in self._delta(delta, entry))
+                self._event(body) for delta in deltas for body in self._delta(delta, entry))
         if entry.kind == "end":
             return self._end(entry)
         return b""
@@ -78,7 +81,7 @@ class ChunkFold:
     def _chunk(self, index: int, delta: bytes, logprobs: bytes, reason: bytes, entry: Entry) -> bytes:
         tail = self._tail
         if self.header.continuous_usage:
-            usage = Usage(self.header.num_prompt_tokens, entry.num_tokens)
+            usage = Usage(self.header.num_prompt_tokens, entry.num_tokens, self._num_cached_tokens)
             tail = b',"usage":%b}' % _dump(usage_body(usage))
         return b'%b%b,"logprobs":%b,"finish_reason":%b}]%b' % (self._choice_heads[index], delta, logprobs, reason, tail)
 

@@ -1,19 +1,24 @@
--- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan)
---   -> {{job, epoch, position, tokens, alone, request}...}
+-- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
+--       prefix_patience_ms, prefix_ttl_ms, any_weights)
+--   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request}...}
+-- look_again_ms: until a job that was left to a better worker may be this one's; -1 when none was left so.
 -- The same sequence number again gives the same jobs again: a claim whose reply was lost loses nothing.
-local worker, free, patience_ms = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[8])
+local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
+local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
 local self = key('worker:' .. worker)
-local now = now_ms()
+local now, look_again_ms = now_ms(), -1
 renew(worker, ARGV[2])
 
 local function describe(job, alone)
   local epoch, position, tokens = last(job)
-  return {job, epoch, position, tokens, alone, redis.call('HGET', key('job:' .. job), 'request') or ''}
+  local f = redis.call('HMGET', key('job:' .. job), 'request', 'numerics_id')
+  local is_like = (position == 0 or f[2] == ARGV[7]) and 1 or 0
+  return {job, epoch, position, tokens, alone, is_like, f[1] or ''}
 end
 
 local before = redis.call('HMGET', self, 'claim', 'claimed')
 if before[1] == ARGV[3] then
-  local reply = {}
+  local reply = {look_again_ms}
   for job, alone in string.gmatch(before[2], '(%S+):(%d)') do
     if redis.call('SISMEMBER', key('held:' .. worker), job) == 1 then table.insert(reply, describe(job, tonumber(alone))) end
   end
@@ -21,6 +26,39 @@ if before[1] == ARGV[3] then
 end
 
 local empty = redis.call('SCARD', key('held:' .. worker)) == 0
+
+-- A better worker may come: whether that is still waited for.
+local function is_patient(waited_ms, limit_ms)
+  local rest_ms = limit_ms - waited_ms
+  if rest_ms <= 0 then return false end
+  if look_again_ms < 0 or rest_ms < look_again_ms then look_again_ms = rest_ms end
+  return true
+end
+
+-- warmth(names of a prompt's beginnings) -> 'mine', 'theirs' (another live worker's) or nil: who computed the longest
+local function warmth(prefix)
+  local names = {}
+  for name in string.gmatch(prefix, '%S+') do table.insert(names, 1, key('prefix:' .. name)) end
+  if #names == 0 then return nil end
+  for _, owner in ipairs(redis.call('MGET', unpack(names))) do
+    if owner == worker then return 'mine' end
+    if owner and tonumber(redis.call('ZSCORE', key('leases'), owner) or 0) > now then return 'theirs' end
+  end
+end
+
+-- The head of the line; first what this worker has begun to compute for others, unless that overtakes for too long.
+local function candidates()
+  local line, mine, others = {}, {}, {}
+  for _, job in ipairs(redis.call('ZRANGE', key('ready'), 0, max_scan - 1)) do
+    local f = redis.call('HMGET', key('job:' .. job), 'prefix', 'ready_ms')
+    local candidate = {job = job, warmth = f[1] and warmth(f[1]), ready_ms = tonumber(f[2] or 0)}
+    table.insert(line, candidate)
+    table.insert(candidate.warmth == 'mine' and mine or others, candidate)
+  end
+  if #others == 0 or now - others[1].ready_ms >= prefix_patience_ms then return line end
+  for _, candidate in ipairs(others) do table.insert(mine, candidate) end
+  return mine
+end
 
 -- A job that took down a worker runs alone. When all are busy, one of them is reserved: it takes nothing more until it
 -- is empty.
@@ -32,58 +70,65 @@ local function reserve(hash)
 end
 
 -- suits -> 'take', 'skip' or 'stop' (nothing behind it may overtake)
-local function suits(hash, f)
-  local waited_ms, started = now - f[6], tonumber(f[7]) > 0
-  if f[3] ~= ARGV[5] then return 'skip' end
-  if started and f[4] ~= ARGV[6] then return 'skip' end
-  if started and f[5] ~= ARGV[7] and waited_ms < patience_ms then return 'skip' end
-  if tonumber(f[1]) > 0 and not empty then
-    if waited_ms > patience_ms and reserve(hash) then return 'stop' end
+local function suits(j)
+  local waited_ms, started = now - j.ready_ms, j.position > 0
+  if j.tokenizer_id ~= ARGV[5] then return 'skip' end
+  if started and j.weights_id ~= ARGV[6] and ARGV[12] ~= '1' then return 'skip' end
+  if started and j.numerics_id ~= ARGV[7] and is_patient(waited_ms, patience_ms) then return 'skip' end
+  if not started and j.warmth == 'theirs' and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
+  if j.attempts > 0 and not empty then
+    if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
     return 'skip'
   end
-  if tonumber(f[2]) > free then return waited_ms > patience_ms and 'stop' or 'skip' end
+  if j.choices > free then return waited_ms > patience_ms and 'stop' or 'skip' end
   return 'take'
 end
 
-local function take(job, hash, f)
-  local epoch, position, tokens = last(job)
-  if not epoch or append(job, (epoch + 1) .. '-0', position, tokens, 'fence', '"' .. worker .. '"') ~= 'ok' then
-    retire(job, 'lost')
-    return nil
-  end
-  redis.call('HSET', hash, 'state', 'running', 'worker', worker, 'claim_position', position, 'claimed_ms', now)
-  redis.call('HINCRBY', hash, 'claims', 1)
-  if position == 0 then redis.call('HSET', hash, 'weights_id', ARGV[6], 'numerics_id', ARGV[7]) end
-  redis.call('XCLAIM', key('jobs'), GROUP, worker, 0, f[8], 'JUSTID')
-  redis.call('SADD', key('held:' .. worker), job)
-  redis.call('ZREM', key('ready'), job)
-  local virtual_time = tonumber(redis.call('HGET', key('fair'), '') or 0)
-  redis.call('HSET', key('fair'), '', math.max(virtual_time, tonumber(f[9])))
-  free = free - f[2]
-  return describe(job, tonumber(f[1]) > 0 and 1 or 0)
+local function load(j)
+  j.hash = key('job:' .. j.job)
+  local f = redis.call('HMGET', j.hash, 'entry', 'attempts', 'choices', 'tokenizer_id', 'weights_id', 'numerics_id',
+                       'start_tag', 'prefix')
+  if not f[1] then return false end
+  j.entry, j.attempts, j.choices, j.tokenizer_id = f[1], tonumber(f[2]), tonumber(f[3]), f[4]
+  j.weights_id, j.numerics_id, j.start_tag, j.prefix = f[5], f[6], tonumber(f[7]), f[8]
+  j.position = select(2, last(j.job)) or 0
+  return true
 end
 
-local reply, claimed = {}, {}
-for _, job in ipairs(redis.call('ZRANGE', key('ready'), 0, ARGV[9] - 1)) do
-  if free <= 0 then break end
-  local hash = key('job:' .. job)
-  local f = redis.call('HMGET', hash, 'attempts', 'choices', 'tokenizer_id', 'weights_id', 'numerics_id', 'ready_ms',
-                       'claim_position', 'entry', 'start_tag')
-  local verdict = 'skip'
-  if f[8] then
-    f[7] = select(2, last(job)) or 0
-    verdict = suits(hash, f)
-  else
-    redis.call('ZREM', key('ready'), job)
+local function take(j)
+  local epoch, position, tokens = last(j.job)
+  if not epoch or append(j.job, (epoch + 1) .. '-0', position, tokens, 'fence', '"' .. worker .. '"') ~= 'ok' then
+    retire(j.job, 'lost')
+    return nil
   end
+  redis.call('HSET', j.hash, 'state', 'running', 'worker', worker, 'claim_position', position, 'claimed_ms', now)
+  redis.call('HINCRBY', j.hash, 'claims', 1)
+  if position == 0 then redis.call('HSET', j.hash, 'weights_id', ARGV[6], 'numerics_id', ARGV[7]) end
+  redis.call('XCLAIM', key('jobs'), GROUP, worker, 0, j.entry, 'JUSTID')
+  redis.call('SADD', key('held:' .. worker), j.job)
+  redis.call('ZREM', key('ready'), j.job)
+  local virtual_time = tonumber(redis.call('HGET', key('fair'), '') or 0)
+  redis.call('HSET', key('fair'), '', math.max(virtual_time, j.start_tag))
+  for name in string.gmatch(j.prefix or '', '%S+') do
+    redis.call('SET', key('prefix:' .. name), worker, 'PX', ARGV[11])
+  end
+  free = free - j.choices
+  return describe(j.job, j.attempts > 0 and 1 or 0)
+end
+
+local taken, claimed = {}, {}
+for _, j in ipairs(candidates()) do
+  if free <= 0 then break end
+  local verdict = 'skip'
+  if load(j) then verdict = suits(j) else redis.call('ZREM', key('ready'), j.job) end
   if verdict == 'stop' then break end
-  local taken = verdict == 'take' and take(job, hash, f)
-  if taken then
-    table.insert(reply, taken)
-    table.insert(claimed, job .. ':' .. taken[5])
-    if taken[5] == 1 then break end
+  local row = verdict == 'take' and take(j)
+  if row then
+    table.insert(taken, row)
+    table.insert(claimed, j.job .. ':' .. row[5])
+    if row[5] == 1 then break end
     empty = false
   end
 end
 redis.call('HSET', self, 'claim', ARGV[3], 'claimed', table.concat(claimed, ' '))
-return reply
+return {look_again_ms, unpack(taken)}

@@ -43,7 +43,7 @@ def byte_card(model: str, template: str = CHATML) -> Card:
     return Card(model=model, tokenizer_json=byte_tokenizer("<|im_start|>", "<|im_end|>").to_str(),
                 chat_templates={"default": template}, special_tokens={"eos_token": "<|im_end|>"}, sampling_defaults={},
                 eos_token_ids=(257,), vocab_size=258, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS,
-                weights_id="0123456789abcdef", numerics_id="n", created_s=1_700_000_000)
+                prefill_chunk_tokens=256, weights_id="0123456789abcdef", numerics_id="n", created_s=1_700_000_000)
 
 
 def say(text: str, index: int = 0, *, end: bool = False) -> Delta:

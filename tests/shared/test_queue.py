@@ -280,6 +280,61 @@ async def test_a_started_answer_goes_to_like_workers_only(queue: Queue) -> None:
     await lose_patience(queue)
     (late,) = (await queue.claim("w3", 2, 8, **LIKE | {"weights_id": "w2", "numerics_id": "m"})).jobs
     assert late.job == job
+    assert claimed.is_like and not late.is_like
+
+
+async def test_other_weights_continue_only_where_a_setting_says_so(each_redis: Redis) -> None:
+    """And then as late as other numerics, and marked as unlike."""
+    queue = make_queue(each_redis, allow_other_weights=True)
+    await submit(queue)
+    claimed = await claim_one(queue)
+    await queue.publish("w1", [delta(claimed, 1)])
+    await queue.release("w1")
+    other = LIKE | {"weights_id": "w2", "numerics_id": "m"}
+    claims = await queue.claim("w2", 1, 8, **other)
+    assert claims.jobs == ()
+    assert claims.look_again_s is not None and 0 < claims.look_again_s <= queue.settings.patience_s
+    await lose_patience(queue)
+    (late,) = (await queue.claim("w2", 2, 8, **other)).jobs
+    assert (late.job, late.is_like) == (claimed.job, False)
+
+
+async def test_a_prompt_goes_to_the_worker_that_holds_its_beginning(queue: Queue) -> None:
+    """First what this worker has begun for others; what another live one has is left to it, for a while."""
+    first = await submit(queue, make_job(prefix=("a", "b")))
+    assert (await claim_one(queue, "warm")).job == first
+    plain, deeper = await submit(queue), await submit(queue, make_job(prefix=("a", "b", "c")))
+    cold = await queue.claim("cold", 1, 8, **LIKE)
+    assert [c.job for c in cold.jobs] == [plain]
+    assert cold.look_again_s is not None and 0 < cold.look_again_s <= queue.settings.prefix_patience_s
+    assert (await claim_one(queue, "warm", 2)).job == deeper
+    behind = [await submit(queue), await submit(queue, make_job(prefix=("a",)))]
+    assert [c.job for c in (await queue.claim("warm", 3, 1, **LIKE)).jobs] == behind[1:], "it may overtake"
+
+
+async def test_a_prefix_is_waited_for_with_patience_and_not_behind_the_dead(each_redis: Redis) -> None:
+    queue = make_queue(each_redis, prefix_patience_s=0.3, lease_s=2.0, idle_poll_s=0.05)
+    await submit(queue, make_job(prefix=("a",)))
+    await claim_one(queue, "warm")
+    waiting = await submit(queue, make_job(prefix=("a",)))
+    assert (await queue.claim("cold", 1, 8, **LIKE)).jobs == ()
+    await asyncio.sleep(0.35)
+    assert [c.job for c in (await queue.claim("cold", 2, 8, **LIKE)).jobs] == [waiting]
+    dead = await submit(queue, make_job(prefix=("b",)))
+    assert (await claim_one(queue, "short", 1)).job == dead
+    await queue.release("short")
+    heir = await queue.claim("cold", 3, 8, **LIKE)
+    assert [c.job for c in heir.jobs] == [dead], "nobody waits for a worker without a lease"
+
+
+async def test_what_is_warm_does_not_overtake_for_ever(each_redis: Redis) -> None:
+    queue = make_queue(each_redis, prefix_patience_s=0.05)
+    await submit(queue, make_job(prefix=("a",)))
+    await claim_one(queue, "warm")
+    old = await submit(queue)
+    await asyncio.sleep(0.1)
+    await submit(queue, make_job(prefix=("a",)))
+    assert [c.job for c in (await queue.claim("warm", 2, 1, **LIKE)).jobs] == [old]
 
 
 async def test_a_flood_of_one_tenant_does_not_hide_another(queue: Queue) -> None:

@@ -64,6 +64,16 @@ def test_a_seed_repeats_and_choices_differ(client: openai.Client) -> None:
     assert first != ask(2)
 
 
+def test_a_beginning_that_was_computed_before_is_not_computed_again(client: openai.Client) -> None:
+    """A shared system prompt: the second answer is the same, and says how much of its prompt was found."""
+    system = "You are helpful. " * 20
+    messages: Any = [{"role": "system", "content": system}, {"role": "user", "content": "Spell apple."}]
+    first, second = (client.chat.completions.create(model=MODEL, messages=messages, temperature=0) for _ in range(2))
+    assert first.choices[0].message == second.choices[0].message
+    assert second.usage and second.usage.prompt_tokens_details
+    assert second.usage.prompt_tokens_details.cached_tokens == 256 < second.usage.prompt_tokens
+
+
 def test_a_stop_string_ends_the_answer_before_it(client: openai.Client) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=COUNT, stop=[", 17"], max_tokens=256)
     assert answer.choices[0].message.content == ", ".join(map(str, range(1, 17)))

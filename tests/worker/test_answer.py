@@ -131,6 +131,19 @@ def run(answer: Answer, token_ids: list[int], flushes: set[int], *, end: bool = 
     return log
 
 
+def test_what_was_found_computed_is_charged_once_whoever_ends_the_answer() -> None:
+    """And what an unlike worker adds is marked in the log, from its first delta on."""
+    token_ids = ids("abcd")
+    first = Answer(claim(), TOKENIZER)
+    first.take(replace(draw(0, token_ids[0]), num_cached_tokens=2))
+    log = entries(first.flush(0.0))
+    heir = Answer(replace(claim(), epoch=2, position=1, num_tokens=1, is_like=False), TOKENIZER, log)
+    log += run(heir, token_ids[1:], {0})
+    assert [(d.num_cached_tokens, d.is_exact) for e in log[:-1] for d in e.deltas] == [
+        (2, True), (0, False), (0, False)]
+    assert log[-1].finish == Finish(Usage(3, 4, num_cached_tokens=2))
+
+
 @pytest.mark.parametrize("error", ["generation_failed", "job_failed"])
 def test_an_error_ends_the_log_where_it_stands(error: str) -> None:
     answer = Answer(claim(), TOKENIZER)

@@ -1,7 +1,8 @@
 """Which sequence owns which slot of keys and values, for its whole life.
 
 A slot holds one sequence up to the longest allowed. Their number is bounded by bytes, but memory is touched only as
-far as sequences have reached. It knows slots and lengths, nothing of tokens.
+far as sequences have reached. Slots from `num_slots` on are not given out: what they hold, others know (prefix.py). It
+knows slots and lengths, nothing of tokens.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from worker.model.attention import PAGE_LEN, KVLayer
+from worker.model.attention import PAGE_LEN, KVLayer, places
 
 
 @dataclass(slots=True)
 class KVSlots:
     layers: list[KVLayer]
-    num_slots: int
+    num_slots: int                                      # that sequences may own
     _free: list[int] = field(init=False)
     _held: set[int] = field(init=False, default_factory=set)
 
@@ -33,10 +34,11 @@ class KVSlots:
         self._held.remove(slot)
         heappush(self._free, slot)
 
-    def copy(self, source: int, target: int, num_tokens: int) -> None:
-        for cache in (cache for layer in self.layers for cache in layer):
-            for page in cache[:-(-num_tokens // PAGE_LEN)]:
-                page[target] = page[source]
+    def copy(self, source: int, target: int, begin: int, end: int) -> None:
+        """Tokens [begin, end) of one slot to the same place in another."""
+        for page, place in places(begin, end):
+            for cache in (cache for layer in self.layers for cache in layer):
+                cache[page, target, :, place] = cache[page, source, :, place]
 
     def wipe(self, slot: int, num_tokens: int) -> None:
         """Of what is no number: padding is read with weight zero, and zero times NaN is NaN."""

@@ -28,6 +28,7 @@ class Request:
     n: int = 1
     continued: tuple[tuple[int, ...], ...] = ()     # per choice, tokens already drawn and published: replayed
     finished: frozenset[int] = frozenset()          # choices that already ended
+    salt: str = ""                                  # only requests of one salt share computed prefixes
 
     def continued_token_ids(self, index: int) -> tuple[int, ...]:
         return self.continued[index] if self.continued else ()
@@ -46,6 +47,7 @@ class Output:
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]                  # one for each token id, when asked for
     finish_reason: str | None                       # "stop" (its token is in token_ids), "length", "error", or not yet
+    num_cached_tokens: int = 0                      # of the prompt, found computed; on a choice's first output
 
 
 def validate(request: Request, *, vocab_size: int, max_model_len: int, max_choices: int) -> None:

@@ -38,7 +38,7 @@ class Runner:
     def prefill(self, span: Span, sequence: Sequence) -> Tensor:
         """One chunk in a forward of its own: the logits of its last token, [1, vocab_size]."""
         context = PrefillChunk(self.kv.layers, span.slot, span.begin, span.end)
-        token_ids = sequence.prompt_token_ids[span.begin:span.end]
+        token_ids = sequence.token_ids(span.begin, span.end)
         logits = self.model.prefill(token_ids, context, range(span.begin, span.end))
         sequence.num_computed_tokens = span.end
         return logits

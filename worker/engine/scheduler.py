@@ -17,7 +17,7 @@ MIN_CHUNK_COST = 32     # tokens: a shorter chunk costs no less, for the weights
 
 class Progress(NamedTuple):
     slot: int
-    num_prompt_tokens: int
+    num_prefill_tokens: int         # computed in chunks; what follows, in decode rows
     num_computed_tokens: int
     num_tokens: int
 
@@ -37,8 +37,8 @@ class Plan(NamedTuple):
 
 def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int) -> Plan:
     """`progress` comes in order of arrival, which is the order of prefill and of replay."""
-    prefilling = [p for p in progress if p.num_computed_tokens < p.num_prompt_tokens]
-    computing = [p for p in progress if p.num_computed_tokens >= p.num_prompt_tokens]
+    prefilling = [p for p in progress if p.num_computed_tokens < p.num_prefill_tokens]
+    computing = [p for p in progress if p.num_computed_tokens >= p.num_prefill_tokens]
     decoding = sorted(_next(p, 1) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
     replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1), max_rows)
     return Plan(list(_split([*decoding, *replaying], max_rows)), _take_prefills(prefilling, prefill_chunk))
@@ -58,7 +58,7 @@ def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int) -> list[S
     cost = 0
     for p in prefilling:
         to_grid = prefill_chunk - p.num_computed_tokens % prefill_chunk
-        num_tokens = min(to_grid, p.num_prompt_tokens - p.num_computed_tokens)
+        num_tokens = min(to_grid, p.num_prefill_tokens - p.num_computed_tokens)
         cost += max(num_tokens, MIN_CHUNK_COST)
         if spans and cost > prefill_chunk:
             break

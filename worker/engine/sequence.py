@@ -26,6 +26,8 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     slot: int = WAITING
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0                          # of the prompt, copied and not computed
+    num_reprefilled_tokens: int = 0                     # drawn by others, and too many to be replayed
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -36,8 +38,19 @@ class Sequence:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def num_prefill_tokens(self) -> int:
+        """What is computed in chunks: the prompt, which siblings copy then, and after it what is not replayed."""
+        num_prompt = self.num_prompt_tokens
+        return num_prompt if self.num_computed_tokens < num_prompt else num_prompt + self.num_reprefilled_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         return self.num_tokens - self.num_computed_tokens
+
+    def token_ids(self, begin: int, end: int) -> list[int]:
+        num_prompt = self.num_prompt_tokens
+        drawn = self.output_token_ids[max(begin - num_prompt, 0):max(end - num_prompt, 0)]
+        return [*self.prompt_token_ids[begin:end], *drawn]
 
     def token_id(self, position: int) -> int:
         beyond = position - len(self.prompt_token_ids)

@@ -12,7 +12,7 @@ product reads it without a copy. A row of a decode forward is computed page by p
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -76,6 +76,13 @@ def allocate(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
+    """The pages over which tokens [begin, end) of a slot are spread, and where they lie in each."""
+    for page in range(begin // PAGE_LEN, -(-end // PAGE_LEN)):
+        start = page * PAGE_LEN
+        yield page, slice(max(begin - start, 0), min(end - start, PAGE_LEN))
 
 
 class Run(NamedTuple):
@@ -192,12 +199,12 @@ class PrefillChunk:
 
     def _write_and_read(self, cache: Tensor, new: Tensor) -> Tensor:
         """[1, num_kv_heads, whole pages up to this chunk, head_dim]"""
-        first, last = self.begin // PAGE_LEN, (self.end - 1) // PAGE_LEN
-        for page in range(first, last + 1):
-            begin, end = max(self.begin, page * PAGE_LEN), min(self.end, (page + 1) * PAGE_LEN)
-            place = slice(begin - page * PAGE_LEN, end - page * PAGE_LEN)
-            cache[page, self.slot, :, place] = new[:, begin - self.begin:end - self.begin]
-        return cache[:last + 1, self.slot].transpose(0, 1).flatten(1, 2)[None]
+        done = 0
+        for page, place in places(self.begin, self.end):
+            num_tokens = place.stop - place.start
+            cache[page, self.slot, :, place] = new[:, done:done + num_tokens]
+            done += num_tokens
+        return cache[:page + 1, self.slot].transpose(0, 1).flatten(1, 2)[None]
 
     def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
         if (window, group) not in self._masks:

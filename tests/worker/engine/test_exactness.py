@@ -92,6 +92,25 @@ def test_another_worker_continues_exactly(engines: list[Engine], kind: str) -> N
         assert flat(rest) == flat(whole)[cut:], f"cut after {cut}"
 
 
+def test_what_is_too_long_to_replay_is_prefilled(engines: list[Engine]) -> None:
+    """Beyond `exact_replay_max_tokens` a choice goes on from a prefill of all that is known: in float32 with the same
+    tokens, in bfloat16 with valid ones; its sibling, which is short, is replayed exactly."""
+    first, second = engines
+    request = Request("it", prompt(45), greedy(60), n=2)
+    whole = alone(first, request)
+    continued = (tuple(whole[0][:40]), tuple(whole[1][:7]))
+    second.exact_replay_max_tokens = 39
+    try:
+        assert not second.replays_exactly(40)
+        rest = alone(second, Request("it", prompt(45), request.sampling, n=2, continued=continued))
+    finally:
+        second.exact_replay_max_tokens = first.exact_replay_max_tokens
+    assert rest[1] == whole[1][7:]
+    assert len(rest[0]) == 20
+    if second.model.dtype == torch.float32:
+        assert rest[0] == whole[0][40:]
+
+
 def test_choices_share_a_prompt_and_nothing_else(engines: list[Engine]) -> None:
     """n choices differ, repeat with the seed, and each is what it would be if the others had ended before."""
     sampling = seeded(40, temperature=1.5)
@@ -142,10 +161,10 @@ def test_every_way_out_frees_its_slot(engines: list[Engine]) -> None:
 
 def test_a_half_computed_prompt_outlives_the_choice_that_computed_it(engines: list[Engine]) -> None:
     """The first choice is aborted between two chunks: the others say what they would have said."""
-    engine = engines[0]
-    request = Request("it", prompt(3 * CHUNK + 5), seeded(12), n=3)
-    expected = alone(engine, request)
+    engine, other = engines
     for steps in range(1, 4):
+        request = Request("it", prompt(3 * CHUNK + 5, seed=steps), seeded(12), n=3)
+        expected = alone(other, request)
         engine.add(request)
         for _ in range(steps):
             engine.step()

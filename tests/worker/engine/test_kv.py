@@ -49,10 +49,13 @@ def test_a_copy_is_equal_and_a_wiped_slot_is_zero(kv: KVSlots) -> None:
         for cache in layer:
             cache.normal_()
     before = [cache.clone() for layer in kv.layers for cache in layer]
-    kv.copy(1, 3, PAGE_LEN + 1)
+    kv.copy(1, 3, 5, PAGE_LEN + 1)
     kv.wipe(0, 1)
     for old, new in zip(before, (cache for layer in kv.layers for cache in layer), strict=True):
-        assert torch.equal(new[:2, 3], old[:2, 1]), "the pages that the prompt reaches"
-        assert torch.equal(new[2, 3], old[2, 3]), "and no others"
+        assert torch.equal(new[0, 3, :, 5:], old[0, 1, :, 5:]), "these tokens, over pages"
+        assert torch.equal(new[1, 3, :, :1], old[1, 1, :, :1])
+        assert torch.equal(new[0, 3, :, :5], old[0, 3, :, :5]), "and no others"
+        assert torch.equal(new[1, 3, :, 1:], old[1, 3, :, 1:])
+        assert torch.equal(new[2, 3], old[2, 3])
         assert torch.equal(new[:, 1:3], old[:, 1:3])
         assert not new[0, 0].any()

@@ -31,7 +31,7 @@ def test_every_decoding_sequence_moves_and_every_step_is_bounded(batch: list[Pro
     rows = [sum(span.end - span.begin for span in forward) for forward in plan.decodes]
     assert all(0 < count <= MAX_ROWS for count in rows)
     decoding = {p.slot for p in batch
-                if p.num_tokens - p.num_computed_tokens == 1 and p.num_computed_tokens >= p.num_prompt_tokens}
+                if p.num_tokens - p.num_computed_tokens == 1 and p.num_computed_tokens >= p.num_prefill_tokens}
     assert decoding <= {span.slot for span in spans}
     assert sum(rows) <= len(decoding) + MAX_ROWS
     cost = sum(max(span.end - span.begin, MIN_CHUNK_COST) for span in plan.prefills)
@@ -44,7 +44,7 @@ def test_prompts_are_cut_on_one_grid_whoever_else_computes(batch: list[Progress]
     by_slot = {p.slot: p for p in batch}
     for span in schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK).prefills:
         assert span.begin % CHUNK == 0
-        assert span.end == min(span.begin + CHUNK, by_slot[span.slot].num_prompt_tokens)
+        assert span.end == min(span.begin + CHUNK, by_slot[span.slot].num_prefill_tokens)
 
 
 @given(batches())
@@ -62,6 +62,6 @@ def test_the_first_to_come_is_served(batch: list[Progress]) -> None:
     """Something always moves, and of those that prefill the oldest does."""
     plan = schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK)
     assert bool(batch) == bool(plan.decodes or plan.prefills)
-    prefilling = [p.slot for p in batch if p.num_computed_tokens < p.num_prompt_tokens]
+    prefilling = [p.slot for p in batch if p.num_computed_tokens < p.num_prefill_tokens]
     assert [span.slot for span in plan.prefills] == prefilling[:len(plan.prefills)]
     assert bool(prefilling) == bool(plan.prefills)

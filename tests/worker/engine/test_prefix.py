@@ -1,0 +1,102 @@
+"""A prompt's beginning that was computed before is copied, and nothing else changes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from shared.prefix import prefix_names
+from tests.worker.engine.driver import greedy, run, seeded, token_ids
+from tests.worker.families import VOCAB_SIZE, save
+from worker.engine.engine import Engine, Output, Request
+from worker.engine.prefix import PrefixCache
+from worker.model.loading import load
+
+CHUNK = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("llama", tmp_path_factory.mktemp("m"))
+
+
+@pytest.fixture
+def engine(folder: Path) -> Engine:
+    return Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=4, prefill_chunk=CHUNK)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    draw = random.Random(seed)
+    return tuple(draw.randrange(2, VOCAB_SIZE) for _ in range(length))
+
+
+def cached(outputs: list[Output]) -> int:
+    """As it is counted, once."""
+    assert not any(output.num_cached_tokens for output in outputs[1:])
+    return outputs[0].num_cached_tokens
+
+
+def test_a_hit_gives_the_same_tokens_as_a_miss(engine: Engine, folder: Path) -> None:
+    """Alone without a cache, then with ever longer common beginnings: the same tokens, counted as they were found."""
+    plain = Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=4, prefill_chunk=CHUNK,
+                   enable_prefix_caching=False)
+    system = prompt(3 * CHUNK)
+    for length, expected in ((CHUNK, 0), (2 * CHUNK + 5, 0), (3 * CHUNK, 2 * CHUNK), (3 * CHUNK + 1, 2 * CHUNK)):
+        request = Request("it", system[:length], seeded(20, num_logprobs=2))
+        (outputs,) = run(engine, {0: [request]}).values()
+        (reference,) = run(plain, {0: [request]}).values()
+        assert [(o.token_ids, o.logprobs) for o in outputs] == [(o.token_ids, o.logprobs) for o in reference]
+        assert cached(outputs) == expected
+        assert cached(reference) == 0
+
+
+def test_those_who_arrive_together_compute_a_common_beginning_once(engine: Engine) -> None:
+    shared = prompt(4 * CHUNK)
+    requests = [Request(f"{i}", (*shared, 2 + i), greedy(5), n=2) for i in range(2)]
+    outputs = run(engine, {0: requests})
+    assert [cached(outputs["0", choice]) for choice in range(2)] == [0, 0]
+    assert [cached(outputs["1", choice]) for choice in range(2)] == [4 * CHUNK] * 2
+
+
+def test_another_salt_finds_nothing(engine: Engine) -> None:
+    """A tenant does not learn from the time to first token what another one asked."""
+    request = Request("it", prompt(3 * CHUNK), greedy(3), salt="one tenant")
+    run(engine, {0: [request]})
+    assert cached(run(engine, {0: [request]})["it", 0]) == 2 * CHUNK
+    other = Request("it", prompt(3 * CHUNK), greedy(3), salt="another")
+    assert cached(run(engine, {0: [other]})["it", 0]) == 0
+
+
+def test_a_continued_answer_finds_its_prompt_too(engine: Engine) -> None:
+    request = Request("it", prompt(3 * CHUNK + 1), seeded(30))
+    whole = token_ids(run(engine, {0: [request]})["it", 0])
+    continued = Request("it", request.prompt_token_ids, request.sampling, continued=(tuple(whole[:11]),))
+    outputs = run(engine, {0: [continued]})["it", 0]
+    assert token_ids(outputs) == whole[11:]
+    assert not any(output.num_cached_tokens for output in outputs), "it was counted when the answer began"
+
+
+def test_the_least_recently_used_chunk_goes_first() -> None:
+    cache = PrefixCache(range(8, 10))
+    assert [cache.place(0, "a"), cache.place(0, "b"), cache.place(1, "c")] == [8, 9, 8]
+    assert cache.place(0, "a") is None, "it is kept already"
+    assert cache.find(0, "a") == 8
+    assert cache.place(0, "d") == 9
+    assert (cache.find(0, "b"), cache.find(0, "a"), cache.find(0, "d")) == (None, 8, 9)
+    cache.forget(["d", "c"])
+    assert (cache.find(0, "d"), cache.find(1, "c")) == (None, None)
+    assert cache.place(0, "e") == 9, "what was forgotten goes before what is older"
+
+
+def test_names_are_equal_exactly_when_all_before_is() -> None:
+    ids = prompt(100)
+    names = prefix_names("t", ids, 32)
+    assert len(names) == 3
+    assert prefix_names("t", ids[:97], 32) == names
+    assert prefix_names("t", ids[:96], 32) == names[:2], "the chunk with the last token is computed always"
+    changed = prefix_names("t", (*ids[:40], 0, *ids[41:]), 32)
+    assert changed[0] == names[0]
+    assert not set(changed[1:]) & set(names), "a change reaches every name behind it"
+    assert not set(names) & {*prefix_names("u", ids, 32), *prefix_names("t", ids, 16), *prefix_names("t", ids[1:], 32)}
