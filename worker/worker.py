@@ -1,8 +1,8 @@
 """The worker: claim, step, publish, finish, in one loop. The only file of this room that speaks to Redis.
 
 The loop is also the heartbeat: what renews the lease is a step that was made, never a task at its side. A step blocks
-the event loop on purpose: a thread of its own would fight it for the interpreter lock, and a publish (some 0.5 ms, no
-more often than `flush_s`) costs less than that.
+the event loop on purpose: a thread of its own would fight it for the interpreter lock. A publish leaves before the next
+step begins, and what became of it is looked at after that step.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._announcing: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
         self._step_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._num_tokens = 0                            # drawn since the last announcement
 
@@ -74,11 +75,12 @@ class Worker:
         try:
             while not self._stopping.is_set():
                 await self._turn()
+            await self._settle()
             log.info("%s hands over %d jobs", self.name, await self.queue.release(self.name))
         except AWAY:
             log.warning("%s leaves without Redis: its jobs go to others when its lease ends", self.name)
         finally:
-            for task in (*chores, self._announcing):
+            for task in (*chores, self._announcing, self._publishing):
                 if task:
                     task.cancel()
 
@@ -86,12 +88,16 @@ class Worker:
         await self._admit()
         self._announce()
         if not self._answers:
+            await self._settle()
             await self._rest()                          # what ends it makes the next turn claim, which renews
             return
         outputs = self._step() if self.engine.has_work else []      # a claimed answer may lack only its terminal
+        await self._settle()
+        writes = self._collect(outputs)
+        if writes or time.monotonic() - self._renewed_s >= self.settings.lease_s / 4:
+            self._publishing = asyncio.create_task(self._publish(writes))
         for _ in range(LOOP_TURNS):
-            await asyncio.sleep(0)                      # lets in what arrived meanwhile: wake-ups, signals
-        await self._publish(self._collect(outputs))
+            await asyncio.sleep(0)                      # lets out what was drawn, and in what arrived: jobs, signals
 
     def _step(self) -> list[Output]:
         began_s = time.perf_counter()
@@ -136,8 +142,10 @@ class Worker:
         self._alone = any(claimed.alone for claimed in claims.jobs)
 
     async def _begin(self, claimed: Claimed) -> None:
-        if claimed.job.id in self._answers:
-            return
+        if known := self._answers.get(claimed.job.id):
+            if known.epoch == claimed.epoch:
+                return                                  # a claim that was repeated
+            self._drop(claimed.job.id)                  # lost with a lease, and ours again before a publish has told us
         try:
             entries = await self.queue.read(claimed.job.id) if claimed.position else []
         except StreamLost:
@@ -182,18 +190,26 @@ class Worker:
                 del self._answers[write.job_id]
         return writes
 
+    async def _settle(self) -> None:
+        """Waits until Redis has said what became of the last publish."""
+        if self._publishing:
+            await self._publishing
+            self._publishing = None
+
     async def _publish(self, writes: list[Write]) -> None:
         """Says what was drawn and renews the lease. A job that is no longer ours is dropped."""
         now_s = time.monotonic()
-        if not writes and now_s - self._renewed_s < self.settings.lease_s / 4:
-            return
         outcomes = await self._send(writes)
         self._renewed_s = now_s
         for write, outcome in zip(writes, outcomes, strict=True):
-            if outcome != "ok" and write.job_id in self._answers:
-                del self._answers[write.job_id]
-                self.engine.abort(write.job_id)
+            known = self._answers.get(write.job_id)
+            if outcome != "ok" and known and known.epoch == write.epoch:
+                self._drop(write.job_id)
                 log.info("job %s is not ours any more (%s)", write.job_id, outcome)
+
+    def _drop(self, job_id: str) -> None:
+        del self._answers[job_id]
+        self.engine.abort(job_id)
 
     async def _send(self, writes: list[Write]) -> list[Outcome]:
         """The same entries again, until Redis says what became of them: it knows those that it has."""

@@ -8,9 +8,10 @@ for i = 3, #ARGV, 6 do
   if outcome == 'ok' then
     push(job, epoch, position, tokens, kind, data)
     if kind == 'end' then retire(job, 'finished') end
-  else
+  elseif outcome == 'gone' then
+    retire(job, 'lost')
+  elseif redis.call('HGET', key('job:' .. job), 'worker') ~= worker then  -- it may hold the job again, under a later epoch
     redis.call('SREM', key('held:' .. worker), job)
-    if outcome == 'gone' then retire(job, 'lost') end
   end
   table.insert(outcomes, outcome)
 end

@@ -283,6 +283,20 @@ async def test_a_started_answer_goes_to_like_workers_only(queue: Queue) -> None:
     assert claimed.is_like and not late.is_like
 
 
+async def test_a_worker_that_holds_a_job_again_is_not_hurt_by_its_own_late_entry(queue: Queue) -> None:
+    """Its lease ran out, it claimed the same job anew, and only then an entry of before arrives: refused, no more."""
+    job = await submit(queue)
+    old = await claim_one(queue)
+    await lose_lease(queue)
+    assert (await queue.reap()).num_requeued == 1
+    new = await claim_one(queue, sequence=2)
+    assert await queue.publish("w1", [delta(old, 1)]) == ["refused"]
+    await lose_lease(queue)
+    assert (await queue.reap()).num_requeued == 1, "the job is still known to be held"
+    assert (await claim_one(queue, "w2")).epoch > new.epoch
+    assert [entry.position for entry in await queue.read(job.id)] == [0]
+
+
 async def test_other_weights_continue_only_where_a_setting_says_so(each_redis: Redis) -> None:
     """And then as late as other numerics, and marked as unlike."""
     queue = make_queue(each_redis, allow_other_weights=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ async def read_until(worker: Worker, job: Job, enough: Callable[[list[Entry]], b
             if enough(entries):
                 return entries
             await asyncio.sleep(0.01)
+
+
+def has_reached(epoch: int, entries: list[Entry]) -> bool:
+    return entries[-1].epoch == epoch
 
 
 def ended(entries: list[Entry]) -> bool:
@@ -138,6 +143,21 @@ async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: Redi
     await read_until(worker, job, lambda entries: len(entries) > 3)
     server.kill()
     server.start()
+    entries = await read_until(worker, job, ended)
+    assert token_ids(entries) == expected
+    assert [entry.position for entry in entries] == list(range(len(entries)))
+
+
+async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: Worker) -> None:
+    """Taken from it in mid-stream and claimed by it again before a refusal has told it: nothing is lost or doubled."""
+    job = make_job(worker, sampling=Sampling(max_tokens=600, ignore_eos=True, seed=3))
+    whole = make_job(worker, sampling=job.sampling)
+    await ask(worker, whole)
+    expected = token_ids(await read_until(worker, whole, ended))
+    await ask(worker, job)
+    for epoch in (1, 3, 5):
+        await read_until(worker, job, partial(has_reached, epoch))
+        assert await worker.queue.release(worker.name, [job.id]) == 1
     entries = await read_until(worker, job, ended)
     assert token_ids(entries) == expected
     assert [entry.position for entry in entries] == list(range(len(entries)))
