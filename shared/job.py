@@ -87,8 +87,8 @@ class Finish:
         return _finish_adapter.dump_json(self).decode()
 
     @classmethod
-    def decode(cls, raw: Any) -> Finish:
-        return _finish_adapter.validate_python(raw)
+    def decode(cls, raw: str) -> Finish:
+        return _finish_adapter.validate_json(raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +111,8 @@ class Header:
         return _header_adapter.dump_json(self).decode()
 
     @classmethod
-    def decode(cls, raw: Any) -> Header:
-        return _header_adapter.validate_python(raw)
+    def decode(cls, raw: str) -> Header:
+        return _header_adapter.validate_json(raw)
 
 
 Kind = Literal["header", "fence", "delta", "end"]
@@ -126,7 +126,7 @@ class Entry:
     position: int                                       # header 0, then deltas and the terminal: dense, never twice
     num_tokens: int                                     # drawn by all choices so far
     kind: Kind
-    data: Any                                           # parsed JSON; what it holds depends on the kind
+    data: str                                           # JSON, as it was written; what it holds depends on the kind
 
     @property
     def id(self) -> str:
@@ -134,11 +134,15 @@ class Entry:
 
     @property
     def deltas(self) -> list[Delta]:
-        return [_delta(*row) for row in self.data]
+        return [_delta(*row) for row in json.loads(self.data)]
 
     @property
     def finish(self) -> Finish:
         return Finish.decode(self.data)
+
+    @property
+    def header(self) -> Header:
+        return Header.decode(self.data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ The atomic steps are the Lua files beside this one; here their arguments are pac
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,13 +172,14 @@ class Queue:
 
 def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     return Entry(int(entry_id.partition(b"-")[0]), int(fields[b"position"]), int(fields[b"tokens"]),
-                 fields[b"kind"].decode(), json.loads(fields[b"data"]))  # type: ignore[arg-type]
+                 fields[b"kind"].decode(), fields[b"data"].decode())  # type: ignore[arg-type]
 
 
 def parse_push(message: bytes) -> list[tuple[str, Entry]]:
     """A packed push: (job id, entry) in the order in which they were appended."""
-    return [(job_id, Entry(epoch, position, num_tokens, kind, data))
-            for job_id, epoch, position, num_tokens, kind, data in json.loads(message)]
+    rows = (line.split(" ", 5) for line in message.decode().split("\n"))
+    return [(job_id, Entry(int(epoch), int(position), int(num_tokens), kind, data))  # type: ignore[arg-type]
+            for job_id, epoch, position, num_tokens, kind, data in rows]
 
 
 def _script(verb: str) -> str:

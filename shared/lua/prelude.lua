@@ -39,19 +39,19 @@ local function append(job, id, position, tokens, kind, data)
   error(added.err)
 end
 
--- Pushes of one script go out as one message per pod: a JSON list of [job, epoch, position, tokens, kind, data].
+-- Pushes of one script go out as one message per pod: a line each, `job epoch position tokens kind data`.
 local pushes = {}
 
 local function push(job, epoch, position, tokens, kind, data)
   local pod = redis.call('HGET', key('job:' .. job), 'pod')
   if not pod then return end
   pushes[pod] = pushes[pod] or {}
-  table.insert(pushes[pod], string.format('["%s",%d,%d,%d,"%s",%s]', job, epoch, position, tokens, kind, data))
+  table.insert(pushes[pod], string.format('%s %d %d %d %s %s', job, epoch, position, tokens, kind, data))
 end
 
 local function flush_pushes()
   for pod, entries in pairs(pushes) do
-    redis.call('PUBLISH', key('push:' .. pod), '[' .. table.concat(entries, ',') .. ']')
+    redis.call('PUBLISH', key('push:' .. pod), table.concat(entries, '\n'))
   end
 end
 

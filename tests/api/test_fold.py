@@ -28,12 +28,12 @@ def token_bytes(token_id: int) -> bytes:
 
 def make_log(*steps: list[Delta], error: str | None = None, num_prompt_tokens: int = 9) -> list[Entry]:
     """Header, an entry per step, terminal."""
-    entries, num_tokens = [Entry(0, 0, 0, "header", {})], 0
+    entries, num_tokens = [Entry(0, 0, 0, "header", "{}")], 0
     for position, deltas in enumerate(steps, 1):
         num_tokens += sum(len(delta.token_ids) for delta in deltas)
-        entries.append(Entry(1, position, num_tokens, "delta", json.loads(encode_deltas(deltas))))
+        entries.append(Entry(1, position, num_tokens, "delta", encode_deltas(deltas)))
     finish = Finish(Usage(num_prompt_tokens, num_tokens, num_cached_tokens=4), error)
-    return [*entries, Entry(1, len(steps) + 1, num_tokens, "end", json.loads(finish.encode()))]
+    return [*entries, Entry(1, len(steps) + 1, num_tokens, "end", finish.encode())]
 
 
 HI = make_log([Delta(0, (72,), "H")], [Delta(0, (105,), "i")], [Delta(0, (2,), "", "stop")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 
@@ -18,9 +17,10 @@ ROUNDS = 5
 def main() -> None:
     header = Header(model="baton-tiny", created_s=1_700_000_000, fingerprint="fp_0123456789", seed=1, n=1,
                     num_prompt_tokens=9, stream=True, include_usage=True)
-    rows = [["chatcmpl-93105beae0-0-b91018ab17a997f8826801358e7a3949", 1, position, position, "delta",
-             json.loads(encode_deltas([Delta(0, (42,), " word")]))] for position in range(1, NUM_ENTRIES + 1)]
-    messages = [json.dumps(rows[i:i + PER_PUSH]).encode() for i in range(0, NUM_ENTRIES, PER_PUSH)]
+    data = encode_deltas([Delta(0, (42,), " word")])
+    lines = [f"chatcmpl-93105beae0-0-b91018ab17a997f8826801358e7a3949 1 {position} {position} delta {data}"
+             for position in range(1, NUM_ENTRIES + 1)]
+    messages = ["\n".join(lines[i:i + PER_PUSH]).encode() for i in range(0, NUM_ENTRIES, PER_PUSH)]
     entries = [entry for message in messages for _, entry in parse_push(message)]
     parse_us = best_us(lambda: [parse_push(message) for message in messages])
     fold_us = best_us(lambda: fold_all(header, entries))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def draw(index: int, token_id: int, finish_reason: str | None = None) -> Output:
 
 
 def entries(writes: list[Write]) -> list[Entry]:
-    return [Entry(w.epoch, w.position, w.num_tokens, w.kind, json.loads(w.data)) for w in writes]
+    return [Entry(w.epoch, w.position, w.num_tokens, w.kind, w.data) for w in writes]
 
 
 def text_of(log: list[Entry], index: int = 0) -> str:
