@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
@@ -50,9 +51,22 @@ def connect(url: str) -> Redis:
             max_connections=MAX_CONNECTIONS, timeout=COMMAND_TIMEOUT_S,
             retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), MAX_RETRIES),
             retry_on_error=[BusyLoadingError])
-        return Redis.from_pool(pool)
     except ValueError:
         raise BrokenEnvironment("BATON_REDIS_URL (--redis-url): give redis://HOST:PORT/0, or unix://PATH") from None
+    pool.connection_class = _that_says_so(pool.connection_class)
+    return Redis.from_pool(pool)
+
+
+def _that_says_so(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The same connection; a write to one that was reset fails as lost ones do, under uvloop too."""
+    class Connection(kind):  # type: ignore[valid-type, misc]
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            try:
+                await super().send_packed_command(command, check_health)
+            except RuntimeError as error:               # uvloop's, when the transport has been closed
+                raise ConnectionError("the connection was reset") from error
+
+    return Connection
 
 
 async def listen(url: str, channels: Collection[str]) -> AsyncIterator[tuple[str, bytes | None]]:
@@ -63,6 +77,7 @@ async def listen(url: str, channels: Collection[str]) -> AsyncIterator[tuple[str
     while True:
         client = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=COMMAND_TIMEOUT_S,
                                 health_check_interval=5, retry=Retry(ExponentialWithJitterBackoff(), 0))
+        client.connection_pool.connection_class = _that_says_so(client.connection_pool.connection_class)
         try:
             async with client, client.pubsub() as pubsub:
                 subscribed: set[str] = set()
