@@ -19,7 +19,7 @@ from shared.errors import BrokenEnvironment
 API_ONLY = frozenset({
     "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "heartbeat_s", "max_pending_entries",
     "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices", "max_redis_fraction",
-    "request_deadline_s", "retain_s"})
+    "request_deadline_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
     "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "dtype", "threads",

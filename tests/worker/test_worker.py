@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from deploy.redis import RedisServer
 from shared import connection
 from shared.card import Announcement, Card
+from shared.errors import StreamLost
 from shared.job import Delta, Entry, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import DIRECTORY, new_completion_id
 from shared.queue import Write
@@ -67,10 +72,14 @@ async def ask(worker: Worker, job: Job) -> None:
 async def read_until(worker: Worker, job: Job, enough: Callable[[list[Entry]], bool]) -> list[Entry]:
     async with asyncio.timeout(WAIT_S):
         while True:
-            entries = await worker.queue.read(job.id)
-            if enough(entries):
-                return entries
+            with contextlib.suppress(StreamLost):       # until it is put back
+                if enough(entries := await worker.queue.read(job.id)):
+                    return entries
             await asyncio.sleep(0.01)
+
+
+def has_grown(num_entries: int, entries: list[Entry]) -> bool:
+    return len(entries) >= num_entries
 
 
 def has_reached(epoch: int, entries: list[Entry]) -> bool:
@@ -146,6 +155,52 @@ async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: Redi
     entries = await read_until(worker, job, ended)
     assert token_ids(entries) == expected
     assert [entry.position for entry in entries] == list(range(len(entries)))
+
+
+def forgets(server: RedisServer) -> None:
+    server.kill()
+    for path in server.folder.glob("appendonly*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    server.start()
+
+
+def flushes(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.flushall()
+
+
+def drops_the_log(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.delete(*redis.keys("*:out:*"))
+
+
+def drops_the_group(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.delete("", *redis.keys("*:jobs"))
+
+
+def flushes_scripts(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.script_flush()
+
+
+@pytest.mark.parametrize("loses", [forgets, flushes, drops_the_log, drops_the_group, flushes_scripts])
+async def test_what_redis_loses_its_worker_puts_back(worker: Worker, server: RedisServer,
+                                                     loses: Callable[[RedisServer], None]) -> None:
+    """In mid-stream, twice: the log is whole again, with the same tokens, and another job is served as well."""
+    sampling = Sampling(max_tokens=600, ignore_eos=True, seed=3)
+    whole, job, after = (make_job(worker, sampling=sampling, created_s=int(time.time())) for _ in range(3))
+    await ask(worker, whole)
+    expected = token_ids(await read_until(worker, whole, ended))
+    await ask(worker, job)
+    for num_entries in (4, 9):
+        await read_until(worker, job, partial(has_grown, num_entries))
+        await asyncio.to_thread(loses, server)
+    entries = await read_until(worker, job, ended)
+    assert token_ids(entries) == expected
+    assert [entry.position for entry in entries] == list(range(len(entries)))
+    await ask(worker, after)
+    assert token_ids(await read_until(worker, after, ended)) == expected
 
 
 async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: Worker) -> None:
