@@ -14,6 +14,7 @@ from typing import Any, Literal
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
+from shared.connection import refusals
 from shared.errors import Overloaded, StreamLost, TenantOverloaded
 from shared.job import Entry, Header, Job, Kind
 from shared.keys import Shard
@@ -152,7 +153,8 @@ class Queue:
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.xrange(out, f"({after.id}" if after else "-", "+", count=limit)
             pipe.exists(out)
-            rows, exists = await pipe.execute()
+            with refusals():
+                rows, exists = await pipe.execute()
         if not exists:
             raise StreamLost
         entries = (_entry(entry_id, fields) for entry_id, fields in rows)
@@ -202,7 +204,8 @@ class Queue:
 
     async def _run(self, verb: str, *args: Any) -> Any:
         script: AsyncScript = self._scripts[verb]
-        return await script(keys=[self.shard.tag], args=args)
+        with refusals():
+            return await script(keys=[self.shard.tag], args=args)
 
 
 def _acceptance(job: Job, header: str, deadline_s: float, retain_s: float) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from tokenizers import Tokenizer
 
 from shared import connection
@@ -284,7 +285,7 @@ class Worker:
                      if Announcement.decode(raw).expires_ms < now_ms - FORGET_MODEL_S * 1000]
             if stale:
                 await redis.hdel(DIRECTORY, *stale)
-        except AWAY as error:
+        except (RedisError, OSError) as error:
             log.warning("announce: Redis is away (%s)", type(error).__name__)
 
     def _portrait(self, tokens_per_s: float) -> dict[Any, Any]:

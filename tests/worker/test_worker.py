@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import RedisError
 
 from deploy.redis import RedisServer
 from shared import connection
@@ -23,6 +25,7 @@ from shared.job import Delta, Entry, Finish, Header, Job, Sampling, Usage, encod
 from shared.keys import DIRECTORY, new_completion_id
 from shared.queue import Write
 from shared.settings import Settings
+from tests.system import eventually
 from worker import tiny
 from worker.announce import make_card
 from worker.engine.engine import Engine
@@ -201,6 +204,83 @@ async def test_what_redis_loses_its_worker_puts_back(worker: Worker, server: Red
     assert [entry.position for entry in entries] == list(range(len(entries)))
     await ask(worker, after)
     assert token_ids(await read_until(worker, after, ended)) == expected
+
+
+@contextlib.contextmanager
+def without_memory(server: RedisServer) -> Iterator[None]:
+    with Redis.from_url(server.url) as redis:
+        redis.config_set("maxmemory", 1)
+        yield
+        redis.config_set("maxmemory", 0)
+
+
+@contextlib.contextmanager
+def read_only(server: RedisServer) -> Iterator[None]:
+    with Redis.from_url(server.url) as redis:
+        redis.replicaof("127.0.0.1", 1)
+        yield
+        redis.replicaof("NO", "ONE")
+
+
+@contextlib.contextmanager
+def busy(server: RedisServer) -> Iterator[None]:
+    """Somebody else's script does not end."""
+    with Redis.from_url(server.url) as redis, Redis.from_url(server.url, retry=None, socket_timeout=0.2) as other:
+        redis.config_set("lua-time-limit", 100)
+        with contextlib.suppress(RedisError):
+            other.eval("while true do end", 0)
+        yield
+        redis.script_kill()
+
+
+@contextlib.contextmanager
+def without_a_disk(server: RedisServer) -> Iterator[None]:
+    """A snapshot failed, and Redis takes no writes until one succeeds."""
+    with Redis.from_url(server.url) as redis:
+        (server.folder / "dump.rdb").mkdir()
+        redis.config_set("save", "3600 1")
+        with contextlib.suppress(RedisError):
+            redis.save()
+        redis.bgsave()
+        eventually("the snapshot has failed", lambda: redis.info("persistence")["rdb_last_bgsave_status"] == "err")
+        yield
+        (server.folder / "dump.rdb").rmdir()
+        redis.config_set("save", "")
+
+
+@contextlib.contextmanager
+def stopped(server: RedisServer) -> Iterator[None]:
+    assert server.process
+    server.process.send_signal(signal.SIGSTOP)
+    yield
+    server.process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def cut(server: RedisServer) -> Iterator[None]:
+    with Redis.from_url(server.url) as redis:
+        for kind in ("normal", "pubsub"):
+            redis.client_kill_filter(_type=kind, skipme=True)
+        yield
+
+
+@pytest.mark.parametrize("trouble", [without_memory, read_only, busy, without_a_disk, stopped, cut])
+async def test_what_redis_refuses_for_a_while_costs_nothing(
+        worker: Worker, server: RedisServer, caplog: pytest.LogCaptureFixture,
+        trouble: Callable[[RedisServer], contextlib.AbstractContextManager[None]]) -> None:
+    """Longer than a lease, in mid-stream: afterwards the same worker goes on, with the same tokens."""
+    sampling = Sampling(max_tokens=600, ignore_eos=True, seed=3)
+    whole, job = (make_job(worker, sampling=sampling) for _ in range(2))
+    await ask(worker, whole)
+    expected = token_ids(await read_until(worker, whole, ended))
+    await ask(worker, job)
+    await read_until(worker, job, partial(has_grown, 4))
+    with trouble(server):
+        await asyncio.sleep(1.5 * worker.settings.lease_s)
+    assert ("publish: Redis is away" in caplog.text) == (trouble not in (stopped, cut)), "redis-py waits or reconnects"
+    entries = await read_until(worker, job, ended)
+    assert token_ids(entries) == expected
+    assert [entry.position for entry in entries] == list(range(len(entries)))
 
 
 async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: Worker) -> None:
