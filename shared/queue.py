@@ -176,9 +176,27 @@ class Queue:
         return await self._run("cancel", job_id, code) is not None
 
     async def describe(self, job_id: str) -> dict[str, str]:
-        """The job's hash, without the request: empty when it is unknown or expired."""
-        fields: Any = await self.redis.hgetall(self.shard.key(f"job:{job_id}"))
+        """The job's hash without the request, and the `tokens` of its log: empty when it is unknown or expired."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(self.shard.key(f"job:{job_id}"))
+            pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
+            fields, tail = await pipe.execute()
+        if not fields:
+            return {}
+        fields |= {b"tokens": tail[0][1][b"tokens"] if tail else b"0"}
         return {name.decode(): value.decode() for name, value in fields.items() if name != b"request"}
+
+    async def live(self, limit: int) -> list[dict[str, str]]:
+        """What `describe` says of jobs in line or running, oldest first, each with its `id`."""
+        rows: Any = await self.redis.xrange(self.shard.key("jobs"), count=limit)
+        ids = [fields[b"job"].decode() for _, fields in rows]
+        return [{"id": job_id, **await self.describe(job_id)} for job_id in ids]
+
+    async def dead(self, limit: int) -> list[dict[str, str]]:
+        """The newest dead letters, each with the ms of its end in `at_ms`; `request` and `header` as they were."""
+        rows: Any = await self.redis.xrevrange(self.shard.key("dead"), count=limit)
+        return [{"at_ms": entry_id.partition(b"-")[0].decode(),
+                 **{name.decode(): value.decode() for name, value in fields.items()}} for entry_id, fields in rows]
 
     async def num_live(self) -> int:
         """Jobs in line or running."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import os
 import secrets
@@ -61,6 +62,7 @@ class Worker:
         self._announcing: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         self._publish_sequence = 1
+        self._is_watched = False                        # by a watchdog: who hangs now, ends
         self._step_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._num_tokens = 0                            # drawn since the last announcement
 
@@ -84,6 +86,7 @@ class Worker:
         except AWAY:
             log.warning("%s leaves without Redis: its jobs go to others when its lease ends", self.name)
         finally:
+            self._unwatch()
             for task in (*chores, self._announcing, self._publishing):
                 if task:
                     task.cancel()
@@ -104,6 +107,9 @@ class Worker:
             await asyncio.sleep(0)                      # lets out what was drawn, and in what arrived: jobs, signals
 
     def _step(self) -> list[Output]:
+        if not self._is_watched:                        # its thread needs no interpreter lock, and says where we hung
+            faulthandler.dump_traceback_later(self.settings.step_timeout_s, exit=True)
+            self._is_watched = True
         began_s = time.perf_counter()
         outputs = self.engine.step()
         self._step_s.append(time.perf_counter() - began_s)
@@ -111,6 +117,7 @@ class Worker:
 
     async def _rest(self) -> None:
         """Nothing to compute: until something is submitted, or it is time to claim and renew anyway."""
+        self._unwatch()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, self._claim_at_s - time.monotonic()))
 
@@ -194,8 +201,14 @@ class Worker:
     async def _settle(self) -> None:
         """Waits until Redis has said what became of the last publish."""
         if self._publishing:
+            self._unwatch()                             # Redis may take its time
             await self._publishing
             self._publishing = None
+
+    def _unwatch(self) -> None:
+        if self._is_watched:
+            faulthandler.cancel_dump_traceback_later()
+            self._is_watched = False
 
     async def _publish(self, writes: list[Write]) -> None:
         """Says what was drawn and renews the lease: the same again, until Redis has said what became of it."""

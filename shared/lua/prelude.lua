@@ -107,7 +107,8 @@ local function requeue(job, lost_lease, max_attempts, max_claims)
   if position > tonumber(f[4]) then attempts = 0 elseif lost_lease then attempts = attempts + 1 end
   if attempts >= max_attempts or tonumber(f[3]) >= max_claims then
     redis.call('XADD', key('dead'), 'MAXLEN', '~', 10000, '*', 'job', job, 'worker', f[5], 'attempts', attempts,
-               'claims', f[3], 'position', position, 'request', redis.call('HGET', hash, 'request'))
+               'claims', f[3], 'position', position, 'request', redis.call('HGET', hash, 'request'),
+               'header', redis.call('XRANGE', key('out:' .. job), '-', '+', 'COUNT', 1)[1][2][8])
     terminate(job, 'job_failed', 'dead')
     return 'dead'
   end
