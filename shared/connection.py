@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
+import re
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -23,6 +25,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    ResponseError,
     TimeoutError,
 )
 
@@ -39,8 +42,26 @@ MIN_VERSION = (6, 2)
 
 UNREACHABLE = (ConnectionError, TimeoutError, BusyLoadingError)
 """Redis does not answer now. The verb may have been executed."""
-UNWRITABLE = (ReadOnlyError, OutOfMemoryError)
+
+
+class NotNow(RedisError):
+    """Redis answers, and executes nothing now."""
+
+
+NOT_NOW = re.compile(r"\b(BUSY|MISCONF|OOM|READONLY|NOREPLICAS|MASTERDOWN|TRYAGAIN|LOADING)\b")
+UNWRITABLE = (ReadOnlyError, OutOfMemoryError, NotNow)
 """Redis answers and refuses writes now. The verb was not executed, or not to its end."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raises NotNow for what redis-py, or a script of Redis 6.2, takes for an error of ours."""
+    try:
+        yield
+    except ResponseError as error:
+        if NOT_NOW.search(str(error)):
+            raise NotNow(str(error)) from None
+        raise
 
 
 def connect(url: str) -> Redis:

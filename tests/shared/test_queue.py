@@ -260,14 +260,6 @@ async def test_a_deadline_ends_a_job(queue: Queue) -> None:
     assert not any((await leftovers(queue)).values())
 
 
-async def test_a_log_that_is_gone_is_said_so_and_never_begun_again(queue: Queue) -> None:
-    job = await submit(queue)
-    claimed = await claim_one(queue)
-    await queue.redis.delete(SHARD.key(f"out:{job.id}"))
-    assert await queue.publish("w1", [delta(claimed, 1)]) == ["gone"]
-    assert not any((await leftovers(queue)).values())
-
-
 async def test_a_started_answer_goes_to_like_workers_only(queue: Queue) -> None:
     """Other tokenizers never, other weights never once it has begun, other numerics after some patience."""
     job = await submit(queue)
