@@ -35,7 +35,8 @@ def _both(verb: str, room: Room, method: str, counts: Callable[..., bool] = lamb
 
 
 def _writes(kind: str, *, first: bool = False) -> Callable[..., bool]:
-    return lambda _, __, writes: any(w.kind == kind and (kind == "end" or (w.position == 1) is first) for w in writes)
+    return lambda _, __, writes, *___: any(
+        write.kind == kind and (kind == "end" or (write.position == 1) is first) for write in writes)
 
 
 POINTS = {point.name: point for point in (
