@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
+from shared import connection
 from shared.card import Announcement, Card
 from shared.errors import APIError, ModelNotFound, NoWorker
 from shared.keys import DIRECTORY, Shard
@@ -81,7 +81,7 @@ class Directory:
         while True:
             try:
                 await self.refresh()
-            except (RedisError, APIError, OSError) as error:    # Redis is away: keep what we have
+            except (*connection.TROUBLE, APIError) as error:    # Redis is away: keep what we have
                 log.warning("the directory was not read: %s", type(error).__name__)
             await asyncio.sleep(self._settings.announce_s)
 
@@ -90,10 +90,8 @@ class Directory:
             loop = asyncio.get_running_loop()
             if self._refreshed_s and loop.time() - self._refreshed_s < max_age_s:
                 return
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.time()
-                pipe.hgetall(DIRECTORY)
-                (seconds, micros), fields = await pipe.execute()
+            seconds, micros = await self._redis.time()
+            fields: Any = await self._redis.hgetall(DIRECTORY)
             await self._adopt(list(_decode(fields.values())), seconds * 1000 + micros // 1000)
             self._refreshed_s = loop.time()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 
 from shared.connection import refusals
@@ -84,7 +84,8 @@ class Queue:
         self.redis = redis
         self.shard = shard
         self.settings = settings
-        self._scripts = {verb: redis.register_script(_script(verb)) for verb in VERBS}
+        publish = "SPUBLISH" if isinstance(redis, RedisCluster) else "PUBLISH"
+        self._scripts = {verb: redis.register_script(_script(verb, publish)) for verb in VERBS}
         self._lease_ms = round(settings.lease_s * 1000)
 
     def __repr__(self) -> str:
@@ -246,5 +247,6 @@ def parse_push(message: bytes) -> list[tuple[str, Entry]]:
             for job_id, epoch, position, num_tokens, kind, data in rows]
 
 
-def _script(verb: str) -> str:
-    return (LUA / "prelude.lua").read_text() + (LUA / f"{verb}.lua").read_text()
+def _script(verb: str, publish: str) -> str:
+    prelude = (LUA / "prelude.lua").read_text().replace("PUBLISH = 'PUBLISH'", f"PUBLISH = '{publish}'")
+    return prelude + (LUA / f"{verb}.lua").read_text()

@@ -105,8 +105,6 @@ class Settings(BaseSettings):
         # A worker that waits for a wake-up renews its lease only when it polls.
         if self.idle_poll_s > self.lease_s / 2:
             raise ValueError("idle_poll_s must be at most half of lease_s")
-        if self.step_timeout_s < self.lease_s:
-            raise ValueError("step_timeout_s must be at least lease_s")
         if self.announce_ttl_s < 3 * self.announce_s:
             raise ValueError("announce_ttl_s must be at least three times announce_s")
         return self

@@ -5,6 +5,7 @@
 -- terminal; `tokens` is what all choices have drawn so far: both are carried by every entry, so nobody needs a scan.
 
 local GROUP, QUEUED = 'workers', 'queued'
+local PUBLISH = 'PUBLISH'  -- in a cluster SPUBLISH, which queue.py puts here: PUBLISH would go to every node
 local BAND = 2 ^ 36  -- scores of the line: priority bands, in them start tags, in these 12 bits for the order of arrival
 
 local function key(name) return KEYS[1] .. ':' .. name end
@@ -54,7 +55,7 @@ end
 
 local function flush_pushes()
   for pod, entries in pairs(pushes) do
-    redis.call('PUBLISH', key('push:' .. pod), table.concat(entries, '\n'))
+    redis.call(PUBLISH, key('push:' .. pod), table.concat(entries, '\n'))
   end
 end
 
@@ -117,7 +118,7 @@ local function requeue(job, lost_lease, max_attempts, max_claims)
   redis.call('HDEL', hash, 'worker')
   assign(f[6], QUEUED)
   redis.call('ZADD', key('ready'), f[7] * BAND, job)
-  redis.call('PUBLISH', key('wake'), '1')
+  redis.call(PUBLISH, key('wake'), '1')
   return 'ready'
 end
 
@@ -149,7 +150,7 @@ local function accept()
   redis.call('ZADD', key('deadlines'), now + ARGV[8], job)
   local arrival = redis.call('HINCRBY', key('counters'), 'submitted', 1)
   redis.call('ZADD', key('ready'), priority * BAND + start + (arrival % 4096) / 4096, job)
-  redis.call('PUBLISH', key('wake'), '1')
+  redis.call(PUBLISH, key('wake'), '1')
 end
 
 -- A worker that holds nothing leaves no trace.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
+from shared import connection
 from shared.errors import Overloaded, TenantOverloaded
 from shared.job import Delta, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import Shard, new_completion_id
@@ -367,25 +368,21 @@ async def test_a_wide_job_is_not_starved_by_narrow_ones(queue: Queue) -> None:
     assert (await claim_one(queue, "w3", free=4)).job == wide
 
 
-async def test_what_is_appended_is_pushed_to_the_pod_and_a_waiting_worker_is_woken(queue: Queue) -> None:
-    async with queue.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-        await pubsub.subscribe(SHARD.key("push:pod1"), SHARD.key("wake"))
+async def test_what_is_appended_is_pushed_to_the_pod_and_a_waiting_worker_is_woken(
+        queue: Queue, each_redis_url: str) -> None:
+    wake, push = SHARD.key("wake"), SHARD.key("push:pod1")
+    heard = connection.listen(each_redis_url, [wake, push])
+    async with asyncio.timeout(10), contextlib.aclosing(heard):
+        assert {await anext(heard), await anext(heard)} == {(wake, None), (push, None)}
         job = await submit(queue)
+        assert (await anext(heard))[0] == wake
         claimed = await claim_one(queue)
         await queue.publish("w1", [delta(claimed, 1, 'é"\n\u2028'), end(claimed, 2)])
-        messages = [m async for m in received(pubsub, 2)]
-    assert messages[0]["channel"] == SHARD.key("wake").encode()
-    pushed = parse_push(messages[1]["data"])
+        channel, message = await anext(heard)
+    assert channel == push and message
+    pushed = parse_push(message)
     assert [(job_id, entry) for job_id, entry in pushed] == [(job.id, e) for e in (await queue.read(job.id))[1:]]
     assert pushed[0][1].deltas[0].text == 'é"\n\u2028'
-
-
-async def received(pubsub: Any, count: int) -> AsyncIterator[Any]:
-    while count:
-        message = await pubsub.get_message(timeout=1.0)
-        if message:
-            count -= 1
-            yield message
 
 
 async def test_a_malformed_job_is_named_not_raised(queue: Queue) -> None:
