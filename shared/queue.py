@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +15,19 @@ from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
 from shared.errors import Overloaded, StreamLost, TenantOverloaded
-from shared.job import Entry, Header, Job, Kind
+from shared.job import Entry, Finish, Header, Job, Kind
 from shared.keys import Shard
 from shared.settings import Settings
 
 LUA = Path(__file__).parent / "lua"
-VERBS = ("submit", "claim", "publish", "release", "reap", "cancel")
+VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "leave")
 MAX_REAPED = 64                                         # jobs put back by one reap
+MAX_PODS = 8                                            # that relay one answer: the newest are pushed to
+MAX_ATTENDED = 1024                                     # jobs of one `attend`, in which Redis does nothing else
 PREFIX_TTL_S = 600.0                                    # how long a worker is believed to hold a prompt's beginning
 
 Outcome = Literal["ok", "refused", "gone"]
+Left = Literal["read", "waits", "cancelled", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,18 @@ class Reaped:
     num_requeued: int
     num_dead: int
     num_late: int
+    num_unread: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A job of which its id alone was known."""
+
+    job_id: str
+    tenant: str
+    tokenizer_id: str
+    header: Header
+    finish: Finish | None                               # None: it still runs
 
 
 class Queue:
@@ -84,7 +100,8 @@ class Queue:
         outcome, num_queued = await self._run(
             "submit", job.id, job.encode(), header.encode(), job.tenant, job.n, job.pod, job.priority,
             round(job.deadline_s * 1000), round(retain_s * 1000), len(job.prompt_token_ids), cost, job.tokenizer_id,
-            job.weights_id, " ".join(job.prefix), limits.max_queued, limits.max_tenant_choices)
+            job.weights_id, " ".join(job.prefix), limits.max_queued, limits.max_tenant_choices,
+            round(limits.reader_ttl_s * 1000))
         if outcome == b"full":
             raise Overloaded
         if outcome == b"tenant_full":
@@ -131,12 +148,38 @@ class Queue:
         return int(await self._run("release", worker, self.settings.max_attempts, self.settings.max_claims, *job_ids))
 
     async def reap(self) -> Reaped:
-        """Requeues what expired leases held, and ends what is past its deadline."""
+        """Requeues what expired leases held, and ends what is past its deadline or has no readers any more."""
         return Reaped(*await self._run("reap", self.settings.max_attempts, self.settings.max_claims, MAX_REAPED))
 
     async def cancel(self, job_id: str, code: str = "cancelled") -> bool:
         """Ends a job whoever holds it; False when it has ended or is unknown."""
         return await self._run("cancel", job_id, code) is not None
+
+    async def attend(self, pod: str, job_ids: Sequence[str]) -> int:
+        """This pod relays these jobs: they have a reader for `reader_ttl_s` more. How many of them live."""
+        num_live = 0
+        for begin in range(0, len(job_ids), MAX_ATTENDED):
+            num_live += await self._run("attend", pod, round(self.settings.reader_ttl_s * 1000), MAX_PODS,
+                                        *job_ids[begin:begin + MAX_ATTENDED])
+        return num_live
+
+    async def leave(self, pod: str, job_id: str, grace_s: float) -> Left:
+        """This pod relays a job no more. Without other readers it is cancelled, after a grace in which one may come."""
+        outcome: Left = (await self._run("leave", pod, round(grace_s * 1000), job_id)).decode()
+        return outcome
+
+    async def find(self, job_id: str) -> Found | None:
+        """Whose a job is and how it stands; None when it is unknown or expired."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "tokenizer_id")
+            pipe.xrange(self.shard.key(f"out:{job_id}"), count=1)
+            pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
+            (tenant, tokenizer_id), oldest, newest = await pipe.execute()
+        if tenant is None or not oldest or not newest:
+            return None
+        first, last = _entry(*oldest[0]), _entry(*newest[0])
+        return Found(job_id, tenant.decode(), tokenizer_id.decode(), first.header,
+                     last.finish if last.kind == "end" else None)
 
     async def describe(self, job_id: str) -> dict[str, str]:
         """The job's hash, without the request: empty when it is unknown or expired."""
@@ -182,5 +225,6 @@ def parse_push(message: bytes) -> list[tuple[str, Entry]]:
             for job_id, epoch, position, num_tokens, kind, data in rows]
 
 
+@cache
 def _script(verb: str) -> str:
     return (LUA / "prelude.lua").read_text() + (LUA / f"{verb}.lua").read_text()

@@ -18,8 +18,8 @@ from shared.errors import BrokenEnvironment
 
 API_ONLY = frozenset({
     "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "heartbeat_s", "max_pending_entries",
-    "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices", "max_redis_fraction",
-    "request_deadline_s", "retain_s"})
+    "sweep_s", "disconnect_grace_s", "reader_ttl_s", "drain_s", "max_queued", "max_tenant_choices",
+    "max_redis_fraction", "request_deadline_s", "retain_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
     "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "dtype", "threads",
@@ -49,7 +49,10 @@ class Settings(BaseSettings):
     heartbeat_s: float = Field(10.0, gt=0, description="longest silence on a stream before a comment is sent")
     max_pending_entries: int = Field(256, gt=0, description="log entries kept in memory for a slow client")
     sweep_s: float = Field(0.5, gt=0, description="silence after which a pod looks into a stream's log itself")
-    disconnect_grace_s: float = Field(0.0, ge=0, description="how long a job goes on when its client has left")
+    disconnect_grace_s: float = Field(
+        2.0, ge=0, description="how long a job waits for its client to return; 0 cancels at once")
+    reader_ttl_s: float = Field(
+        30.0, ge=3, description="how long a job whose pod died waits for a reader; outlives a Redis that stalls")
     drain_s: float = Field(30.0, ge=0, description="how long running streams may go on after SIGTERM")
 
     # ── the line ──

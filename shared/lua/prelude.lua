@@ -43,10 +43,13 @@ end
 local pushes = {}
 
 local function push(job, epoch, position, tokens, kind, data)
-  local pod = redis.call('HGET', key('job:' .. job), 'pod')
-  if not pod then return end
-  pushes[pod] = pushes[pod] or {}
-  table.insert(pushes[pod], string.format('%s %d %d %d %s %s', job, epoch, position, tokens, kind, data))
+  local pods = redis.call('HGET', key('job:' .. job), 'pods')
+  if not pods then return end
+  local line = string.format('%s %d %d %d %s %s', job, epoch, position, tokens, kind, data)
+  for pod in string.gmatch(pods, '%S+') do
+    pushes[pod] = pushes[pod] or {}
+    table.insert(pushes[pod], line)
+  end
 end
 
 local function flush_pushes()
@@ -64,6 +67,7 @@ local function retire(job, outcome)
   redis.call('XDEL', key('jobs'), f[1])
   redis.call('ZREM', key('ready'), job)
   redis.call('ZREM', key('deadlines'), job)
+  redis.call('ZREM', key('readers'), job)
   if f[4] then redis.call('SREM', key('held:' .. f[4]), job) end
   if redis.call('HINCRBY', key('tenants'), f[2], -f[3]) <= 0 then redis.call('HDEL', key('tenants'), f[2]) end
   redis.call('HSET', hash, 'state', outcome, 'ended_ms', now_ms())
