@@ -33,7 +33,8 @@ def router(pod: Pod, door: Door) -> APIRouter:
             raise InvalidValue("stream is true or false.", param="stream")
         if starting_after is not None and not FLAGS[stream]:
             raise InvalidValue("starting_after is only allowed when stream is true.", param="starting_after")
-        after = position(starting_after, "starting_after") or position(last_event_id, "Last-Event-ID")
+        after = (position(last_event_id, "Last-Event-ID") if starting_after is None else
+                 position(starting_after, "starting_after"))
         queue, found = await find(pod, tenant, completion_id)
         headers = {COMPLETION_ID: found.job_id}
         if not FLAGS[stream]:
