@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -75,6 +76,15 @@ class Directory:
         if name in self._known:
             raise NoWorker(retry_after_s=self._settings.announce_ttl_s)
         raise ModelNotFound(param="model")
+
+    async def tokenizer(self, model: str, tokenizer_id: str) -> Tokenizer:
+        """The one that an answer of this model was made with. Raises NoWorker when nobody announces it."""
+        for max_age_s in (math.inf, MIN_REFRESH_S):
+            await self.refresh(max_age_s)
+            for served in self._names.get(model, ()):
+                if served.card.tokenizer_id == tokenizer_id:
+                    return served.tokenizer
+        raise NoWorker(retry_after_s=self._settings.announce_ttl_s)
 
     async def run(self) -> None:
         """Until cancelled."""

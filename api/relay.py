@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-
-from redis.exceptions import RedisError
+from collections.abc import AsyncIterator, Iterator
+from itertools import chain
 
 from shared import connection
 from shared.errors import DeadlineExceeded, Unavailable
@@ -21,6 +20,7 @@ from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
+ATTEND_S = 1.0                                          # how often a pod says what it relays; far below reader_ttl_s
 TICK_S = 0.1                                            # how exactly silence is noticed
 READ_LIMIT = 256                                        # entries of one look into a log
 READ_TIMEOUT_S = 2.0                                    # of one look: meanwhile no heartbeat goes out
@@ -106,15 +106,18 @@ class Stream:
         return entries
 
     async def _read_missed(self) -> list[Entry]:
-        """What the log has behind the last entry. What is pushed meanwhile stands in it too, or follows it."""
-        self._behind = False
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
-        except (RedisError, OSError, TimeoutError):
+                return await self.read()
+        except (*connection.TROUBLE, TimeoutError):
             if self.silent_s > self._settings.request_deadline_s + LATE_S:
                 raise DeadlineExceeded from None
             return []                                   # Redis is away: the next sweep looks again
+
+    async def read(self) -> list[Entry]:
+        """What comes next in the log. What is pushed meanwhile stands in it too, or follows it."""
+        self._behind = False
+        missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
         pushed, self._pending = self._pending, []
         self.last = missed[-1] if missed else self.last
         if missed:
@@ -130,16 +133,19 @@ class Relay:
     def __init__(self, pod_id: str, settings: Settings) -> None:
         self.pod_id = pod_id
         self.settings = settings
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, set[Stream]] = {}      # by job id
         self._heard: dict[str, asyncio.Event] = {}      # channel → set once it is subscribed
         self._stopping = False
 
     def __repr__(self) -> str:
-        return f"<Relay {len(self._streams)} streams, {len(self._heard)} shards>"
+        return f"<Relay {self.num_streams} streams, {len(self._heard)} shards>"
 
     @property
     def num_streams(self) -> int:
-        return len(self._streams)
+        return sum(map(len, self._streams.values()))
+
+    def relays(self, job_id: str) -> bool:
+        return job_id in self._streams
 
     async def hear(self, shard: Shard) -> None:
         """Listens to a shard before anything is submitted to it. Raises Unavailable when Redis is away."""
@@ -151,34 +157,42 @@ class Relay:
             raise Unavailable(retry_after_s=1.0) from None
 
     def open(self, job_id: str, queue: Queue) -> Stream:
-        stream = self._streams[job_id] = Stream(job_id, queue, self.settings)
+        stream = Stream(job_id, queue, self.settings)
+        self._streams.setdefault(job_id, set()).add(stream)
         stream.left = self._stopping
         return stream
 
     def close(self, stream: Stream) -> None:
-        self._streams.pop(stream.job_id, None)
+        readers = self._streams[stream.job_id]
+        readers.discard(stream)
+        if not readers:
+            del self._streams[stream.job_id]
 
     def leave_all(self) -> None:
         """The pod stops: every stream that still runs, or is opened after this, ends here."""
         self._stopping = True
-        for stream in self._streams.values():
+        for stream in self._all():
             stream.leave()
+
+    def _all(self) -> Iterator[Stream]:
+        return chain.from_iterable(self._streams.values())
 
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listen())
             group.create_task(self._tick())
+            group.create_task(self._attend())
 
     async def _listen(self) -> None:
         async for channel, message in connection.listen(self.settings.redis_url, self._heard):
             if message is None:
                 self._heard[channel].set()
-                for stream in self._streams.values():
+                for stream in self._all():
                     stream.look()
                 continue
             for job_id, entry in parse_push(message):
-                if waiting := self._streams.get(job_id):
+                for waiting in self._streams.get(job_id, ()):
                     waiting.push(entry)
 
     async def _tick(self) -> None:
@@ -187,6 +201,19 @@ class Relay:
         while True:
             await asyncio.sleep(TICK_S)
             now = loop.time()
-            for stream in self._streams.values():
+            for stream in self._all():
                 stream.tick(now - before)
             before = now
+
+    async def _attend(self) -> None:
+        """Says that what this pod relays has a reader: about 2 µs of Redis per stream."""
+        while True:
+            await asyncio.sleep(ATTEND_S)
+            jobs: dict[Queue, list[str]] = {}
+            for job_id, streams in self._streams.items():
+                jobs.setdefault(next(iter(streams)).queue, []).append(job_id)
+            for queue, job_ids in jobs.items():
+                try:
+                    await queue.attend(self.pod_id, job_ids)
+                except connection.TROUBLE as error:
+                    log.warning("%r was not told of %d readers: %s", queue, len(job_ids), type(error).__name__)

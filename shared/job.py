@@ -151,7 +151,7 @@ class Job:
 
     id: str                                             # the completion id: shard and 128 random bits
     tenant: str                                         # a hash of the key, never the key
-    pod: str                                            # whose channel hears of it first
+    pod: str                                            # whose channel hears of it first; empty: it needs no reader
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     tokenizer_id: str                                   # of the card that rendered the prompt: must equal the worker's
