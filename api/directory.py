@@ -115,7 +115,7 @@ class Directory:
             for name in announcement.names:
                 names.setdefault(name, []).append(served)
         self._names = names
-        self._known = {name for announcement in announcements for name in announcement.names}
+        self._known |= {name for announcement in announcements for name in announcement.names}
         in_use = {announcement.card_hash for announcement in announcements}
         self._tokenizers = {card: tokenizer for card, tokenizer in self._tokenizers.items() if card in in_use}
 

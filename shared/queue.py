@@ -87,6 +87,7 @@ class Found:
     tokenizer_id: str
     header: Header
     finish: Finish | None                               # None: it still runs
+    job: Job | None                                     # None: it has ended
 
 
 class Behind(Exception):
@@ -166,17 +167,25 @@ class Queue:
         return found
 
     async def read(self, job_id: str, after: Entry | None = None, limit: int | None = None) -> list[Entry]:
-        """Entries of a log behind `after`, in order and without fences. Raises StreamLost when there is no log."""
-        out = self.shard.key(f"out:{job_id}")
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.xrange(out, f"({after.id}" if after else "-", "+", count=limit)
-            pipe.exists(out)
-            with refusals():
-                rows, exists = await pipe.execute()
-        if not exists:
+        """Entries of a log behind `after`, in order and without fences.
+
+        Raises StreamLost when there is no log, Behind when `after` does not stand in it.
+        """
+        found = await self._range(job_id, after.id if after else "-", limit + 1 if limit and after else limit)
+        if after and not (found and found[0] == after):
+            found = await self._range(job_id, "-", None)    # put back under another epoch, or gone
+            at = next((i for i, entry in enumerate(found) if entry.says_the_same(after)), None)
+            if at is None:
+                raise Behind if found else StreamLost
+            found = found[at:]
+        if not found:
             raise StreamLost
-        entries = (_entry(entry_id, fields) for entry_id, fields in rows)
-        return [entry for entry in entries if entry.kind != "fence"]
+        return [entry for entry in (found[1:] if after else found) if entry.kind != "fence"]
+
+    async def _range(self, job_id: str, begin: str, limit: int | None) -> list[Entry]:
+        with refusals():
+            rows: Any = await self.redis.xrange(self.shard.key(f"out:{job_id}"), begin, "+", count=limit)
+        return [_entry(entry_id, fields) for entry_id, fields in rows]
 
     async def release(self, worker: str, job_ids: Sequence[str] = ()) -> int:
         """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends."""
@@ -209,15 +218,15 @@ class Queue:
     async def find(self, job_id: str) -> Found | None:
         """Whose a job is and how it stands; None when it is unknown or expired."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "tokenizer_id")
+            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "tokenizer_id", "request")
             pipe.xrange(self.shard.key(f"out:{job_id}"), count=1)
             pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
-            (tenant, tokenizer_id), oldest, newest = await pipe.execute()
+            (tenant, tokenizer_id, request), oldest, newest = await pipe.execute()
         if tenant is None or not oldest or not newest:
             return None
         first, last = _entry(*oldest[0]), _entry(*newest[0])
         return Found(job_id, tenant.decode(), tokenizer_id.decode(), first.header,
-                     last.finish if last.kind == "end" else None)
+                     last.finish if last.kind == "end" else None, Job.decode(request) if request else None)
 
     async def describe(self, job_id: str) -> dict[str, str]:
         """The job's hash without the request, and the `tokens` of its log: empty when it is unknown or expired."""
@@ -286,9 +295,8 @@ def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
 
 def parse_push(message: bytes) -> list[tuple[str, Entry]]:
     """A packed push: (job id, entry) in the order in which they were appended."""
-    rows = (line.split(" ", 5) for line in message.decode().split("\n"))
-    return [(job_id, Entry(int(epoch), int(position), int(num_tokens), kind, data))  # type: ignore[arg-type]
-            for job_id, epoch, position, num_tokens, kind, data in rows]
+    rows = (line.split(" ", 1) for line in message.decode().split("\n"))
+    return [(job_id, Entry.parse(line)) for job_id, line in rows]
 
 
 @cache
