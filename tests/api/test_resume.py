@@ -5,55 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from shared import connection
 from shared.job import Delta, TokenLogprob
+from tests.api.conftest import KEYS
 from tests.api.scripted import WAIT_S, Script, ScriptedWorker, ask, error_of, say, until_known
 from tests.api.test_http import CHAT, DONE, HEARTBEAT, Body, streaming
 from tests.system import System
 
-KEYS = ("sk-first", "sk-second")
 TOOL_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 OPTIONS: dict[str, Any] = {"n": 2, "logprobs": True, "top_logprobs": 1, "stream_options": {"include_usage": True}}
 
 
-@pytest.fixture(scope="module")
-def pair(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """Two pods with two keys."""
-    system = System(tmp_path_factory.mktemp("pair"), redis_url, allow_no_aof=True, api_key=",".join(KEYS),
-                    heartbeat_s=0.2, reader_ttl_s=3, retain_s=60)
-    system.start_pod()
-    system.start_pod()
-    yield system
-    system.stop()
-
-
 @pytest.fixture
-async def pods(pair: System) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """A client of each pod, with the first key."""
-    headers = {"authorization": f"Bearer {KEYS[0]}"}
-    clients = [httpx.AsyncClient(base_url=url, timeout=WAIT_S, headers=headers) for url in pair.pods]
-    yield clients
-    for client in clients:
-        await client.aclose()
-
-
-@pytest.fixture
-async def worker(pods: list[httpx.AsyncClient], redis_url: str) -> AsyncIterator[ScriptedWorker]:
-    redis = connection.connect(redis_url)
-    worker = ScriptedWorker(redis)
-    await worker.announce()
-    for pod in pods:
-        await until_known(pod, worker)
-    yield worker
-    await worker.leave()
-    await redis.aclose()
+def worker(pair_worker: ScriptedWorker) -> ScriptedWorker:
+    return pair_worker
 
 
 def drawn(char: str, index: int) -> Delta:
