@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from fastapi import Depends, FastAPI, Request, Response
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -16,12 +16,13 @@ from api import docs
 from api.answer import REQUEST_ID, answer, new_request_id
 from api.auth import Door
 from api.pod import Pod
-from api.routes import chat, health, models
+from api.routes import chat, completion, health, models
+from api.sse import COMPLETION_ID
 from shared.errors import APIError, BadRequest, MethodNotAllowed, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
 
-EXPOSED_HEADERS = [REQUEST_ID, "retry-after", "retry-after-ms", "x-baton-completion-id"]
+EXPOSED_HEADERS = [REQUEST_ID, "retry-after", "retry-after-ms", COMPLETION_ID]
 
 
 def make_app(pod: Pod) -> FastAPI:
@@ -31,11 +32,13 @@ def make_app(pod: Pod) -> FastAPI:
     app = FastAPI(title="Baton", description="Chat completions whose streams cannot be lost.", redirect_slashes=False,
                   responses=docs.ERRORS)
     app.include_router(chat.router(pod, door))
+    app.include_router(completion.router(pod, door))
     app.include_router(models.router(pod), dependencies=[Depends(door)])
     app.include_router(health.router(pod))
     docs.complete(app)
     app.add_exception_handler(APIError, _answer)
     app.add_exception_handler(RedisError, _redis_away)
+    app.add_exception_handler(RedisClusterException, _redis_away)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _half_sent)
     if settings.cors_origins:

@@ -25,6 +25,11 @@ CHAT: dict[str, Any] = {
                           "content": {"application/json": {}, "text/event-stream": {}}}}}
 
 
+COMPLETION: dict[str, Any] = {
+    "responses": {"200": {"description": "The chat.completion; with `stream`, the events behind `starting_after`.",
+                          "content": {"application/json": {}, "text/event-stream": {}}}}}
+
+
 def complete(app: FastAPI) -> None:
     """Makes /openapi.json, once, when somebody asks."""
 

@@ -8,9 +8,8 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from redis.exceptions import RedisError
-
 from api.directory import Directory
+from api.idempotency import Reservations
 from api.limits import Limits
 from api.metrics import Metrics
 from api.relay import Relay, Stream
@@ -21,7 +20,7 @@ from shared.settings import Settings
 log = logging.getLogger(__name__)
 
 READY_WITHIN_S = 2.0                                    # of Redis' last answer
-MAX_CANCEL_TRIES = 5                                    # of a client's job, when Redis is away
+MAX_LEAVE_TRIES = 5                                     # of a job that nobody reads here, when Redis is away
 
 
 class Pod:
@@ -32,6 +31,7 @@ class Pod:
         self.relay = Relay(self.id, settings)
         self.directory = Directory(self.redis, settings, self.relay.hear)
         self.limits = Limits(self.redis, self.directory, settings)
+        self.reservations = Reservations(self.redis, settings)
         self.metrics = Metrics()
         self.draining = False
         self._goodbyes: set[asyncio.Task[None]] = set()
@@ -58,19 +58,20 @@ class Pod:
         await self.redis.aclose()
 
     def part(self, stream: Stream, complete: bool) -> None:
-        """A request is over. An answer that is not complete has nobody to read it: its job is cancelled."""
+        """A request is over. An answer that is not complete waits a moment for a reader, here or elsewhere."""
         self.relay.close(stream)
-        if not complete:
-            task = asyncio.create_task(self._cancel(stream))
+        if not complete and not self.relay.relays(stream.job_id):
+            task = asyncio.create_task(self._leave(stream))
             self._goodbyes.add(task)
             task.add_done_callback(self._goodbyes.discard)
 
-    async def _cancel(self, stream: Stream) -> None:
-        await asyncio.sleep(0 if self.draining else self.settings.disconnect_grace_s)
-        for _ in range(MAX_CANCEL_TRIES):
+    async def _leave(self, stream: Stream) -> None:
+        for _ in range(MAX_LEAVE_TRIES):
             try:
-                await stream.queue.cancel(stream.job_id)
+                await stream.queue.leave(self.id, stream.job_id, self.settings.disconnect_grace_s)
                 return
-            except (RedisError, OSError):
+            except connection.TROUBLE:
                 await asyncio.sleep(connection.RECONNECT_S)
-        log.warning("job %s was not cancelled: Redis is away; its deadline ends it", stream.job_id)
+                if self.relay.relays(stream.job_id):
+                    return                              # the client has come back meanwhile
+        log.warning("job %s was not left: Redis is away; it ends when its reader's time is over", stream.job_id)

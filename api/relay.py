@@ -1,26 +1,28 @@
 """The relay: what is pushed to this pod reaches the streams that wait for it, in order, without gap or repetition.
 
 A push is a hint, the log is the truth: an entry that follows the last one is accepted, an older one dropped, and
-whatever is missing is read from the log. It knows nothing of HTTP, and nothing of what entries mean.
+whatever is missing is read from the log. Where the log lacks what was delivered, Redis lost it, and it is put back. It
+knows nothing of HTTP, and nothing of what entries mean.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import chain
 
-from redis.exceptions import RedisError
-
+from api.delivered import Delivered
 from shared import connection
-from shared.errors import DeadlineExceeded, Unavailable
+from shared.errors import DeadlineExceeded, StreamLost, Unavailable
 from shared.job import Entry
 from shared.keys import Shard
-from shared.queue import Queue, parse_push
+from shared.queue import Behind, Queue, parse_push
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
+ATTEND_S = 1.0                                          # how often a pod says what it relays; far below reader_ttl_s
 TICK_S = 0.1                                            # how exactly silence is noticed
 READ_LIMIT = 256                                        # entries of one look into a log
 READ_TIMEOUT_S = 2.0                                    # of one look: meanwhile no heartbeat goes out
@@ -32,9 +34,10 @@ HEAR_TIMEOUT_S = 2.0
 class Stream:
     """One request's view of its log. `batches()` gives every entry once, in order."""
 
-    def __init__(self, job_id: str, queue: Queue, settings: Settings) -> None:
+    def __init__(self, job_id: str, queue: Queue, settings: Settings, delivered: Delivered) -> None:
         self.job_id = job_id
         self.queue = queue
+        self.delivered = delivered
         self.last: Entry | None = None                  # the last one that `batches()` gave
         self.left = False                               # the client is gone, or the pod goes
         self.silent_s = 0.0                             # since entries came
@@ -50,12 +53,16 @@ class Stream:
         return f"<Stream {self.job_id} at {position}, {len(self._pending)} pending, silent for {self.silent_s:.1f} s>"
 
     def push(self, entry: Entry) -> None:
-        """Takes what was pushed, if it is the next; else remembers that the log must be read."""
+        """Takes what was pushed, if it is the next; else remembers that the log must be read.
+
+        Whoever speaks under a new epoch may know another past than ours, if Redis went back: the log is asked first.
+        """
         newest = self._pending[-1] if self._pending else self.last
         position = newest.position if newest else 0     # position 0, the header, is known before anything is pushed
-        if entry.position <= position:
+        if entry.position <= position and (newest is None or entry.epoch == newest.epoch):
             return
-        if entry.position != position + 1 or len(self._pending) >= self._settings.max_pending_entries:
+        is_next = entry.position == position + 1 and (not position or newest is None or entry.epoch == newest.epoch)
+        if not is_next or len(self._pending) >= self._settings.max_pending_entries:
             self.look()
             return
         self._pending.append(entry)
@@ -102,21 +109,34 @@ class Stream:
 
     def _take_pending(self) -> list[Entry]:
         entries, self._pending = self._pending, []
-        self.last = entries[-1] if entries else self.last
+        self._take(entries)
         return entries
 
+    def _take(self, entries: list[Entry]) -> None:
+        self.last = entries[-1] if entries else self.last
+        self.delivered.add(entries)
+
     async def _read_missed(self) -> list[Entry]:
-        """What the log has behind the last entry. What is pushed meanwhile stands in it too, or follows it."""
-        self._behind = False
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
-        except (RedisError, OSError, TimeoutError):
+                try:
+                    return await self.read()
+                except (StreamLost, Behind):
+                    await self.delivered.put_back(self.queue)
+                    log.warning("%r was put back: Redis had lost it", self)
+                    self.look()
+                    return []
+        except (*connection.TROUBLE, TimeoutError):
             if self.silent_s > self._settings.request_deadline_s + LATE_S:
                 raise DeadlineExceeded from None
             return []                                   # Redis is away: the next sweep looks again
+
+    async def read(self) -> list[Entry]:
+        """What comes next in the log. What is pushed meanwhile stands in it too, or follows it."""
+        self._behind = False
+        missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
         pushed, self._pending = self._pending, []
-        self.last = missed[-1] if missed else self.last
+        self._take(missed)
         if missed:
             self.look()                                 # until nothing is missing; fences make a full read look short
         for entry in pushed:
@@ -130,16 +150,19 @@ class Relay:
     def __init__(self, pod_id: str, settings: Settings) -> None:
         self.pod_id = pod_id
         self.settings = settings
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, set[Stream]] = {}      # by job id
         self._heard: dict[str, asyncio.Event] = {}      # channel → set once it is subscribed
         self._stopping = False
 
     def __repr__(self) -> str:
-        return f"<Relay {len(self._streams)} streams, {len(self._heard)} shards>"
+        return f"<Relay {self.num_streams} streams, {len(self._heard)} shards>"
 
     @property
     def num_streams(self) -> int:
-        return len(self._streams)
+        return sum(map(len, self._streams.values()))
+
+    def relays(self, job_id: str) -> bool:
+        return job_id in self._streams
 
     async def hear(self, shard: Shard) -> None:
         """Listens to a shard before anything is submitted to it. Raises Unavailable when Redis is away."""
@@ -150,35 +173,43 @@ class Relay:
         except TimeoutError:
             raise Unavailable(retry_after_s=1.0) from None
 
-    def open(self, job_id: str, queue: Queue) -> Stream:
-        stream = self._streams[job_id] = Stream(job_id, queue, self.settings)
+    def open(self, job_id: str, queue: Queue, delivered: Delivered) -> Stream:
+        stream = Stream(job_id, queue, self.settings, delivered)
+        self._streams.setdefault(job_id, set()).add(stream)
         stream.left = self._stopping
         return stream
 
     def close(self, stream: Stream) -> None:
-        self._streams.pop(stream.job_id, None)
+        readers = self._streams[stream.job_id]
+        readers.discard(stream)
+        if not readers:
+            del self._streams[stream.job_id]
 
     def leave_all(self) -> None:
         """The pod stops: every stream that still runs, or is opened after this, ends here."""
         self._stopping = True
-        for stream in self._streams.values():
+        for stream in self._all():
             stream.leave()
+
+    def _all(self) -> Iterator[Stream]:
+        return chain.from_iterable(self._streams.values())
 
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listen())
             group.create_task(self._tick())
+            group.create_task(self._attend())
 
     async def _listen(self) -> None:
         async for channel, message in connection.listen(self.settings.redis_url, self._heard):
             if message is None:
                 self._heard[channel].set()
-                for stream in self._streams.values():
+                for stream in self._all():
                     stream.look()
                 continue
             for job_id, entry in parse_push(message):
-                if waiting := self._streams.get(job_id):
+                for waiting in self._streams.get(job_id, ()):
                     waiting.push(entry)
 
     async def _tick(self) -> None:
@@ -187,6 +218,19 @@ class Relay:
         while True:
             await asyncio.sleep(TICK_S)
             now = loop.time()
-            for stream in self._streams.values():
+            for stream in self._all():
                 stream.tick(now - before)
             before = now
+
+    async def _attend(self) -> None:
+        """Says that what this pod relays has a reader: about 2 µs of Redis per stream."""
+        while True:
+            await asyncio.sleep(ATTEND_S)
+            jobs: dict[Queue, list[str]] = {}
+            for job_id, streams in self._streams.items():
+                jobs.setdefault(next(iter(streams)).queue, []).append(job_id)
+            for queue, job_ids in jobs.items():
+                try:
+                    await queue.attend(self.pod_id, job_ids)
+                except connection.TROUBLE as error:
+                    log.warning("%r was not told of %d readers: %s", queue, len(job_ids), type(error).__name__)

@@ -18,17 +18,22 @@ from shared.errors import APIError, Draining
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
            "x-accel-buffering": "no"}
+COMPLETION_ID = "x-baton-completion-id"
 
 
 class EventStream(Response):
-    """Relays one stream to one client. `on_first` runs at the first event, `on_close(complete)` however it ends."""
+    """Relays one stream to one client, behind what was `said` already by its fold.
 
-    def __init__(self, stream: Stream, fold: ChunkFold, headers: Mapping[str, str], *,
-                 on_first: Callable[[], None], on_close: Callable[[bool], None]) -> None:
+    `on_first` runs at the first event, `on_close(complete)` however it ends.
+    """
+
+    def __init__(self, stream: Stream, fold: ChunkFold, headers: Mapping[str, str], *, said: bytes = b"",
+                 on_first: Callable[[], None] = lambda: None, on_close: Callable[[bool], None]) -> None:
         super().__init__(None, 200, HEADERS | dict(headers))
         del self.headers["content-length"]
         self._stream = stream
         self._fold = fold
+        self._said = said
         self._on_close = on_close
         self._on_first = on_first
 
@@ -48,18 +53,25 @@ class EventStream(Response):
 
     async def _relay(self, send: Send) -> None:
         try:
+            if await self._say(self._said, send):
+                return
             async for entries in self._stream.batches():
                 began = self._fold.num_events > 0
                 body = b"".join(map(self._fold.feed, entries)) if entries else HEARTBEAT
                 if not began and self._fold.num_events:
                     self._on_first()
-                if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": not self._fold.ended})
-                    self._stream.unsent_s = 0.0
-                if self._fold.ended:
+                if await self._say(body, send):
                     return
             error: APIError = Draining()
         except APIError as failure:
             error = failure
         # To a client that has left this goes nowhere.
         await send({"type": "http.response.body", "body": self._fold.error(error.body()), "more_body": False})
+
+    async def _say(self, body: bytes, send: Send) -> bool:
+        """True when that was the end."""
+        ended = self._fold.ended
+        if body:
+            await send({"type": "http.response.body", "body": body, "more_body": not ended})
+            self._stream.unsent_s = 0.0
+        return ended

@@ -17,15 +17,14 @@ from api.wire.request import ChatRequest
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidValue
 from shared.job import Header, Job, Sampling
-from shared.keys import new_completion_id
 from shared.prefix import prefix_names, some
 from shared.settings import Settings
 
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
-async def make_job(request: ChatRequest, served: Served, *, num_body_bytes: int, tenant: str, pod_id: str,
-                   settings: Settings) -> tuple[Job, Header]:
+async def make_job(request: ChatRequest, served: Served, completion_id: str, *, num_body_bytes: int, tenant: str,
+                   pod_id: str, settings: Settings) -> tuple[Job, Header]:
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
     card = served.card
     messages = [message.for_template() for message in request.messages]
@@ -38,7 +37,7 @@ async def make_job(request: ChatRequest, served: Served, *, num_body_bytes: int,
     if not prompt:
         raise InvalidValue("The messages make an empty prompt.", param="messages")
     sampling = resolve_sampling(request, card, len(prompt))
-    completion_id, n, created_s = new_completion_id(served.queue.shard), request.n or 1, int(time.time())
+    n, created_s = request.n or 1, int(time.time())
     if n > card.max_num_seqs:
         raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")
     job = Job(id=completion_id, tenant=tenant, pod=pod_id, prompt_token_ids=tuple(prompt), sampling=sampling,

@@ -97,6 +97,13 @@ class ModelNotFound(NotFound):
     text = "The model does not exist. GET /v1/models lists those that do."
 
 
+class CompletionNotFound(NotFound):
+    """Never begun, another's, or kept no longer: nobody learns which."""
+
+    code = "completion_not_found"
+    text = "There is no such completion, or it is not kept any more."
+
+
 class MethodNotAllowed(APIError):
     status = 405
     type = "invalid_request_error"
@@ -109,6 +116,30 @@ class TooSlow(APIError):
     type = "invalid_request_error"
     code = "request_timeout"
     text = "The request did not arrive in time."
+
+
+class Conflict(APIError):
+    """The request does not fit what there is, now or for good."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+    text = "The request does not fit the state of the completion."
+
+
+class CompletionInProgress(Conflict):
+    code = "completion_in_progress"
+    text = "The completion is not finished. Read it with stream=true, or retry later."
+
+
+class PositionNotReached(Conflict):
+    code = "position_not_reached"
+    text = "The completion has not come to this position. Please retry."
+
+
+class IdempotencyKeyReused(Conflict):
+    code = "idempotency_key_reused"
+    text = "This Idempotency-Key was used with another body."
 
 
 class BodyTooLarge(APIError):
@@ -148,6 +179,9 @@ class Unavailable(APIError):
 
 
 class Draining(Unavailable):
+    """In a stream it has no position: the client returns to another pod, to its last event."""
+
+    code = "draining"
     text = "This server is about to stop. Please retry: another one will answer."
 
 

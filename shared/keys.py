@@ -24,6 +24,7 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
     "held:<worker>": ("set", "scripts", "jobs that a worker holds; until it has none"),
     "looked": ("string", "scripts", "the ms of Redis time at which somebody last looked for expired leases"),
     "deadlines": ("zset", "scripts", "job → the ms of Redis time at which it must have ended"),
+    "readers": ("zset", "scripts", "job → the ms of Redis time until which it goes on with nobody reading"),
     "tenants": ("hash", "scripts", "tenant → live choices"),
     "fair": ("hash", "scripts", "virtual time (field '') and each tenant's finish tag; until the line is empty"),
     "counters": ("hash", "scripts", "totals since the shard began, for operators"),
@@ -33,6 +34,11 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
     "card:<hash>": ("string", "worker", "a card, zlib; `announce_ttl_s`"),
     "push:<pod>": ("channel", "scripts", "what was appended to the logs of a pod's streams, packed"),
     "wake": ("channel", "scripts", "there may be something to claim"),
+}
+
+TENANT_KEYS: dict[str, tuple[str, str, str]] = {
+    # What spans models lies under the tenant's own tag, `{t.<tenant>}`.
+    "idempotency:<hash>": ("string", "api", "what an Idempotency-Key stands for; `request_deadline_s + retain_s`"),
 }
 
 
@@ -52,6 +58,11 @@ class Shard:
 
     def key(self, name: str) -> str:
         return f"{self.tag}:{name}"
+
+
+def tenant_key(tenant: str, name: str) -> str:
+    """A key of a tenant's own slot."""
+    return f"{{t.{tenant}}}:{name}"
 
 
 def new_completion_id(shard: Shard) -> str:

@@ -8,26 +8,30 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 
 from shared.connection import refusals
 from shared.errors import Overloaded, StreamLost, TenantOverloaded
-from shared.job import Entry, Header, Job, Kind
+from shared.job import Entry, Finish, Header, Job, Kind
 from shared.keys import Shard
 from shared.settings import Settings
 
 LUA = Path(__file__).parent / "lua"
-VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "restore")
+VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "leave", "restore")
 MAX_REAPED = 64                                         # jobs put back by one reap
+MAX_PODS = 8                                            # that relay one answer: the newest are pushed to
+MAX_ATTENDED = 1024                                     # jobs of one `attend`, in which Redis does nothing else
 STALLED_REAPS = 4                                       # due, and none has come: Redis stood still
 MIN_DEADLINE_S = 1.0                                    # of a job that is put back: late, it must still be ended
 PREFIX_TTL_S = 600.0                                    # how long a worker is believed to hold a prompt's beginning
 
 Outcome = Literal["ok", "refused", "gone"]
+Left = Literal["read", "waits", "cancelled", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,19 @@ class Reaped:
     num_requeued: int
     num_dead: int
     num_late: int
+    num_unread: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A job of which its id alone was known."""
+
+    job_id: str
+    tenant: str
+    tokenizer_id: str
+    header: Header
+    finish: Finish | None                               # None: it still runs
+    job: Job | None                                     # None: it has ended
 
 
 class Behind(Exception):
@@ -84,7 +101,8 @@ class Queue:
         self.redis = redis
         self.shard = shard
         self.settings = settings
-        self._scripts = {verb: redis.register_script(_script(verb)) for verb in VERBS}
+        publish = "SPUBLISH" if isinstance(redis, RedisCluster) else "PUBLISH"
+        self._scripts = {verb: redis.register_script(_script(verb, publish)) for verb in VERBS}
         self._lease_ms = round(settings.lease_s * 1000)
 
     def __repr__(self) -> str:
@@ -93,8 +111,9 @@ class Queue:
     async def submit(self, job: Job, header: Header, *, retain_s: float) -> int:
         """Puts a job in line; the jobs in line. Raises Overloaded or TenantOverloaded."""
         limits = self.settings
-        outcome, num_queued = await self._run("submit", *_acceptance(job, header.encode(), job.deadline_s, retain_s),
-                                              limits.max_queued, limits.max_tenant_choices)
+        outcome, num_queued = await self._run(
+            "submit", *self._acceptance(job, header.encode(), job.deadline_s, retain_s), limits.max_queued,
+            limits.max_tenant_choices)
         if outcome == b"full":
             raise Overloaded
         if outcome == b"tenant_full":
@@ -143,29 +162,37 @@ class Queue:
         for entry in entries:
             args += (entry.position, entry.num_tokens, entry.kind, entry.data)
         found: int | None = await self._run(
-            "restore", *_acceptance(job, header, rest_s, self.settings.retain_s), worker, self._lease_ms, numerics_id,
-            epoch, *args)
+            "restore", *self._acceptance(job, header, rest_s, self.settings.retain_s), worker, self._lease_ms,
+            numerics_id, epoch, *args)
         return found
 
     async def read(self, job_id: str, after: Entry | None = None, limit: int | None = None) -> list[Entry]:
-        """Entries of a log behind `after`, in order and without fences. Raises StreamLost when there is no log."""
-        out = self.shard.key(f"out:{job_id}")
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.xrange(out, f"({after.id}" if after else "-", "+", count=limit)
-            pipe.exists(out)
-            with refusals():
-                rows, exists = await pipe.execute()
-        if not exists:
+        """Entries of a log behind `after`, in order and without fences.
+
+        Raises StreamLost when there is no log, Behind when `after` does not stand in it.
+        """
+        found = await self._range(job_id, after.id if after else "-", limit + 1 if limit and after else limit)
+        if after and not (found and found[0] == after):
+            found = await self._range(job_id, "-", None)    # put back under another epoch, or gone
+            at = next((i for i, entry in enumerate(found) if entry.says_the_same(after)), None)
+            if at is None:
+                raise Behind if found else StreamLost
+            found = found[at:]
+        if not found:
             raise StreamLost
-        entries = (_entry(entry_id, fields) for entry_id, fields in rows)
-        return [entry for entry in entries if entry.kind != "fence"]
+        return [entry for entry in (found[1:] if after else found) if entry.kind != "fence"]
+
+    async def _range(self, job_id: str, begin: str, limit: int | None) -> list[Entry]:
+        with refusals():
+            rows: Any = await self.redis.xrange(self.shard.key(f"out:{job_id}"), begin, "+", count=limit)
+        return [_entry(entry_id, fields) for entry_id, fields in rows]
 
     async def release(self, worker: str, job_ids: Sequence[str] = ()) -> int:
         """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends."""
         return int(await self._run("release", worker, self.settings.max_attempts, self.settings.max_claims, *job_ids))
 
     async def reap(self) -> Reaped:
-        """Requeues what expired leases held, and ends what is past its deadline."""
+        """Requeues what expired leases held, and ends what is past its deadline or has no readers any more."""
         settings = self.settings
         stall_s = max(settings.lease_s, STALLED_REAPS * settings.reap_s)
         return Reaped(*await self._run("reap", settings.max_attempts, settings.max_claims, MAX_REAPED, self._lease_ms,
@@ -174,6 +201,32 @@ class Queue:
     async def cancel(self, job_id: str, code: str = "cancelled") -> bool:
         """Ends a job whoever holds it; False when it has ended or is unknown."""
         return await self._run("cancel", job_id, code) is not None
+
+    async def attend(self, pod: str, job_ids: Sequence[str]) -> int:
+        """This pod relays these jobs: they have a reader for `reader_ttl_s` more. How many of them live."""
+        num_live = 0
+        for begin in range(0, len(job_ids), MAX_ATTENDED):
+            num_live += await self._run("attend", pod, round(self.settings.reader_ttl_s * 1000), MAX_PODS,
+                                        *job_ids[begin:begin + MAX_ATTENDED])
+        return num_live
+
+    async def leave(self, pod: str, job_id: str, grace_s: float) -> Left:
+        """This pod relays a job no more. Without other readers it is cancelled, after a grace in which one may come."""
+        outcome: Left = (await self._run("leave", pod, round(grace_s * 1000), job_id)).decode()
+        return outcome
+
+    async def find(self, job_id: str) -> Found | None:
+        """Whose a job is and how it stands; None when it is unknown or expired."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "tokenizer_id", "request")
+            pipe.xrange(self.shard.key(f"out:{job_id}"), count=1)
+            pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
+            (tenant, tokenizer_id, request), oldest, newest = await pipe.execute()
+        if tenant is None or not oldest or not newest:
+            return None
+        first, last = _entry(*oldest[0]), _entry(*newest[0])
+        return Found(job_id, tenant.decode(), tokenizer_id.decode(), first.header,
+                     last.finish if last.kind == "end" else None, Job.decode(request) if request else None)
 
     async def describe(self, job_id: str) -> dict[str, str]:
         """The job's hash without the request, and the `tokens` of its log: empty when it is unknown or expired."""
@@ -220,18 +273,19 @@ class Queue:
             rows = await pipe.execute()
         return [{key.decode(): value.decode() for key, value in row.items()} for row in rows]
 
+    def _acceptance(self, job: Job, header: str, deadline_s: float, retain_s: float) -> tuple[Any, ...]:
+        """What accept() of lua/prelude.lua takes."""
+        num_prompt_tokens = len(job.prompt_token_ids)
+        cost = job.n * job.sampling.max_tokens + num_prompt_tokens
+        reader_ttl_s = self.settings.reader_ttl_s if job.pod else 0
+        return (job.id, job.encode(), header, job.tenant, job.n, job.pod, job.priority, round(deadline_s * 1000),
+                round(retain_s * 1000), num_prompt_tokens, cost, job.tokenizer_id, job.weights_id,
+                " ".join(job.prefix), round(reader_ttl_s * 1000))
+
     async def _run(self, verb: str, *args: Any) -> Any:
         script: AsyncScript = self._scripts[verb]
         with refusals():
             return await script(keys=[self.shard.tag], args=args)
-
-
-def _acceptance(job: Job, header: str, deadline_s: float, retain_s: float) -> tuple[Any, ...]:
-    """What accept() of lua/prelude.lua takes."""
-    num_prompt_tokens = len(job.prompt_token_ids)
-    cost = job.n * job.sampling.max_tokens + num_prompt_tokens
-    return (job.id, job.encode(), header, job.tenant, job.n, job.pod, job.priority, round(deadline_s * 1000),
-            round(retain_s * 1000), num_prompt_tokens, cost, job.tokenizer_id, job.weights_id, " ".join(job.prefix))
 
 
 def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
@@ -241,10 +295,11 @@ def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
 
 def parse_push(message: bytes) -> list[tuple[str, Entry]]:
     """A packed push: (job id, entry) in the order in which they were appended."""
-    rows = (line.split(" ", 5) for line in message.decode().split("\n"))
-    return [(job_id, Entry(int(epoch), int(position), int(num_tokens), kind, data))  # type: ignore[arg-type]
-            for job_id, epoch, position, num_tokens, kind, data in rows]
+    rows = (line.split(" ", 1) for line in message.decode().split("\n"))
+    return [(job_id, Entry.parse(line)) for job_id, line in rows]
 
 
-def _script(verb: str) -> str:
-    return (LUA / "prelude.lua").read_text() + (LUA / f"{verb}.lua").read_text()
+@cache
+def _script(verb: str, publish: str) -> str:
+    prelude = (LUA / "prelude.lua").read_text().replace("PUBLISH = 'PUBLISH'", f"PUBLISH = '{publish}'")
+    return prelude + (LUA / f"{verb}.lua").read_text()

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import astuple
 
-from redis.exceptions import RedisError
-
+from shared import connection
 from shared.queue import Queue
 from shared.settings import Settings
 
@@ -24,9 +24,9 @@ async def reap(queues: Callable[[], Iterable[Queue]], settings: Settings) -> Non
         try:
             for queue in queues():
                 reaped = await queue.reap()
-                if reaped.num_requeued or reaped.num_dead or reaped.num_late:
-                    log.warning("%r: %d jobs back in line, %d given up, %d past their deadline", queue,
-                                reaped.num_requeued, reaped.num_dead, reaped.num_late)
-        except (RedisError, OSError):
+                if any(astuple(reaped)):
+                    log.warning("%r: %d jobs back in line, %d given up, %d past their deadline, %d unread",
+                                queue, *astuple(reaped))
+        except connection.TROUBLE:
             # While Redis was away nobody could renew: when it is back, healthy workers speak first.
             pause_s = 2 * settings.lease_s

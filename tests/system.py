@@ -42,7 +42,7 @@ def eventually(what: str, condition: Callable[[], T | None], timeout_s: float = 
 
 
 class Running(Protocol):
-    """What is asked of a process that was started: of subprocess' own, or of a fork (tests/chaos/nursery.py)."""
+    """What is asked of a process that was started: of subprocess' own, or what a test puts in its place."""
 
     @property
     def pid(self) -> int: ...

@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 from tokenizers import Tokenizer
 
 from shared import connection
@@ -299,7 +298,7 @@ class Worker:
                      if Announcement.decode(raw).expires_ms < now_ms - FORGET_MODEL_S * 1000]
             if stale:
                 await redis.hdel(DIRECTORY, *stale)
-        except (RedisError, OSError) as error:
+        except connection.TROUBLE as error:
             log.warning("announce: Redis is away (%s)", type(error).__name__)
 
     def _portrait(self, tokens_per_s: float) -> dict[Any, Any]:

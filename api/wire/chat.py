@@ -25,11 +25,13 @@ TokenBytes = Callable[[int], bytes]
 class ChunkFold:
     """Folds a log into the events of a stream, as bytes ready to send.
 
+    A client that returns names the last event that it has, `after`: up to it events are counted and not said again.
     About 2 µs per delta of one token, after 5 to read it from a push: `python -m tests.bench.fold`.
     """
 
-    def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes) -> None:
+    def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes, after: int = 0) -> None:
         self.header = header
+        self.after = after
         self.num_events = 0
         self.ended = False                              # the terminal was folded: nothing follows
         self._token_bytes = token_bytes
@@ -52,11 +54,13 @@ class ChunkFold:
         return b""
 
     def error(self, body: dict[str, Any]) -> bytes:
-        """The last event of a stream that cannot be completed: nested, or clients take it for a chunk."""
-        return self._event(_dump(body))
+        """An error that stands in no log, as the last event. Without a position: the client may return to its own."""
+        return b"data: %b\n\n" % _dump(body)
 
     def _event(self, body: bytes) -> bytes:
         self.num_events += 1
+        if self.num_events <= self.after:
+            return b""
         return b"id: %d\ndata: %b\n\n" % (self.num_events, body)
 
     def _opening(self, entry: Entry) -> bytes:
@@ -88,7 +92,7 @@ class ChunkFold:
     def _end(self, entry: Entry) -> bytes:
         finish, self.ended = entry.finish, True
         if finish.error:
-            return self.error(job_error(finish.error).body())
+            return self._event(_dump(job_error(finish.error).body()))    # nested, or clients take it for a chunk
         events = self._opening(entry)
         if self.header.include_usage:
             events += self._event(b'%b"choices":[],"usage":%b}' % (self._head, _dump(usage_body(finish.usage))))

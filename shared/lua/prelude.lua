@@ -5,6 +5,7 @@
 -- terminal; `tokens` is what all choices have drawn so far: both are carried by every entry, so nobody needs a scan.
 
 local GROUP, QUEUED = 'workers', 'queued'
+local PUBLISH = 'PUBLISH'  -- in a cluster SPUBLISH, which queue.py puts here: PUBLISH would go to every node
 local BAND = 2 ^ 36  -- scores of the line: priority bands, in them start tags, in these 12 bits for the order of arrival
 
 local function key(name) return KEYS[1] .. ':' .. name end
@@ -46,15 +47,18 @@ local function assign(entry, consumer) redis.pcall('XCLAIM', key('jobs'), GROUP,
 local pushes = {}
 
 local function push(job, epoch, position, tokens, kind, data)
-  local pod = redis.call('HGET', key('job:' .. job), 'pod')
-  if not pod then return end
-  pushes[pod] = pushes[pod] or {}
-  table.insert(pushes[pod], string.format('%s %d %d %d %s %s', job, epoch, position, tokens, kind, data))
+  local pods = redis.call('HGET', key('job:' .. job), 'pods')
+  if not pods then return end
+  local line = string.format('%s %d %d %d %s %s', job, epoch, position, tokens, kind, data)
+  for pod in string.gmatch(pods, '%S+') do
+    pushes[pod] = pushes[pod] or {}
+    table.insert(pushes[pod], line)
+  end
 end
 
 local function flush_pushes()
   for pod, entries in pairs(pushes) do
-    redis.call('PUBLISH', key('push:' .. pod), table.concat(entries, '\n'))
+    redis.call(PUBLISH, key('push:' .. pod), table.concat(entries, '\n'))
   end
 end
 
@@ -67,6 +71,7 @@ local function retire(job, outcome)
   redis.call('XDEL', key('jobs'), f[1])
   redis.call('ZREM', key('ready'), job)
   redis.call('ZREM', key('deadlines'), job)
+  redis.call('ZREM', key('readers'), job)
   if f[4] then redis.call('SREM', key('held:' .. f[4]), job) end
   if redis.call('HINCRBY', key('tenants'), f[2], -f[3]) <= 0 then redis.call('HDEL', key('tenants'), f[2]) end
   redis.call('HSET', hash, 'state', outcome, 'ended_ms', now_ms())
@@ -117,12 +122,12 @@ local function requeue(job, lost_lease, max_attempts, max_claims)
   redis.call('HDEL', hash, 'worker')
   assign(f[6], QUEUED)
   redis.call('ZADD', key('ready'), f[7] * BAND, job)
-  redis.call('PUBLISH', key('wake'), '1')
+  redis.call(PUBLISH, key('wake'), '1')
   return 'ready'
 end
 
 -- accept(ARGV job, request, header, tenant, choices, pod, priority, deadline_ms, retain_ms, prompt_tokens, cost,
---        tokenizer_id, weights_id, prefix): a new job with its log, in line.
+--        tokenizer_id, weights_id, prefix, reader_ttl_ms): a new job with its log, in line. 0: it needs no reader.
 local function accept()
   local job, tenant, choices, pod, priority = ARGV[1], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
   local jobs = key('jobs')
@@ -140,16 +145,17 @@ local function accept()
 
   local now = now_ms()
   redis.call('HSET', key('job:' .. job), 'state', QUEUED, 'entry', entry, 'request', ARGV[2], 'tenant', tenant,
-             'choices', choices, 'pod', pod, 'priority', priority, 'start_tag', start, 'deadline_ms', now + ARGV[8],
+             'choices', choices, 'pods', pod, 'priority', priority, 'start_tag', start, 'deadline_ms', now + ARGV[8],
              'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'tokenizer_id', ARGV[12], 'weights_id', ARGV[13],
              'prefix', ARGV[14], 'numerics_id', '', 'attempts', 0, 'claims', 0, 'claim_position', 0,
              'submitted_ms', now, 'ready_ms', now)
   redis.call('XADD', key('out:' .. job), '0-1', 'position', 0, 'tokens', 0, 'kind', 'header', 'data', ARGV[3])
   redis.call('HINCRBY', key('tenants'), tenant, choices)
   redis.call('ZADD', key('deadlines'), now + ARGV[8], job)
+  if ARGV[15] ~= '0' then redis.call('ZADD', key('readers'), now + ARGV[15], job) end
   local arrival = redis.call('HINCRBY', key('counters'), 'submitted', 1)
   redis.call('ZADD', key('ready'), priority * BAND + start + (arrival % 4096) / 4096, job)
-  redis.call('PUBLISH', key('wake'), '1')
+  redis.call(PUBLISH, key('wake'), '1')
 end
 
 -- A worker that holds nothing leaves no trace.

@@ -1,12 +1,16 @@
--- reap(tag; max_attempts, max_claims, max_jobs, lease_ms, stall_ms) -> {requeued, dead, past their deadline}
--- By anyone, on a clock: what expired leases held goes back to the head of the line; deadlines end what is late.
+-- reap(tag; max_attempts, max_claims, max_jobs, lease_ms, stall_ms) -> {requeued, dead, past their deadline, unread}
+-- By anyone, on a clock: what expired leases held goes back to the head of the line; deadlines end what is late; what
+-- nobody reads any more is cancelled.
 local now, budget = now_ms(), tonumber(ARGV[3])
-local requeued, dead, late = 0, 0, 0
+local requeued, dead, late, unread = 0, 0, 0, 0
 
 -- Nobody has looked for so long that Redis itself stood still: who lives must get to speak before it is called dead.
 local looked = tonumber(redis.call('GETSET', key('looked'), now) or now)
 if now - looked > tonumber(ARGV[5]) then
   for _, worker in ipairs(redis.call('ZRANGE', key('leases'), 0, -1)) do renew(worker, ARGV[4]) end
+  for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now)) do
+    redis.call('ZADD', key('readers'), now + ARGV[4], job)
+  end
 end
 
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now, 'LIMIT', 0, 16)) do
@@ -26,6 +30,12 @@ for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 
   late = late + 1
 end
 
+budget = math.max(budget - late, 1)
+for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now, 'LIMIT', 0, budget)) do
+  if not terminate(job, 'cancelled', 'cancelled') then redis.call('ZREM', key('readers'), job) end
+  unread = unread + 1
+end
+
 count('requeued', requeued)
 flush_pushes()
-return {requeued, dead, late}
+return {requeued, dead, late, unread}

@@ -2,9 +2,9 @@
 --   -> epoch under which the worker goes on, 0 when others do, nil when the answer has ended
 -- For a Redis that lost a job, or went back behind what was delivered of it (a promoted replica, a log cut short): puts
 -- back what a pod (worker '') has delivered, or a worker has published. The entries are all of them, from position 1 on.
-local job, worker, epoch = ARGV[1], ARGV[15], tonumber(ARGV[18])
+local job, worker, epoch = ARGV[1], ARGV[16], tonumber(ARGV[19])
 local hash, out, held = key('job:' .. job), key('out:' .. job), key('held:' .. worker)
-local num_entries = (#ARGV - 18) / 4
+local num_entries = (#ARGV - 19) / 4
 local log_epoch, log_position = last(job)
 
 -- Whether the last of these entries stands in the log, word for word. Fences repeat the position before them.
@@ -31,7 +31,7 @@ if f[1] and stands() then
   if f[2] then return nil end
   if worker == '' or f[3] ~= worker then return 0 end                   -- else also when this is said again
   redis.call('SADD', held, job)
-  renew(worker, ARGV[16])
+  renew(worker, ARGV[17])
   return log_epoch
 end
 
@@ -41,11 +41,11 @@ redis.call('DEL', hash, out)
 accept()
 epoch = math.max(log_epoch or 0, epoch) + 1
 redis.call('XADD', out, epoch .. '-0', 'position', 0, 'tokens', 0, 'kind', 'fence', 'data', '"' .. QUEUED .. '"')
-for i = 19, #ARGV, 4 do
+for i = 20, #ARGV, 4 do
   redis.call('XADD', out, epoch .. '-' .. ARGV[i], 'position', ARGV[i], 'tokens', ARGV[i + 1], 'kind', ARGV[i + 2],
              'data', ARGV[i + 3])
 end
-redis.call('HSET', hash, 'numerics_id', ARGV[17])
+redis.call('HSET', hash, 'numerics_id', ARGV[18])
 count('restored')
 if worker == '' then
   redis.call('ZADD', key('ready'), ARGV[7] * BAND, job)                 -- the head of the line: it was there before
@@ -56,5 +56,5 @@ redis.call('HSET', hash, 'state', 'running', 'worker', worker, 'claim_position',
 redis.call('HINCRBY', hash, 'claims', 1)
 assign(redis.call('HGET', hash, 'entry'), worker)
 redis.call('SADD', held, job)
-renew(worker, ARGV[16])
+renew(worker, ARGV[17])
 return epoch

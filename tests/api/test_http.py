@@ -62,7 +62,7 @@ class Body:
 
     async def events(self) -> list[dict[str, Any]]:
         raw = await self.end()
-        assert re.fullmatch(r"(id: \d+\ndata: \{.*\}\n\n)*(data: \[DONE\]\n\n)?", raw), raw
+        assert re.fullmatch(r"(id: \d+\ndata: \{.*\}\n\n)*(data: (\{\"error\":.*\}|\[DONE\])\n\n)?", raw), raw
         return [json.loads(line) for line in re.findall(r"^data: (\{.*)$", raw, re.MULTILINE)]
 
     async def text(self) -> str:

@@ -121,7 +121,7 @@ async def test_a_pod_that_stops_lets_its_streams_end(own: System, own_worker: Sc
             refused = await becomes(http, "/ready", 503)
             assert refused.headers["connection"] == "close"
             response = await http.post(CHAT, json=ask(own_worker.model))
-            assert error_of(response, 503)["code"] == "service_unavailable"
+            assert error_of(response, 503)["code"] == "draining"
             assert int(response.headers["retry-after-ms"]) > 0
             assert (await http.get("/health")).status_code == 200
             await script.answer("Hello")
@@ -131,7 +131,10 @@ async def test_a_pod_that_stops_lets_its_streams_end(own: System, own_worker: Sc
 
 
 async def test_a_stream_that_goes_on_too_long_is_told(own: System, own_worker: ScriptedWorker) -> None:
-    """At the bound: an error event, a clean end, a cancelled job, and no [DONE]. A client that waits gets a 503."""
+    """At the bound: an error event without a position, a clean end, and no [DONE]. A client that waits gets a 503.
+
+    Their jobs go on for the grace, in which they might return elsewhere, and end when they do not.
+    """
     url = own.start_pod(drain_s=0.1)
     process = own.pods.pop(url)
     async with httpx.AsyncClient(base_url=url, timeout=WAIT_S) as http:
@@ -144,8 +147,9 @@ async def test_a_stream_that_goes_on_too_long_is_told(own: System, own_worker: S
             other = await own_worker.claim()
             process.send(signal.SIGTERM)
             last = (await body.events())[-1]
-            assert last["error"]["code"] == "service_unavailable"
+            assert last["error"]["code"] == "draining"
             assert DONE not in body.raw
+            assert "\n\ndata: " in body.raw, "the error has no id"
             error_of(await waiting, 503)
     assert await script.outcome() == await other.outcome() == "cancelled"
     assert await asyncio.to_thread(process.end) == 0

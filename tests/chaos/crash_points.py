@@ -42,6 +42,8 @@ def _writes(kind: str, *, first: bool = False) -> Callable[..., bool]:
 POINTS = {point.name: point for point in (
     *_both("submit", "api", "shared.queue:Queue.submit"),
     *_both("subscribe", "api", "api.relay:Relay.hear"),
+    *_both("attend", "api", "shared.queue:Queue.attend"),
+    *_both("leave", "api", "shared.queue:Queue.leave"),
     *_both("cancel", "api", "shared.queue:Queue.cancel"),
     *_both("reap by a pod", "api", "shared.queue:Queue.reap"),
     *_both("read of a log by a pod", "api", "shared.queue:Queue.read"),

@@ -14,7 +14,8 @@ def no_fence() -> None:
     """The log takes whatever comes: no fence is written, no epoch raised, nothing refused for being late."""
     from shared import queue
 
-    script = queue._script
+    module: Any = queue
+    script = module._script
     no_refusal = """
       local newest = redis.call('XREVRANGE', out, '+', '-', 'COUNT', 1)[1]
       if newest[2][6] == 'end' then return 'refused' end
@@ -27,15 +28,15 @@ def no_fence() -> None:
         "if string.find(added.err, 'equal or smaller', 1, true) then return 'refused' end": no_refusal,
         "append(job, (epoch + 1) .. '-0', position, tokens, 'fence', '\"' .. QUEUED .. '\"')\n": "\n",
         "if not epoch or append(j.job, (epoch + 1) .. '-0',": "if not epoch or epoch == 0 and append(j.job, '1-0',"}
-    assert all(right in script("claim") for right in spoilt)
+    assert all(right in script("claim", "PUBLISH") for right in spoilt)
 
-    def unfenced(verb: str) -> str:
-        text = script(verb)
+    def unfenced(verb: str, publish: str) -> str:
+        text: str = script(verb, publish)
         for right, wrong in spoilt.items():
             text = text.replace(right, wrong)
         return text
 
-    queue._script = unfenced
+    module._script = unfenced
 
 
 def no_positions() -> None:
@@ -53,11 +54,12 @@ def any_tokenizer() -> None:
     """A claim takes what another tokenizer has begun."""
     from shared import queue
 
-    script = queue._script
+    module: Any = queue
+    script = module._script
     tokenizer = "if j.tokenizer_id ~= ARGV[5] then return 'skip' end\n"
     weights = "if started and j.weights_id ~= ARGV[6] and ARGV[12] ~= '1' then return 'skip' end\n"
-    assert tokenizer in script("claim") and weights in script("claim")
-    queue._script = lambda verb: script(verb).replace(tokenizer, "").replace(weights, "")
+    assert tokenizer in script("claim", "PUBLISH") and weights in script("claim", "PUBLISH")
+    module._script = lambda *verb: script(*verb).replace(tokenizer, "").replace(weights, "")
 
 
 def other_digits() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.keys import SHARD_KEYS, Shard, new_completion_id, shard_of
+from shared.keys import SHARD_KEYS, TENANT_KEYS, Shard, new_completion_id, shard_of, tenant_key
 
 ROOT = Path(__file__).parent.parent.parent
 MAPPED = {name.partition(":")[0] for name in SHARD_KEYS}
@@ -33,6 +33,13 @@ def test_every_key_of_a_shard_lies_in_one_slot() -> None:
     shard = Shard.of("org/{model}-{0}", 3)
     assert re.fullmatch(r"\{baton\.[0-9a-f]{10}-3\}", shard.tag)
     assert all(shard.key(name).startswith(shard.tag + ":") for name in SHARD_KEYS)
+
+
+def test_what_spans_models_lies_in_a_slot_of_its_tenant() -> None:
+    assert tenant_key("0123abcd", "idempotency:00") == "{t.0123abcd}:idempotency:00"
+    for path in (ROOT / "api").rglob("*.py"):
+        for name in re.findall(r'\btenant_key\(\w+, f?"([a-z]+)', path.read_text()):
+            assert name in {mapped.partition(":")[0] for mapped in TENANT_KEYS}, f"{path} touches {name}"
 
 
 def test_an_id_says_where_its_log_is_and_is_not_guessed() -> None:

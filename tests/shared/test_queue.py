@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from shared import connection
 from shared.errors import Overloaded, TenantOverloaded
 from shared.job import Delta, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import Shard, new_completion_id
-from shared.queue import Claimed, Queue, Write, parse_push
+from shared.queue import MAX_ATTENDED, MAX_PODS, MAX_REAPED, Claimed, Found, Queue, Write, parse_push
 from shared.settings import Settings
 
 LIKE = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
@@ -81,7 +83,8 @@ async def leftovers(queue: Queue) -> dict[str, int]:
     redis, key = queue.redis, SHARD.key
     (group,) = await redis.xinfo_groups(key("jobs"))
     return {"jobs": await redis.xlen(key("jobs")), "ready": await redis.zcard(key("ready")),
-            "deadlines": await redis.zcard(key("deadlines")), "tenants": await redis.hlen(key("tenants")),
+            "deadlines": await redis.zcard(key("deadlines")), "readers": await redis.zcard(key("readers")),
+            "tenants": await redis.hlen(key("tenants")),
             "pending": group["pending"], "lag": group.get("lag") or 0,
             "held": len([k async for k in redis.scan_iter(key("held:*").replace("{", "\\{"))])}
 
@@ -260,6 +263,147 @@ async def test_a_deadline_ends_a_job(queue: Queue) -> None:
     assert not any((await leftovers(queue)).values())
 
 
+# ── readers ──
+
+
+async def reader_left_ms(queue: Queue, job: Job) -> float | None:
+    """How long a job goes on with nobody reading; None when it does not depend on readers."""
+    until_ms = await queue.redis.zscore(SHARD.key("readers"), job.id)
+    seconds, micros = await queue.redis.time()
+    return None if until_ms is None else float(until_ms) - seconds * 1000 - micros // 1000
+
+
+async def pods_of(queue: Queue, job: Job) -> list[str]:
+    return (await queue.describe(job.id))["pods"].split()
+
+
+async def pass_time(queue: Queue, job: Job) -> None:
+    """Makes now the time until which the job may go on unread."""
+    await queue.redis.zadd(SHARD.key("readers"), {job.id: 1}, xx=True)
+
+
+@contextlib.asynccontextmanager
+async def listening(redis_url: str, *names: str) -> AsyncIterator[AsyncIterator[tuple[str, bytes | None]]]:
+    """Who lives is heard on its channel: what comes there."""
+    heard = connection.listen(redis_url, [SHARD.key(name) for name in names])
+    async with asyncio.timeout(10), contextlib.aclosing(heard):
+        for _ in names:
+            assert (await anext(heard))[1] is None
+        yield heard
+
+
+async def test_a_job_that_nobody_reads_any_more_is_cancelled(queue: Queue) -> None:
+    """Queued or running, when its reader's time is over; one that is attended goes on."""
+    queued, running, attended = [await submit(queue) for _ in range(3)]
+    assert 29_000 < (await reader_left_ms(queue, queued) or 0) <= 30_000
+    claimed = {c.job.id: c for c in (await queue.claim("w1", 1, 8, **LIKE)).jobs}[running.id]
+    await queue.release("w1", [queued.id])
+    for job in (queued, running, attended):
+        await pass_time(queue, job)
+    assert await queue.attend("pod1", [attended.id, "chatcmpl-unknown"]) == 1
+    assert (await queue.reap()).num_unread == 2
+    assert await queue.publish("w1", [delta(claimed, 1)]) == ["refused"]
+    for job in (queued, running):
+        assert (await queue.read(job.id))[-1].finish.error == "cancelled"
+    await queue.cancel(attended.id)
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_many_unread_jobs_are_ended_a_bounded_number_at_a_time(queue: Queue) -> None:
+    jobs = [await submit(queue) for _ in range(MAX_REAPED + 3)]
+    for job in jobs:
+        await pass_time(queue, job)
+    assert [(await queue.reap()).num_unread for _ in range(3)] == [MAX_REAPED, 3, 0]
+
+
+async def test_a_job_that_needs_no_reader_gets_no_time(queue: Queue) -> None:
+    """It is attended and left as any other, and goes on."""
+    job = await submit(queue)
+    await queue.redis.zrem(SHARD.key("readers"), job.id)
+    assert await queue.attend("pod2", [job.id]) == 1
+    assert await pods_of(queue, job) == ["pod1", "pod2"]
+    assert await queue.leave("pod2", job.id, 0) == "none"
+    assert await reader_left_ms(queue, job) is None
+    assert await queue.num_live() == 1
+
+
+async def test_who_attends_is_pushed_to(queue: Queue, each_redis_url: str) -> None:
+    async with listening(each_redis_url, "push:pod1", "push:pod2") as heard:
+        job = await submit(queue)
+        await queue.attend("pod2", [job.id])
+        await queue.attend("pod2", [job.id])
+        claimed = await claim_one(queue)
+        await queue.publish("w1", [delta(claimed, 1)])
+        messages = dict([await anext(heard) for _ in range(2)])
+    pushed = [(job.id, (await queue.read(job.id))[1])]
+    assert {channel: parse_push(message or b"") for channel, message in messages.items()} == {
+        SHARD.key("push:pod1"): pushed, SHARD.key("push:pod2"): pushed}
+
+
+async def test_the_pods_of_a_job_are_bounded(queue: Queue) -> None:
+    """The newest are kept."""
+    job = await submit(queue)
+    for number in range(2, MAX_PODS + 4):
+        await queue.attend(f"pod{number}", [job.id])
+    assert await pods_of(queue, job) == [f"pod{number}" for number in range(4, MAX_PODS + 4)]
+
+
+async def test_more_jobs_than_one_call_takes_are_all_attended(queue: Queue) -> None:
+    job = await submit(queue)
+    assert await queue.attend("pod2", ["chatcmpl-unknown"] * MAX_ATTENDED + [job.id]) == 1
+
+
+async def test_who_leaves_last_starts_the_grace(queue: Queue, each_redis_url: str) -> None:
+    """Others that read keep a job; a pod that nobody hears on its channel has died, and reads nothing."""
+    async with listening(each_redis_url, "push:pod1"):
+        job = await submit(queue)
+        await queue.attend("pod2", [job.id])
+        assert await queue.leave("pod2", job.id, 0) == "read"
+        assert await pods_of(queue, job) == ["pod1"]
+        assert (await reader_left_ms(queue, job) or 0) > 29_000
+        await queue.attend("pod2", [job.id])
+        assert await queue.leave("pod1", job.id, 0) == "cancelled", "pod2 is not heard: it is dead"
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_a_reader_that_comes_back_within_the_grace_finds_its_job(queue: Queue) -> None:
+    job = await submit(queue)
+    assert await queue.leave("pod1", job.id, 2.0) == "waits"
+    assert 1_000 < (await reader_left_ms(queue, job) or 0) <= 2_000
+    assert await queue.attend("pod2", [job.id]) == 1
+    assert (await reader_left_ms(queue, job) or 0) > 29_000
+    assert (await queue.reap()).num_unread == 0
+    assert await queue.leave("pod2", job.id, 0.01) == "waits"
+    await asyncio.sleep(0.02)
+    assert (await queue.reap()).num_unread == 1
+    assert await queue.leave("pod2", job.id, 0.0) == "none"
+
+
+async def test_without_grace_who_leaves_last_cancels_at_once(queue: Queue) -> None:
+    """And the worker that has the job learns it with its next word."""
+    job = await submit(queue)
+    claimed = await claim_one(queue)
+    assert await queue.leave("pod1", job.id, 0) == "cancelled"
+    assert await queue.publish("w1", [delta(claimed, 1)]) == ["refused"]
+    assert await queue.attend("pod1", [job.id]) == 0
+    assert not any((await leftovers(queue)).values())
+
+
+async def test_a_job_is_found_by_its_id(queue: Queue) -> None:
+    """Whose it is, how it began and whether it has ended; nothing when it is unknown, or its log is gone."""
+    job = await submit(queue)
+    assert await queue.find(job.id) == Found(job.id, "t", "tok", HEADER, None, job)
+    claimed = await claim_one(queue)
+    await queue.publish("w1", [delta(claimed, 1), end(claimed, 2)])
+    assert await queue.find(job.id) == Found(job.id, "t", "tok", HEADER, Finish(Usage(3, 1)), None)
+    assert await queue.find("chatcmpl-unknown") is None
+    await queue.redis.delete(SHARD.key(f"out:{job.id}"))
+    assert await queue.find(job.id) is None
+
+
+# ── what is lost, and who comes first ──
+
+
 async def test_a_started_answer_goes_to_like_workers_only(queue: Queue) -> None:
     """Other tokenizers never, other weights never once it has begun, other numerics after some patience."""
     job = await submit(queue)
@@ -367,25 +511,18 @@ async def test_a_wide_job_is_not_starved_by_narrow_ones(queue: Queue) -> None:
     assert (await claim_one(queue, "w3", free=4)).job == wide
 
 
-async def test_what_is_appended_is_pushed_to_the_pod_and_a_waiting_worker_is_woken(queue: Queue) -> None:
-    async with queue.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-        await pubsub.subscribe(SHARD.key("push:pod1"), SHARD.key("wake"))
+async def test_what_is_appended_is_pushed_to_the_pod_and_a_waiting_worker_is_woken(
+        queue: Queue, each_redis_url: str) -> None:
+    async with listening(each_redis_url, "wake", "push:pod1") as heard:
         job = await submit(queue)
+        assert (await anext(heard))[0] == SHARD.key("wake")
         claimed = await claim_one(queue)
         await queue.publish("w1", [delta(claimed, 1, 'é"\n\u2028'), end(claimed, 2)])
-        messages = [m async for m in received(pubsub, 2)]
-    assert messages[0]["channel"] == SHARD.key("wake").encode()
-    pushed = parse_push(messages[1]["data"])
+        channel, message = await anext(heard)
+    assert channel == SHARD.key("push:pod1") and message
+    pushed = parse_push(message)
     assert [(job_id, entry) for job_id, entry in pushed] == [(job.id, e) for e in (await queue.read(job.id))[1:]]
     assert pushed[0][1].deltas[0].text == 'é"\n\u2028'
-
-
-async def received(pubsub: Any, count: int) -> AsyncIterator[Any]:
-    while count:
-        message = await pubsub.get_message(timeout=1.0)
-        if message:
-            count -= 1
-            yield message
 
 
 async def test_a_malformed_job_is_named_not_raised(queue: Queue) -> None:

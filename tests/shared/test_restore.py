@@ -109,7 +109,7 @@ async def test_a_redis_that_went_back_gets_what_was_delivered(queue: Queue) -> N
     """A replica without the last entries was promoted, and another worker went on from there with entries of its own:
     what the client has read stands, above both."""
     claimed, entries = await begin(queue, 2)
-    older: dict[Any, Any] = {key: await queue.redis.dump(key) for key in await queue.redis.keys("*")}
+    older: dict[Any, Any] = {key: await queue.redis.dump(key) async for key in queue.redis.scan_iter("*")}
     more = [delta(claimed, k) for k in (3, 4, 5)]
     await queue.publish("w1", more)
     await queue.redis.flushall()

@@ -1,0 +1,73 @@
+"""Acceptance: a request becomes a job in line, and a stream that hears of it; under a key, once for all who ask.
+
+It knows neither HTTP nor what stands in a log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from api.delivered import Delivered
+from api.directory import Served
+from api.idempotency import UNSUBMITTED_S, Reservation
+from api.pod import Pod
+from api.relay import Stream
+from api.submit import make_job
+from api.wire.request import ChatRequest
+from shared.errors import APIError, Overloaded
+from shared.job import Header
+from shared.keys import new_completion_id
+
+
+async def submit(pod: Pod, served: Served, request: ChatRequest, completion_id: str, *, num_body_bytes: int,
+                 tenant: str) -> tuple[Stream, Header]:
+    """Listens, then submits. Raises what make_job does, or Overloaded with the time at which the line has moved."""
+    pod.limits.check_memory()
+    job, header = await make_job(request, served, completion_id, num_body_bytes=num_body_bytes, tenant=tenant,
+                                 pod_id=pod.id, settings=pod.settings)
+    queue = served.queue                                # whoever found it has had the relay listen to its shard
+    stream = pod.relay.open(job.id, queue, Delivered(job, header.encode()))
+    try:
+        await queue.submit(job, header, retain_s=pod.limits.retain_s())
+    except Overloaded as refusal:
+        pod.relay.close(stream)
+        refusal.retry_after_s = await pod.limits.retry_after_s(queue.shard.id)
+        raise
+    except BaseException:
+        pod.part(stream, complete=False)                # it may have been accepted
+        raise
+    return stream, header
+
+
+async def submit_once(pod: Pod, served: Served, request: ChatRequest, key: str, *, body: bytes, tenant: str) -> str:
+    """As submit, under a key: the id of the completion that it stands for, which is in line, runs or has ended.
+
+    Who comes second submits as well: the first may have died before it did, and the same id twice is one job.
+    """
+    shard = served.queue.shard
+    reservation = await pod.reservations.reserve(tenant, key, body, new_completion_id(shard))
+    if not await _is_known(pod, reservation):
+        if reservation.age_s > UNSUBMITTED_S:
+            # Its answer is not kept any more. Another one has another id: the key begins anew.
+            await pod.reservations.give_back(reservation)
+            reservation = await pod.reservations.reserve(tenant, key, body, new_completion_id(shard))
+        await _submit_reserved(pod, served, request, reservation, num_body_bytes=len(body), tenant=tenant)
+    return reservation.completion_id
+
+
+async def _submit_reserved(pod: Pod, served: Served, request: ChatRequest, reservation: Reservation, *,
+                           num_body_bytes: int, tenant: str) -> None:
+    queue = pod.directory.queue(reservation.shard)
+    try:
+        stream, _ = await submit(pod, replace(served, queue=queue), request, reservation.completion_id,
+                                 num_body_bytes=num_body_bytes, tenant=tenant)
+    except APIError:
+        if reservation.is_ours:
+            await pod.reservations.give_back(reservation)
+        raise
+    pod.relay.close(stream)                             # who asked reads the log from its start, as all who come later
+
+
+async def _is_known(pod: Pod, reservation: Reservation) -> bool:
+    queue = pod.directory.queue(reservation.shard)
+    return not reservation.is_ours and await queue.find(reservation.completion_id) is not None

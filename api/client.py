@@ -1,0 +1,301 @@
+"""A transport for the OpenAI SDK, or any httpx client: a chat completion outlives whatever server was sending it.
+
+    client = openai.OpenAI(base_url=…, http_client=httpx.Client(transport=ResumingTransport()))
+
+A file to copy: it imports the standard library alone, serves httpx and httpx2 alike, and knows nothing of the rest of
+Baton. The application sees whole events, each once; other requests than POST …/chat/completions pass untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import secrets
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+PATIENCE_S = 60.0                                       # from the last event to the last try
+MAX_TRIES = 60                                          # from the last event
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0                   # once every server was tried; doubled from round to round
+RETURNABLE = ("draining", "service_unavailable")        # codes of errors that end a stream, and not its answer
+COMPLETION_ID = "x-baton-completion-id"
+
+_Transport: Any = object                                # for type checkers: what httpx.Client and httpx2.Client take
+
+
+class ResumingTransport(_Transport):  # type: ignore[misc]
+    """For a synchronous client or an asynchronous one, over another transport of its kind, or one of its own.
+
+    `origins` are further servers, https://HOST:PORT, tried in turn where no load balancer does that.
+    """
+
+    def __init__(self, transport: Any = None, *, origins: Sequence[str] = (), patience_s: float = PATIENCE_S) -> None:
+        self._transport = transport
+        self._origins = origins
+        self._patience_s = patience_s
+        self._lock = threading.Lock()
+
+    def handle_request(self, request: Any) -> Any:
+        inner = self._over("HTTPTransport", request)
+        if not _is_chat(request):
+            return inner.handle_request(request)
+        request.read()
+        course = _Course(request, self._origins, self._patience_s)
+        return course.answer(_send(inner, course), inner)
+
+    async def handle_async_request(self, request: Any) -> Any:
+        inner = self._over("AsyncHTTPTransport", request)
+        if not _is_chat(request):
+            return await inner.handle_async_request(request)
+        await request.aread()
+        course = _Course(request, self._origins, self._patience_s)
+        return course.answer(await _send_async(inner, course), inner)
+
+    def _over(self, kind: str, request: Any) -> Any:
+        with self._lock:
+            self._transport = self._transport or getattr(_library(request), kind)()
+            return self._transport
+
+    def close(self) -> None:
+        if self._transport:
+            self._transport.close()
+
+    async def aclose(self) -> None:
+        if self._transport:
+            await self._transport.aclose()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Any:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class _Body:
+    """The bytes of one stream, whichever servers they come from."""
+
+    def __init__(self, course: _Course, response: Any, inner: Any) -> None:
+        self._course, self._response, self._inner = course, response, inner
+
+    def __iter__(self) -> Iterator[bytes]:
+        course = self._course
+        while course.is_stream(self._response):
+            try:
+                for piece in self._response.stream:
+                    if whole := course.feed(piece):
+                        yield whole
+            except course.lost:
+                pass
+            if course.ended:
+                return
+            self._response.close()
+            course.cut()
+            self._response = _send(self._inner, course)
+        yield _last_event(self._response)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        course = self._course
+        while course.is_stream(self._response):
+            try:
+                async for piece in self._response.stream:
+                    if whole := course.feed(piece):
+                        yield whole
+            except course.lost:
+                pass
+            if course.ended:
+                return
+            await self._response.aclose()
+            course.cut()
+            self._response = await _send_async(self._inner, course)
+        yield _last_event(self._response)
+
+    def close(self) -> None:
+        self._response.close()
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+def _send(inner: Any, course: _Course) -> Any:
+    """A stream, or an answer that is the last word. Raises what the last try met when no server answers."""
+    while True:
+        response = error = None
+        try:
+            response = inner.handle_request(course.request())
+            if course.is_stream(response):
+                return response
+            response.read()
+        except course.lost as lost:
+            error = lost
+        if (pause_s := course.pause_s(response, error)) is None:
+            return response
+        time.sleep(pause_s)
+
+
+async def _send_async(inner: Any, course: _Course) -> Any:
+    while True:
+        response = error = None
+        try:
+            response = await inner.handle_async_request(course.request())
+            if course.is_stream(response):
+                return response
+            await response.aread()
+        except course.lost as lost:
+            error = lost
+        if (pause_s := course.pause_s(response, error)) is None:
+            return response
+        await asyncio.sleep(pause_s)
+
+
+class _Course:
+    """One chat completion on its way: what is asked for it, of which server, whether once more, and what has come."""
+
+    def __init__(self, request: Any, origins: Sequence[str], patience_s: float) -> None:
+        self.library = _library(request)
+        self.ended = False                              # with [DONE], or with an error that is final
+        self._request = request
+        self._urls = [request.url, *(_moved(request.url, self.library.URL(origin)) for origin in origins)]
+        self._key = request.headers.get("idempotency-key") or secrets.token_hex(16)
+        self._patience_s = patience_s
+        self._completion_id = ""                        # once a stream has begun
+        self._position = 0                              # of the last event that the application has
+        self._half_event = b""
+        self._turn = 0
+        self._refresh()
+
+    # ── what is asked ──
+
+    @property
+    def lost(self) -> tuple[type[Exception], ...]:
+        """What one try meets and another may not; in a stream silence too, for a living server is never silent."""
+        lost = (self.library.NetworkError, self.library.RemoteProtocolError, self.library.ConnectTimeout)
+        return (*lost, self.library.ReadTimeout) if self._completion_id else lost
+
+    def request(self) -> Any:
+        """The request itself, under one key however often it is sent; in a stream, what follows the last event."""
+        url, headers = self._urls[self._turn % len(self._urls)], self._request.headers.copy()
+        headers.pop("host", None)
+        headers["accept-encoding"] = "identity"         # events are looked at on their way
+        if not self._completion_id:
+            headers["idempotency-key"] = self._key
+            return self.library.Request("POST", url, headers=headers, content=self._request.content,
+                                        extensions=self._request.extensions)
+        for name in ("content-length", "content-type", "idempotency-key"):
+            headers.pop(name, None)
+        url = url.copy_with(path=f"{url.path}/{self._completion_id}",
+                            query=b"stream=true&starting_after=%d" % self._position)
+        return self.library.Request("GET", url, headers=headers, extensions=self._request.extensions)
+
+    def pause_s(self, response: Any, error: Exception | None) -> float | None:
+        """Before the next try; None when this answer is the last word. Raises the error when it was the last try."""
+        is_final = error is None and not self._may_change(response)
+        self._num_tries += 1
+        self._turn += 1
+        left_s = self._until_s - time.monotonic()
+        if is_final or left_s <= 0 or self._num_tries >= MAX_TRIES:
+            if error:
+                raise error
+            return None
+        rounds = (self._num_tries - 1) // len(self._urls)
+        pause_s = min(FIRST_PAUSE_S * 2 ** (rounds - 1), MAX_PAUSE_S) * random.uniform(0.5, 1.0) if rounds else 0.0
+        return min(max(pause_s, _retry_after_s(response)), left_s)
+
+    def _may_change(self, response: Any) -> bool:
+        """Whether another server, or a later moment, may have another answer than this error."""
+        code = _error_code(response.content)
+        if response.status_code == 409:
+            return code == "position_not_reached"
+        returning = bool(self._completion_id) or self._num_tries > 0
+        return response.status_code in (502, 503) and (returning or code == "draining")
+
+    # ── what has come ──
+
+    def is_stream(self, response: Any) -> bool:
+        return bool(response.status_code == 200
+                    and response.headers.get("content-type", "").startswith("text/event-stream"))
+
+    def answer(self, response: Any, inner: Any) -> Any:
+        """What the application gets: of a stream of Baton's, one that returns to it; else what came."""
+        if not self.is_stream(response) or COMPLETION_ID not in response.headers:
+            return response
+        self._completion_id = response.headers[COMPLETION_ID]
+        self._refresh()
+        streams = (_Body, self.library.SyncByteStream, self.library.AsyncByteStream)   # clients insist on theirs
+        return self.library.Response(200, headers=response.headers, extensions=response.extensions,
+                                     stream=type("Body", streams, {})(self, response, inner))
+
+    def feed(self, piece: bytes) -> bytes:
+        """The events that are whole, without one that merely says that the server goes."""
+        *events, self._half_event = (self._half_event + piece).split(b"\n\n")
+        whole = b"".join(event + b"\n\n" for event in events if self._take(event))
+        if whole:
+            self._refresh()
+        return whole
+
+    def _take(self, event: bytes) -> bool:
+        fields = dict(line.partition(b": ")[::2] for line in event.split(b"\n"))
+        data = fields.get(b"data", b"")
+        code = _error_code(data) if data.startswith(b'{"error"') else None
+        if b"id" in fields:
+            self._position = int(fields[b"id"])
+        elif code in RETURNABLE:
+            return False
+        self.ended = self.ended or code is not None or data == b"[DONE]"
+        return True
+
+    def cut(self) -> None:
+        """The stream has ended before its answer. Of an event that came half, the whole comes again."""
+        self._half_event = b""
+        self._turn += 1
+
+    def _refresh(self) -> None:
+        self._num_tries = 0
+        self._until_s = time.monotonic() + self._patience_s
+
+
+def _library(request: Any) -> Any:
+    """httpx or httpx2, whichever the client is made of."""
+    return sys.modules[type(request).__module__.partition(".")[0]]
+
+
+def _is_chat(request: Any) -> bool:
+    return bool(request.method == "POST" and request.url.path.endswith("/chat/completions"))
+
+
+def _moved(url: Any, origin: Any) -> Any:
+    return url.copy_with(scheme=origin.scheme, host=origin.host, port=origin.port)
+
+
+def _retry_after_s(response: Any) -> float:
+    try:
+        return float(response.headers.get("retry-after-ms", "")) / 1000
+    except (AttributeError, ValueError):
+        pass
+    try:
+        return float(response.headers.get("retry-after", ""))
+    except (AttributeError, ValueError):
+        return 0.0
+
+
+def _error_code(body: bytes) -> str | None:
+    try:
+        return str(json.loads(body)["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _last_event(response: Any) -> bytes:
+    """An answer that cannot be returned to: the server's own words, as an event."""
+    words = response.content if _error_code(response.content) else b'{"error":{"message":"The stream was cut.",' \
+        b'"type":"server_error","param":null,"code":"stream_lost"}}'
+    return b"data: %b\n\n" % b" ".join(words.splitlines())

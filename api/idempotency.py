@@ -1,0 +1,65 @@
+"""Idempotency-Key: under one key, the same body is the same completion, on any pod, for as long as its answer is kept.
+
+A key is reserved before anything is submitted, and given back when nothing is. It knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from shared.errors import IdempotencyKeyReused, InvalidValue
+from shared.keys import Shard, shard_of, tenant_key
+from shared.queue import LUA
+from shared.settings import Settings
+
+MAX_KEY_BYTES = 255
+UNSUBMITTED_S = 60.0                                    # from a reservation to its job at most, retries included
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a key stands for."""
+
+    redis_key: str
+    value: str                                          # as it is stored: the body's digest, the completion's id
+    is_ours: bool                                       # nobody had reserved it before
+    age_s: float
+
+    @property
+    def completion_id(self) -> str:
+        return self.value.partition(" ")[2]
+
+    @property
+    def shard(self) -> Shard:
+        shard = shard_of(self.completion_id)
+        assert shard, "we reserve ids of completions alone"
+        return shard
+
+
+class Reservations:
+    """The keys of all tenants."""
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self._reserve = redis.register_script((LUA / "reserve.lua").read_text())
+        self._unreserve = redis.register_script((LUA / "unreserve.lua").read_text())
+        self._lifetime_ms = round((settings.request_deadline_s + settings.retain_s) * 1000)
+
+    async def reserve(self, tenant: str, key: str, body: bytes, completion_id: str) -> Reservation:
+        """This completion, or the one for which the key stands already. Raises IdempotencyKeyReused, InvalidValue."""
+        raw = key.encode("latin-1")
+        if not 0 < len(raw) <= MAX_KEY_BYTES:
+            raise InvalidValue(f"An Idempotency-Key has 1 to {MAX_KEY_BYTES} bytes.", param="Idempotency-Key")
+        redis_key = tenant_key(tenant, f"idempotency:{hashlib.sha256(raw).hexdigest()}")
+        ours = f"{hashlib.sha256(body).hexdigest()} {completion_id}"
+        stored, left_ms = await self._reserve(keys=[redis_key], args=[ours, self._lifetime_ms])
+        value = stored.decode()
+        if value.partition(" ")[0] != ours.partition(" ")[0]:
+            raise IdempotencyKeyReused(param="Idempotency-Key")
+        return Reservation(redis_key, value, value == ours, (self._lifetime_ms - left_ms) / 1000)
+
+    async def give_back(self, reservation: Reservation) -> None:
+        """The key stands for nothing, if it still stood for this."""
+        await self._unreserve(keys=[reservation.redis_key], args=[reservation.value])

@@ -1,0 +1,116 @@
+"""Coming back to an answer, on any pod: found by its id, folded again from the log's start, said from a position on.
+
+A position is the ordinal of an event, so whatever pod counts them counts alike. It knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+from api.delivered import Delivered
+from api.pod import Pod
+from api.relay import Stream
+from api.wire.chat import FOLD_VERSION, ChunkFold, CompletionFold, TokenBytes
+from shared.errors import (
+    CompletionInProgress,
+    CompletionNotFound,
+    InvalidValue,
+    PositionNotReached,
+    Unavailable,
+    job_error,
+)
+from shared.keys import shard_of
+from shared.queue import Found, Queue
+
+MAX_POSITION_DIGITS = 15
+RETRY_S = 1.0                                           # until what runs may have come to its end, or to a position
+
+
+async def find(pod: Pod, tenant: str, completion_id: str) -> tuple[Queue, Found]:
+    """The shard of an answer, and how it stands. Raises CompletionNotFound, also when it is another tenant's."""
+    shard = shard_of(completion_id)
+    if shard is None:
+        raise CompletionNotFound
+    found = await Queue(pod.redis, shard, pod.settings).find(completion_id)     # the id may be invented: not kept yet
+    if found is None or found.tenant != tenant:
+        raise CompletionNotFound
+    return pod.directory.queue(shard), found
+
+
+def position(text: str | None, param: str) -> int:
+    """Of the last event that a client has. Raises InvalidValue when the text is none."""
+    if text is None:
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_POSITION_DIGITS):
+        raise InvalidValue("A position is the number of an event, as its id: line says.", param=param)
+    return int(text)
+
+
+async def whole(pod: Pod, queue: Queue, found: Found) -> bytes:
+    """A finished answer, as one object. Raises the JobEnded that it ended with, or CompletionInProgress."""
+    if found.finish is None:
+        raise CompletionInProgress(retry_after_s=RETRY_S)
+    fold = CompletionFold(found.job_id, found.header, await token_bytes(pod, found))
+    for entry in await queue.read(found.job_id):
+        fold.feed(entry)
+    return fold.body()
+
+
+async def join(pod: Pod, queue: Queue, found: Found) -> Stream:
+    """A stream of an answer, from its start."""
+    await pod.relay.hear(queue.shard)
+    stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
+    try:
+        await _attend(pod, stream)
+    except BaseException:
+        pod.relay.close(stream)
+        raise
+    return stream
+
+
+async def follow(pod: Pod, queue: Queue, found: Found, after: int) -> tuple[Stream, ChunkFold, bytes]:
+    """A stream that goes on behind event `after`, its fold, and of the events that have happened already those at once.
+
+    Raises PositionNotReached or InvalidValue when there is no such event, and what an answer ended with when nothing
+    else is left to say.
+    """
+    fold = ChunkFold(found.job_id, found.header, await token_bytes(pod, found), after)
+    await pod.relay.hear(queue.shard)
+    stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
+    try:
+        said = await _catch_up(stream, fold)
+        if not fold.ended:
+            await _attend(pod, stream)                  # not before: whoever is refused was no reader
+    except BaseException:
+        pod.relay.close(stream)
+        raise
+    return stream, fold, said
+
+
+async def _attend(pod: Pod, stream: Stream) -> None:
+    await stream.queue.attend(pod.id, [stream.job_id])
+    stream.look()                                       # at what came before the pod was pushed to
+
+
+async def _catch_up(stream: Stream, fold: ChunkFold) -> bytes:
+    """Reads until there is something to say; the rest comes as in any stream."""
+    said = b""
+    while not (said or fold.ended):
+        entries = await stream.read()
+        if not entries:
+            break
+        said = b"".join(map(fold.feed, entries))
+    if fold.num_events < fold.after:
+        if fold.ended:
+            raise InvalidValue("The completion has fewer events than this.", param="starting_after")
+        raise PositionNotReached(retry_after_s=RETRY_S)
+    if fold.ended and not said:
+        raise job_error(entries[-1].finish.error or "")
+    return said
+
+
+async def token_bytes(pod: Pod, found: Found) -> TokenBytes:
+    """For log probabilities. Raises NoWorker when they are asked for and nobody announces the tokenizer."""
+    if found.header.fold_version != FOLD_VERSION:
+        raise Unavailable(retry_after_s=RETRY_S)        # an answer of another release: its pods count its events
+    if not found.header.logprobs:
+        return lambda _: b""
+    return (await pod.directory.tokenizer(found.header.model, found.tokenizer_id)).token_bytes
