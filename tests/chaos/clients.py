@@ -75,10 +75,11 @@ class Transcript:
 class Clients:
     """Ask in turn, each as often as time allows."""
 
-    def __init__(self, urls: Sequence[str], model: str) -> None:
+    def __init__(self, urls: Sequence[str], model: str, patience_s: float = PATIENCE_S) -> None:
         self.transcripts: list[Transcript] = []
         self._pods = itertools.cycle(urls)
         self._model = model
+        self._patience_s = patience_s
         self._http = httpx.AsyncClient(timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
                                        limits=httpx.Limits(max_connections=64, max_keepalive_connections=0))
 
@@ -110,10 +111,10 @@ class Clients:
         """One answer to its end, over as many connections as that takes."""
         transcript = Transcript(ask)
         self.transcripts.append(transcript)
-        give_up_s = time.monotonic() + PATIENCE_S
+        give_up_s = time.monotonic() + self._patience_s
         while transcript.open:
             if time.monotonic() > give_up_s:
-                transcript.failure = f"no end within {PATIENCE_S:.0f} s, last: {transcript.connections[-1].why}"
+                transcript.failure = f"no end within {self._patience_s:.0f} s, last: {transcript.connections[-1].why}"
             else:
                 await asyncio.sleep(await self._connect(transcript))
         return transcript

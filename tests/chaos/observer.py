@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from shared.keys import Shard
 from shared.queue import parse_push
-from tests.chaos.stage import escaped
+from tests.chaos.remains import escaped
 
 RECONNECT_S = 0.02
 

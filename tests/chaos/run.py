@@ -18,9 +18,10 @@ from rich.console import Console
 from tests.chaos import report
 from tests.chaos.asks import ASKS, Ask
 from tests.chaos.checker import Answer, answer_of, check
-from tests.chaos.clients import Clients
+from tests.chaos.clients import PATIENCE_S, Clients
 from tests.chaos.nursery import Nursery
 from tests.chaos.observer import Observer
+from tests.chaos.remains import leftovers, logs
 from tests.chaos.report import Result
 from tests.chaos.schedule import KINDS, Kind, schedule
 from tests.chaos.stage import SETTINGS, Stage
@@ -54,11 +55,13 @@ def main() -> int:
 
 async def play(seed: int, duration_s: float, folder: Path, nursery: Nursery, *, kinds: tuple[Kind, ...] = KINDS,
                asks: Sequence[Ask] = ASKS, num_clients: int = CONCURRENCY,
-               uninterrupted: dict[str, Answer] | None = None, **stage_options: Any) -> Result:
+               uninterrupted: dict[str, Answer] | None = None, patience_s: float = PATIENCE_S,
+               **stage_options: Any) -> Result:
     """One seed: the uninterrupted answers unless they are known, then faults, then judgement."""
     lease_s = stage_options.get("lease_s", SETTINGS["lease_s"])
     async with Stage(folder, nursery, **stage_options) as stage, \
-            Observer(stage.redis.url, stage.system.shard) as observer, Clients(stage.urls, MODEL) as clients:
+            Observer(stage.redis.url, stage.system.shard) as observer, \
+            Clients(stage.urls, MODEL, patience_s) as clients:
         if uninterrupted is None:
             uninterrupted = await answers(stage.urls, asks)
         begun_s = time.monotonic()
@@ -69,9 +72,10 @@ async def play(seed: int, duration_s: float, folder: Path, nursery: Nursery, *, 
             await stage.hit(fault, clients.on)
         await stage.settle()
         await reading
-        leftovers = await stage.leftovers()
+        system, pids = stage.system, [member.pid for member in stage.members]
+        left = await leftovers(system.redis, system.shard, pids)
         result = Result(seed, clients.transcripts, stage.happened,
-                        check(clients.transcripts, stage.logs(), uninterrupted, leftovers),
+                        check(clients.transcripts, logs(system.redis, system.shard), uninterrupted, left),
                         sum(member.wire.num_cut for member in stage.members),
                         sum(member.wire.num_swallowed for member in stage.members))
         result.measure(observer)

@@ -25,7 +25,6 @@ from tests.chaos.schedule import DELAY_S, Fault
 from tests.system import System, free_port
 
 DRAIN_S = 0.3                                           # of a pod that is ended: its clients go on at another
-EMPTY_S = 30.0                                          # for what clients left behind to end by itself
 SETTINGS: dict[str, Any] = {
     "lease_s": 1.0, "idle_poll_s": 0.2, "reap_s": 0.2, "patience_s": 0.5, "threads": 1, "heartbeat_s": 1.0,
     "sweep_s": 0.2, "drain_s": DRAIN_S, "disconnect_grace_s": 20.0, "kv_cache_bytes": 1 << 28,
@@ -216,35 +215,3 @@ class Stage:
             await work
         finally:
             member.busy = False
-
-    # ── what is left ──
-
-    async def leftovers(self) -> dict[str, object]:
-        """What still lives when it should not, after the time that it has to end."""
-        deadline_s = time.monotonic() + EMPTY_S
-        while any((left := self._leftovers()).values()) and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.05)
-        return left
-
-    def _leftovers(self) -> dict[str, object]:
-        look: Any = self._look
-        key = self.system.shard.key
-        pids = {f"-{member.pid}-" for member in self.members if member.room == "worker"}
-        return {"jobs": look.xlen(key("jobs")), "ready": look.zcard(key("ready")),
-                "deadlines": look.zcard(key("deadlines")), "tenants": look.hgetall(key("tenants")),
-                "held": list(look.scan_iter(escaped(key("held:")) + "*")),
-                "pending": look.xpending(key("jobs"), "workers")["pending"],
-                "leases of the dead": [name for name in look.zrange(key("leases"), 0, -1)
-                                       if not any(pid in name for pid in pids)]}
-
-    def logs(self) -> dict[str, Any]:
-        """Every log that is still kept."""
-        look: Any = self._look
-        prefix = self.system.shard.key("out:")
-        return {name.removeprefix(prefix): look.xrange(name)
-                for name in look.scan_iter(escaped(prefix) + "*", count=1000)}
-
-
-def escaped(name: str) -> str:
-    """A key as a pattern of itself: shard tags hold braces."""
-    return name.replace("{", "\\{").replace("}", "\\}")
