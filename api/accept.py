@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from api.delivered import Delivered
 from api.directory import Served
 from api.idempotency import UNSUBMITTED_S, Reservation
 from api.pod import Pod
@@ -25,7 +26,7 @@ async def submit(pod: Pod, served: Served, request: ChatRequest, completion_id: 
     job, header = await make_job(request, served, completion_id, num_body_bytes=num_body_bytes, tenant=tenant,
                                  pod_id=pod.id, settings=pod.settings)
     queue = served.queue                                # whoever found it has had the relay listen to its shard
-    stream = pod.relay.open(job.id, queue)
+    stream = pod.relay.open(job.id, queue, Delivered(job, header.encode()))
     try:
         await queue.submit(job, header, retain_s=pod.limits.retain_s())
     except Overloaded as refusal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from fastapi import Depends, FastAPI, Request, Response
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -38,6 +38,7 @@ def make_app(pod: Pod) -> FastAPI:
     docs.complete(app)
     app.add_exception_handler(APIError, _answer)
     app.add_exception_handler(RedisError, _redis_away)
+    app.add_exception_handler(RedisClusterException, _redis_away)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _half_sent)
     if settings.cors_origins:

@@ -7,9 +7,9 @@ import logging
 import math
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from api.directory import Directory
+from shared import connection
 from shared.errors import Overloaded
 from shared.settings import Settings
 
@@ -62,13 +62,13 @@ class Limits:
             try:
                 await self._watch()
                 self.answered_s = asyncio.get_running_loop().time()
-            except (RedisError, OSError) as error:      # Redis is away: readiness says so
+            except connection.TROUBLE as error:         # Redis is away: readiness says so
                 log.warning("Redis was not looked at: %s", type(error).__name__)
             await asyncio.sleep(WATCH_S)
 
     async def _watch(self) -> None:
-        memory = await self._redis.info("memory")
-        self.redis_fraction = memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+        self.redis_fraction = max(memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+                                  for memory in await connection.infos(self._redis, "memory"))
         for queue in self._directory.queues():
             counters, shard = await queue.counters(), queue.shard.id
             ended = sum(counters.get(outcome, 0) for outcome in ("finished", "cancelled", "dead", "expired"))

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from redis.exceptions import RedisError
 
+from shared import connection
 from shared.queue import Queue
 
 LOOK_TIMEOUT_S = 2.0                                    # for all shards; scrapers give up after ten seconds
@@ -34,7 +34,7 @@ class Metrics:
         self.streams.set(num_streams)
         for gauge in (self._jobs, self._totals, self._workers, *self._worker_gauges.values()):
             gauge.clear()                               # workers that have left leave no line behind either
-        with contextlib.suppress(RedisError, OSError, TimeoutError):
+        with contextlib.suppress(*connection.TROUBLE, TimeoutError):
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 for queue in queues:
                     await self._look(queue)

@@ -8,8 +8,6 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from redis.exceptions import RedisError
-
 from api.directory import Directory
 from api.idempotency import Reservations
 from api.limits import Limits
@@ -72,7 +70,7 @@ class Pod:
             try:
                 await stream.queue.leave(self.id, stream.job_id, self.settings.disconnect_grace_s)
                 return
-            except (RedisError, OSError):
+            except connection.TROUBLE:
                 await asyncio.sleep(connection.RECONNECT_S)
                 if self.relay.relays(stream.job_id):
                     return                              # the client has come back meanwhile

@@ -1,7 +1,8 @@
 """The relay: what is pushed to this pod reaches the streams that wait for it, in order, without gap or repetition.
 
 A push is a hint, the log is the truth: an entry that follows the last one is accepted, an older one dropped, and
-whatever is missing is read from the log. It knows nothing of HTTP, and nothing of what entries mean.
+whatever is missing is read from the log. Where the log lacks what was delivered, Redis lost it, and it is put back. It
+knows nothing of HTTP, and nothing of what entries mean.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from itertools import chain
 
-from redis.exceptions import RedisError
-
+from api.delivered import Delivered
 from shared import connection
-from shared.errors import DeadlineExceeded, Unavailable
+from shared.errors import DeadlineExceeded, StreamLost, Unavailable
 from shared.job import Entry
 from shared.keys import Shard
-from shared.queue import Queue, parse_push
+from shared.queue import Behind, Queue, parse_push
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,10 @@ HEAR_TIMEOUT_S = 2.0
 class Stream:
     """One request's view of its log. `batches()` gives every entry once, in order."""
 
-    def __init__(self, job_id: str, queue: Queue, settings: Settings) -> None:
+    def __init__(self, job_id: str, queue: Queue, settings: Settings, delivered: Delivered) -> None:
         self.job_id = job_id
         self.queue = queue
+        self.delivered = delivered
         self.last: Entry | None = None                  # the last one that `batches()` gave
         self.left = False                               # the client is gone, or the pod goes
         self.silent_s = 0.0                             # since entries came
@@ -52,12 +53,16 @@ class Stream:
         return f"<Stream {self.job_id} at {position}, {len(self._pending)} pending, silent for {self.silent_s:.1f} s>"
 
     def push(self, entry: Entry) -> None:
-        """Takes what was pushed, if it is the next; else remembers that the log must be read."""
+        """Takes what was pushed, if it is the next; else remembers that the log must be read.
+
+        Whoever speaks under a new epoch may know another past than ours, if Redis went back: the log is asked first.
+        """
         newest = self._pending[-1] if self._pending else self.last
         position = newest.position if newest else 0     # position 0, the header, is known before anything is pushed
-        if entry.position <= position:
+        if entry.position <= position and (newest is None or entry.epoch == newest.epoch):
             return
-        if entry.position != position + 1 or len(self._pending) >= self._settings.max_pending_entries:
+        is_next = entry.position == position + 1 and (not position or newest is None or entry.epoch == newest.epoch)
+        if not is_next or len(self._pending) >= self._settings.max_pending_entries:
             self.look()
             return
         self._pending.append(entry)
@@ -104,14 +109,24 @@ class Stream:
 
     def _take_pending(self) -> list[Entry]:
         entries, self._pending = self._pending, []
-        self.last = entries[-1] if entries else self.last
+        self._take(entries)
         return entries
+
+    def _take(self, entries: list[Entry]) -> None:
+        self.last = entries[-1] if entries else self.last
+        self.delivered.add(entries)
 
     async def _read_missed(self) -> list[Entry]:
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                return await self.read()
-        except (RedisError, OSError, TimeoutError):
+                try:
+                    return await self.read()
+                except (StreamLost, Behind):
+                    await self.delivered.put_back(self.queue)
+                    log.warning("%r was put back: Redis had lost it", self)
+                    self.look()
+                    return []
+        except (*connection.TROUBLE, TimeoutError):
             if self.silent_s > self._settings.request_deadline_s + LATE_S:
                 raise DeadlineExceeded from None
             return []                                   # Redis is away: the next sweep looks again
@@ -121,7 +136,7 @@ class Stream:
         self._behind = False
         missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
         pushed, self._pending = self._pending, []
-        self.last = missed[-1] if missed else self.last
+        self._take(missed)
         if missed:
             self.look()                                 # until nothing is missing; fences make a full read look short
         for entry in pushed:
@@ -158,8 +173,8 @@ class Relay:
         except TimeoutError:
             raise Unavailable(retry_after_s=1.0) from None
 
-    def open(self, job_id: str, queue: Queue) -> Stream:
-        stream = Stream(job_id, queue, self.settings)
+    def open(self, job_id: str, queue: Queue, delivered: Delivered) -> Stream:
+        stream = Stream(job_id, queue, self.settings, delivered)
         self._streams.setdefault(job_id, set()).add(stream)
         stream.left = self._stopping
         return stream
@@ -217,5 +232,5 @@ class Relay:
             for queue, job_ids in jobs.items():
                 try:
                     await queue.attend(self.pod_id, job_ids)
-                except (RedisError, OSError) as error:
+                except connection.TROUBLE as error:
                     log.warning("%r was not told of %d readers: %s", queue, len(job_ids), type(error).__name__)

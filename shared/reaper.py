@@ -8,8 +8,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import astuple
 
-from redis.exceptions import RedisError
-
+from shared import connection
 from shared.queue import Queue
 from shared.settings import Settings
 
@@ -28,6 +27,6 @@ async def reap(queues: Callable[[], Iterable[Queue]], settings: Settings) -> Non
                 if any(astuple(reaped)):
                     log.warning("%r: %d jobs back in line, %d given up, %d past their deadline, %d unread",
                                 queue, *astuple(reaped))
-        except (RedisError, OSError):
+        except connection.TROUBLE:
             # While Redis was away nobody could renew: when it is back, healthy workers speak first.
             pause_s = 2 * settings.lease_s

@@ -18,12 +18,12 @@ from shared.errors import BrokenEnvironment
 
 API_ONLY = frozenset({
     "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "heartbeat_s", "max_pending_entries",
-    "sweep_s", "disconnect_grace_s", "reader_ttl_s", "drain_s", "max_queued", "max_tenant_choices",
-    "max_redis_fraction", "request_deadline_s", "retain_s"})
+    "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices", "max_redis_fraction",
+    "request_deadline_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
     "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "dtype", "threads",
-    "idle_poll_s", "patience_s", "prefix_patience_s", "allow_other_weights", "max_scan"})
+    "step_timeout_s", "idle_poll_s", "patience_s", "prefix_patience_s", "allow_other_weights", "max_scan"})
 SERVE_ONLY = frozenset({"apis", "workers", "data_dir"})
 
 PREFIX = "BATON_"
@@ -77,6 +77,7 @@ class Settings(BaseSettings):
     flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1")
+    step_timeout_s: float = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 
     # ── the protocol ──
     lease_s: float = Field(3.0, gt=0, description="silence after which a worker's jobs go to others")

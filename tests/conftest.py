@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from deploy.redis import RedisServer, binaries
+from deploy.redis import RedisServer, binaries, major
 from shared import connection
+from shared.connection import MIN_CLUSTER_VERSION
+from tests.cluster import cluster
 from tests.system import System
 
 REPORT: list[str] = []
+
+
+FORMS = ("redis", "cluster")
+
+
+def can_be(binary: Path, form: str) -> bool:
+    return form == "redis" or major(binary) >= MIN_CLUSTER_VERSION[0]
 
 
 @pytest.fixture(scope="session")
@@ -73,10 +82,17 @@ def short_folder(factory: pytest.TempPathFactory) -> Path:
     return factory.mktemp("r")
 
 
-@pytest.fixture(scope="session", params=[pytest.param(path, id=f"{path.parent.name}-redis") for path in binaries()])
+@pytest.fixture(scope="session", params=[pytest.param((path, form), id=f"{path.parent.name}-{form}")
+                                         for path in binaries() for form in FORMS if can_be(path, form)])
 def each_redis_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Every Redis that this machine has: the protocol must hold on each."""
-    server = RedisServer(short_folder(tmp_path_factory), binary=request.param).start()
+    """Every Redis that this machine has, alone and as a cluster: the protocol must hold on each."""
+    binary, form = request.param
+    folder = short_folder(tmp_path_factory)
+    if form == "cluster":
+        with cluster(folder, binary) as servers:
+            yield servers[0].url.replace("redis://", "redis+cluster://")
+        return
+    server = RedisServer(folder, binary=binary).start()
     yield server.url
     server.stop()
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 from redis import Redis
@@ -41,6 +41,31 @@ def eventually(what: str, condition: Callable[[], T | None], timeout_s: float = 
         time.sleep(0.01)
 
 
+class Running(Protocol):
+    """What is asked of a process that was started: of subprocess' own, or what a test puts in its place."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | Any: ...
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+Start = Callable[[list[str], dict[str, str], Path], Running]
+"""Starts a process from its arguments, what it finds in its environment besides ours, and the file of its output."""
+
+
+def start(arguments: list[str], environment: dict[str, str], log: Path) -> Running:
+    with log.open("wb") as output:
+        return subprocess.Popen([*BATON, *arguments], cwd=REPOSITORY, env=os.environ | environment,
+                                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+
+
 @dataclass
 class Process:
     """One process of Baton, and what it has said."""
@@ -48,12 +73,11 @@ class Process:
     arguments: list[str]
     environment: dict[str, str]
     log: Path
-    popen: subprocess.Popen[bytes] = field(init=False)
+    start: Start = start
+    popen: Running = field(init=False)
 
     def __post_init__(self) -> None:
-        with self.log.open("wb") as output:
-            self.popen = subprocess.Popen([*BATON, *self.arguments], cwd=REPOSITORY, env=os.environ | self.environment,
-                                          stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        self.popen = self.start(self.arguments, self.environment, self.log)
 
     @property
     def said(self) -> str:
@@ -76,9 +100,10 @@ class Process:
 class System:
     """Pods on ports of their own, workers on one model, one Redis that may be given."""
 
-    def __init__(self, folder: Path, redis_url: str, **settings: Any) -> None:
+    def __init__(self, folder: Path, redis_url: str, *, start: Start = start, **settings: Any) -> None:
         self.folder = folder
         self.redis_url = redis_url
+        self.start = start
         self.redis = Redis.from_url(redis_url)
         self.pods: dict[str, Process] = {}              # by base URL
         self.workers: list[Process] = []
@@ -101,13 +126,15 @@ class System:
 
     def start_pod(self, **settings: Any) -> str:
         """Starts a pod; its URL once it is ready."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        url = f"http://127.0.0.1:{port}"
-        pod = self.pods[url] = self._start(["api", "--port", str(port)], settings)
+        url = f"http://127.0.0.1:{free_port()}"
+        pod = self.begin_pod(url, **settings)
         eventually("the pod is ready", lambda: alive(pod) and answers(f"{url}/ready"), START_S)
         return url
+
+    def begin_pod(self, url: str, **settings: Any) -> Process:
+        """Starts a pod at a URL of this machine, where one may have been before, and does not wait for it."""
+        self.pods[url] = self._start(["api", "--port", url.rpartition(":")[2]], settings)
+        return self.pods[url]
 
     def start_worker(self, *arguments: str, **settings: Any) -> Process:
         worker = self._start(["worker", *arguments], settings)
@@ -140,7 +167,8 @@ class System:
     def _start(self, arguments: list[str], settings: dict[str, Any]) -> Process:
         self._num_processes += 1
         environment = self.environment | {f"BATON_{name.upper()}": str(value) for name, value in settings.items()}
-        return Process(arguments, environment, self.folder / f"{self._num_processes}-{arguments[0]}.log")
+        log = self.folder / f"{self._num_processes}-{arguments[0]}.log"
+        return Process(arguments, environment, log, self.start)
 
     def stop(self) -> None:
         for process in (*self.pods.values(), *self.workers):
@@ -150,6 +178,12 @@ class System:
         for process in (*self.pods.values(), *self.workers):
             process.end()
         self.redis.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def alive(process: Process) -> bool:

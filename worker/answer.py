@@ -31,6 +31,8 @@ class Answer:
 
     def __init__(self, claimed: Claimed, tokenizer: Tokenizer, log: Sequence[Entry] = ()) -> None:
         self.job = claimed.job
+        self.header = claimed.header
+        self.log = [entry for entry in log if entry.position]   # from position 1 on, as Redis has acknowledged it
         self.epoch = claimed.epoch
         self.position = claimed.position
         self.num_tokens = claimed.num_tokens

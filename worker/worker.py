@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import os
 import secrets
@@ -16,6 +17,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from redis.asyncio import Redis
@@ -25,7 +27,7 @@ from shared import connection
 from shared.card import Announcement, Card
 from shared.errors import StreamLost
 from shared.keys import DIRECTORY, Shard
-from shared.queue import Claimed, Outcome, Queue, Write
+from shared.queue import Behind, Claimed, Outcome, Queue, Write
 from shared.reaper import reap
 from shared.settings import Settings
 from worker.answer import Answer
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 AWAY = (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError)
 STEPS_REMEMBERED = 1000                                 # for the step times that a worker shows
 LOOP_TURNS = 4                                          # of asyncio, from a socket to whoever waits: some 20 µs each
+MIN_RETAINED = 0.1                                      # of retain_s, when Redis has little memory left
 FORGET_MODEL_S = 3600.0                                 # a model that nobody serves stays known this long: 503, not 404
 
 
@@ -57,6 +60,8 @@ class Worker:
         self._stopping = asyncio.Event()
         self._announcing: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
+        self._publish_sequence = 1
+        self._is_watched = False                        # by a watchdog: who hangs now, ends
         self._step_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._num_tokens = 0                            # drawn since the last announcement
 
@@ -80,6 +85,7 @@ class Worker:
         except AWAY:
             log.warning("%s leaves without Redis: its jobs go to others when its lease ends", self.name)
         finally:
+            self._unwatch()
             for task in (*chores, self._announcing, self._publishing):
                 if task:
                     task.cancel()
@@ -100,6 +106,9 @@ class Worker:
             await asyncio.sleep(0)                      # lets out what was drawn, and in what arrived: jobs, signals
 
     def _step(self) -> list[Output]:
+        if not self._is_watched:                        # its thread needs no interpreter lock, and says where we hung
+            faulthandler.dump_traceback_later(self.settings.step_timeout_s, exit=True)
+            self._is_watched = True
         began_s = time.perf_counter()
         outputs = self.engine.step()
         self._step_s.append(time.perf_counter() - began_s)
@@ -107,6 +116,7 @@ class Worker:
 
     async def _rest(self) -> None:
         """Nothing to compute: until something is submitted, or it is time to claim and renew anyway."""
+        self._unwatch()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, self._claim_at_s - time.monotonic()))
 
@@ -158,7 +168,7 @@ class Worker:
                 self.engine.add(answer.request())
         except ValueError as error:
             log.error("job %s is refused by the engine: %s", claimed.job.id, error)
-            await self.queue.publish(self.name, [answer.terminal("job_failed")])
+            await self.queue.cancel(claimed.job.id, "job_failed")
             return
         self._answers[claimed.job.id] = answer
         if claimed.position:
@@ -185,42 +195,75 @@ class Worker:
         for job_id, answer in failed.items():
             writes.append(answer.terminal("generation_failed"))
             self.engine.abort(job_id)
-        for write in writes:
-            if write.kind == "end":
-                del self._answers[write.job_id]
         return writes
 
     async def _settle(self) -> None:
         """Waits until Redis has said what became of the last publish."""
         if self._publishing:
+            self._unwatch()                             # Redis may take its time
             await self._publishing
             self._publishing = None
 
+    def _unwatch(self) -> None:
+        if self._is_watched:
+            faulthandler.cancel_dump_traceback_later()
+            self._is_watched = False
+
     async def _publish(self, writes: list[Write]) -> None:
-        """Says what was drawn and renews the lease. A job that is no longer ours is dropped."""
+        """Says what was drawn and renews the lease: the same again, until Redis has said what became of it."""
         now_s = time.monotonic()
-        outcomes = await self._send(writes)
-        self._renewed_s = now_s
-        for write, outcome in zip(writes, outcomes, strict=True):
-            known = self._answers.get(write.job_id)
-            if outcome != "ok" and known and known.epoch == write.epoch:
-                self._drop(write.job_id)
-                log.info("job %s is not ours any more (%s)", write.job_id, outcome)
-
-    def _drop(self, job_id: str) -> None:
-        del self._answers[job_id]
-        self.engine.abort(job_id)
-
-    async def _send(self, writes: list[Write]) -> list[Outcome]:
-        """The same entries again, until Redis says what became of them: it knows those that it has."""
         while True:
             try:
-                return await self.queue.publish(self.name, writes)
+                outcomes = await self.queue.publish(self.name, writes, self._publish_sequence)
+                self._publish_sequence += 1
+                gone = self._note(writes, outcomes)
+                if not gone:
+                    break
+                writes = await self._put_back(gone)
+            except Behind:
+                writes = await self._put_back(writes)
             except AWAY as error:
                 log.warning("publish: Redis is away (%s)", type(error).__name__)
                 if self._stopping.is_set():
                     raise
                 await asyncio.sleep(connection.RECONNECT_S)
+        self._renewed_s = now_s
+
+    def _note(self, writes: list[Write], outcomes: list[Outcome]) -> list[Write]:
+        """What became of each entry; those whose log is gone. A job that has ended, or is no longer ours, leaves us."""
+        for write, outcome in zip(writes, outcomes, strict=True):
+            answer = self._answers.get(write.job_id)
+            if answer is None or answer.epoch != write.epoch:
+                continue
+            if outcome == "ok":
+                answer.log.append(write.entry)
+            elif outcome == "refused":
+                self._drop(write.job_id)
+            if outcome == "ok" and write.kind == "end":
+                del self._answers[write.job_id]
+        return [write for write, outcome in zip(writes, outcomes, strict=True) if outcome == "gone"]
+
+    async def _put_back(self, writes: list[Write]) -> list[Write]:
+        """Redis lost what it had acknowledged: says it again, and learns what is still ours. What is left to say."""
+        log.warning("Redis does not know what it has acknowledged: %d answers are put back", len(self._answers))
+        # Silent for longer than ended logs are kept, we cannot tell what was lost from what has ended.
+        may_restore = time.monotonic() - self._renewed_s < self.settings.retain_s * MIN_RETAINED
+        for job_id, answer in list(self._answers.items()):
+            epoch = may_restore and await self.queue.restore(
+                answer.job, answer.header, answer.log, epoch=answer.epoch, worker=self.name,
+                numerics_id=self.card.numerics_id)
+            if epoch:
+                answer.epoch = epoch
+            else:
+                self._drop(job_id)
+        self._publish_sequence = 1
+        return [replace(write, epoch=self._answers[write.job_id].epoch)
+                for write in writes if write.job_id in self._answers]
+
+    def _drop(self, job_id: str) -> None:
+        log.info("job %s is not ours any more", job_id)
+        del self._answers[job_id]
+        self.engine.abort(job_id)
 
     # ── what others see ──
 
@@ -254,7 +297,7 @@ class Worker:
                      if Announcement.decode(raw).expires_ms < now_ms - FORGET_MODEL_S * 1000]
             if stale:
                 await redis.hdel(DIRECTORY, *stale)
-        except AWAY as error:
+        except connection.TROUBLE as error:
             log.warning("announce: Redis is away (%s)", type(error).__name__)
 
     def _portrait(self, tokens_per_s: float) -> dict[Any, Any]:

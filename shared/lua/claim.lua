@@ -1,6 +1,6 @@
 -- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
 --       prefix_patience_ms, prefix_ttl_ms, any_weights)
---   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request}...}
+--   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request, header}...}
 -- look_again_ms: until a job that was left to a better worker may be this one's; -1 when none was left so.
 -- The same sequence number again gives the same jobs again: a claim whose reply was lost loses nothing.
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
@@ -12,8 +12,9 @@ renew(worker, ARGV[2])
 local function describe(job, alone)
   local epoch, position, tokens = last(job)
   local f = redis.call('HMGET', key('job:' .. job), 'request', 'numerics_id')
-  local is_like = (position == 0 or f[2] == ARGV[7]) and 1 or 0
-  return {job, epoch, position, tokens, alone, is_like, f[1] or ''}
+  local is_like = (position == 0 or f[2] == '' or f[2] == ARGV[7]) and 1 or 0
+  local header = redis.call('XRANGE', key('out:' .. job), '-', '+', 'COUNT', 1)[1][2][8]
+  return {job, epoch, position, tokens, alone, is_like, f[1] or '', header}
 end
 
 local before = redis.call('HMGET', self, 'claim', 'claimed')
@@ -74,7 +75,8 @@ local function suits(j)
   local waited_ms, started = now - j.ready_ms, j.position > 0
   if j.tokenizer_id ~= ARGV[5] then return 'skip' end
   if started and j.weights_id ~= ARGV[6] and ARGV[12] ~= '1' then return 'skip' end
-  if started and j.numerics_id ~= ARGV[7] and is_patient(waited_ms, patience_ms) then return 'skip' end
+  local is_known = j.numerics_id ~= ''                  -- not of a job that a pod put back
+  if started and is_known and j.numerics_id ~= ARGV[7] and is_patient(waited_ms, patience_ms) then return 'skip' end
   if not started and j.warmth == 'theirs' and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
   if j.attempts > 0 and not empty then
     if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
@@ -104,7 +106,7 @@ local function take(j)
   redis.call('HSET', j.hash, 'state', 'running', 'worker', worker, 'claim_position', position, 'claimed_ms', now)
   redis.call('HINCRBY', j.hash, 'claims', 1)
   if position == 0 then redis.call('HSET', j.hash, 'weights_id', ARGV[6], 'numerics_id', ARGV[7]) end
-  redis.call('XCLAIM', key('jobs'), GROUP, worker, 0, j.entry, 'JUSTID')
+  assign(j.entry, worker)
   redis.call('SADD', key('held:' .. worker), j.job)
   redis.call('ZREM', key('ready'), j.job)
   local virtual_time = tonumber(redis.call('HGET', key('fair'), '') or 0)

@@ -1,6 +1,7 @@
 -- leave(tag; pod, grace_ms, job) -> 'read' (by others), 'waits' (grace_ms for a reader), 'cancelled', or 'none' when the
 -- job has ended, is unknown, or goes on without readers.
 -- A pod that nobody hears on its channel has died: its readers have left too.
+local NUMSUB = PUBLISH == 'SPUBLISH' and 'SHARDNUMSUB' or 'NUMSUB'
 local pod, grace_ms, job = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local hash = key('job:' .. job)
 local pods = redis.call('HGET', hash, 'pods')
@@ -9,7 +10,7 @@ local others, outcome = {}, 'waits'
 for other in string.gmatch(pods, '%S+') do
   if other ~= pod then
     table.insert(others, other)
-    if redis.call('PUBSUB', 'NUMSUB', key('push:' .. other))[2] > 0 then outcome = 'read' end
+    if redis.call('PUBSUB', NUMSUB, key('push:' .. other))[2] > 0 then outcome = 'read' end
   end
 end
 redis.call('HSET', hash, 'pods', table.concat(others, ' '))

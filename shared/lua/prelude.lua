@@ -5,6 +5,7 @@
 -- terminal; `tokens` is what all choices have drawn so far: both are carried by every entry, so nobody needs a scan.
 
 local GROUP, QUEUED = 'workers', 'queued'
+local PUBLISH = 'PUBLISH'  -- in a cluster SPUBLISH, which queue.py puts here: PUBLISH would go to every node
 local BAND = 2 ^ 36  -- scores of the line: priority bands, in them start tags, in these 12 bits for the order of arrival
 
 local function key(name) return KEYS[1] .. ':' .. name end
@@ -39,6 +40,9 @@ local function append(job, id, position, tokens, kind, data)
   error(added.err)
 end
 
+-- Shows operators where a job is. Nothing else depends on it: a stream that somebody deleted stops nothing.
+local function assign(entry, consumer) redis.pcall('XCLAIM', key('jobs'), GROUP, consumer, 0, entry, 'JUSTID') end
+
 -- Pushes of one script go out as one message per pod: a line each, `job epoch position tokens kind data`.
 local pushes = {}
 
@@ -54,7 +58,7 @@ end
 
 local function flush_pushes()
   for pod, entries in pairs(pushes) do
-    redis.call('PUBLISH', key('push:' .. pod), table.concat(entries, '\n'))
+    redis.call(PUBLISH, key('push:' .. pod), table.concat(entries, '\n'))
   end
 end
 
@@ -108,17 +112,50 @@ local function requeue(job, lost_lease, max_attempts, max_claims)
   if position > tonumber(f[4]) then attempts = 0 elseif lost_lease then attempts = attempts + 1 end
   if attempts >= max_attempts or tonumber(f[3]) >= max_claims then
     redis.call('XADD', key('dead'), 'MAXLEN', '~', 10000, '*', 'job', job, 'worker', f[5], 'attempts', attempts,
-               'claims', f[3], 'position', position, 'request', redis.call('HGET', hash, 'request'))
+               'claims', f[3], 'position', position, 'request', redis.call('HGET', hash, 'request'),
+               'header', redis.call('XRANGE', key('out:' .. job), '-', '+', 'COUNT', 1)[1][2][8])
     terminate(job, 'job_failed', 'dead')
     return 'dead'
   end
   append(job, (epoch + 1) .. '-0', position, tokens, 'fence', '"' .. QUEUED .. '"')
   redis.call('HSET', hash, 'state', 'queued', 'attempts', attempts, 'ready_ms', now_ms())
   redis.call('HDEL', hash, 'worker')
-  redis.call('XCLAIM', key('jobs'), GROUP, QUEUED, 0, f[6], 'JUSTID')
+  assign(f[6], QUEUED)
   redis.call('ZADD', key('ready'), f[7] * BAND, job)
-  redis.call('PUBLISH', key('wake'), '1')
+  redis.call(PUBLISH, key('wake'), '1')
   return 'ready'
+end
+
+-- accept(ARGV job, request, header, tenant, choices, pod, priority, deadline_ms, retain_ms, prompt_tokens, cost,
+--        tokenizer_id, weights_id, prefix, reader_ttl_ms): a new job with its log, in line. 0: it needs no reader.
+local function accept()
+  local job, tenant, choices, pod, priority = ARGV[1], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+  local jobs = key('jobs')
+  -- Written and read at once as the consumer `queued`: the group's lag stays true, its pending list is the backlog.
+  if redis.call('EXISTS', jobs) == 0 then redis.call('XGROUP', 'CREATE', jobs, GROUP, '0', 'MKSTREAM') end
+  local entry = redis.call('XADD', jobs, '*', 'job', job)
+  redis.call('XREADGROUP', 'GROUP', GROUP, QUEUED, 'COUNT', 1, 'STREAMS', jobs, '>')
+
+  -- Start-time fair queueing (Goyal, Vin, Cheng 1996): a tenant's next start tag is where its last job ends in virtual
+  -- time. An empty line ends the busy period, and virtual time begins anew.
+  if redis.call('EXISTS', key('ready')) == 0 then redis.call('DEL', key('fair')) end
+  local virtual_time = tonumber(redis.call('HGET', key('fair'), '') or 0)
+  local start = math.max(virtual_time, tonumber(redis.call('HGET', key('fair'), tenant) or 0))
+  redis.call('HSET', key('fair'), tenant, start + math.ceil(ARGV[11] / 16))
+
+  local now = now_ms()
+  redis.call('HSET', key('job:' .. job), 'state', QUEUED, 'entry', entry, 'request', ARGV[2], 'tenant', tenant,
+             'choices', choices, 'pods', pod, 'priority', priority, 'start_tag', start, 'deadline_ms', now + ARGV[8],
+             'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'tokenizer_id', ARGV[12], 'weights_id', ARGV[13],
+             'prefix', ARGV[14], 'numerics_id', '', 'attempts', 0, 'claims', 0, 'claim_position', 0,
+             'submitted_ms', now, 'ready_ms', now)
+  redis.call('XADD', key('out:' .. job), '0-1', 'position', 0, 'tokens', 0, 'kind', 'header', 'data', ARGV[3])
+  redis.call('HINCRBY', key('tenants'), tenant, choices)
+  redis.call('ZADD', key('deadlines'), now + ARGV[8], job)
+  if ARGV[15] ~= '0' then redis.call('ZADD', key('readers'), now + ARGV[15], job) end
+  local arrival = redis.call('HINCRBY', key('counters'), 'submitted', 1)
+  redis.call('ZADD', key('ready'), priority * BAND + start + (arrival % 4096) / 4096, job)
+  redis.call(PUBLISH, key('wake'), '1')
 end
 
 -- A worker that holds nothing leaves no trace.

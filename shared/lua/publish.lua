@@ -1,17 +1,22 @@
--- publish(tag; worker, lease_ms, (job, epoch, position, tokens, kind, data)...) -> {outcome...}
+-- publish(tag; worker, lease_ms, sequence, (job, epoch, position, tokens, kind, data)...) -> {outcome...}
 -- One script per engine step for the whole batch: append, push what was appended, finish what ended, renew the lease.
--- outcome: 'ok', 'refused' (the job is no longer this worker's: lease lost, cancelled, past its deadline), 'gone'.
-local worker, outcomes = ARGV[1], {}
-for i = 3, #ARGV, 6 do
+-- outcome: 'ok', 'refused' (the job is no longer this worker's: lease lost, cancelled, past its deadline), 'gone' (there
+-- is no log). `sequence` counts a worker's publishes. Where the one before is unknown, this Redis lacks what another one
+-- has acknowledged, and the next entry would leave a gap: {'behind'} alone, and nothing was done. 1 begins anew.
+local worker, sequence, outcomes = ARGV[1], tonumber(ARGV[3]), {}
+local self = key('worker:' .. worker)
+local before = tonumber(redis.call('HGET', self, 'published') or 0)
+if sequence > 1 and before ~= sequence - 1 and before ~= sequence then return {'behind'} end
+redis.call('HSET', self, 'published', sequence)
+
+for i = 4, #ARGV, 6 do
   local job, epoch, position, tokens, kind, data = unpack(ARGV, i, i + 5)
   local outcome = append(job, epoch .. '-' .. position, position, tokens, kind, data)
   if outcome == 'ok' then
     push(job, epoch, position, tokens, kind, data)
     if kind == 'end' then retire(job, 'finished') end
-  elseif outcome == 'gone' then
-    retire(job, 'lost')
-  elseif redis.call('HGET', key('job:' .. job), 'worker') ~= worker then  -- it may hold the job again, under a later epoch
-    redis.call('SREM', key('held:' .. worker), job)
+  elseif outcome == 'refused' and redis.call('HGET', key('job:' .. job), 'worker') ~= worker then
+    redis.call('SREM', key('held:' .. worker), job)                     -- else it holds the job again, and later
   end
   table.insert(outcomes, outcome)
 end

@@ -1,8 +1,17 @@
--- reap(tag; max_attempts, max_claims, max_jobs) -> {requeued, dead, past their deadline, unread}
+-- reap(tag; max_attempts, max_claims, max_jobs, lease_ms, stall_ms) -> {requeued, dead, past their deadline, unread}
 -- By anyone, on a clock: what expired leases held goes back to the head of the line; deadlines end what is late; what
 -- nobody reads any more is cancelled.
 local now, budget = now_ms(), tonumber(ARGV[3])
 local requeued, dead, late, unread = 0, 0, 0, 0
+
+-- Nobody has looked for so long that Redis itself stood still: who lives must get to speak before it is called dead.
+local looked = tonumber(redis.call('GETSET', key('looked'), now) or now)
+if now - looked > tonumber(ARGV[5]) then
+  for _, worker in ipairs(redis.call('ZRANGE', key('leases'), 0, -1)) do renew(worker, ARGV[4]) end
+  for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now)) do
+    redis.call('ZADD', key('readers'), now + ARGV[4], job)
+  end
+end
 
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now, 'LIMIT', 0, 16)) do
   local held = key('held:' .. worker)

@@ -93,6 +93,7 @@ class Script:
 
     def __init__(self, worker: ScriptedWorker, claimed: Claimed) -> None:
         self.worker = worker
+        self.claimed = claimed
         self.job = claimed.job
         self._epoch = claimed.epoch
         self._position = claimed.position

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from api.delivered import MAX_PUT_BACKS, Delivered
 from api.relay import READ_LIMIT, Relay, Stream
 from shared import connection
 from shared.errors import DeadlineExceeded, StreamLost
@@ -85,7 +87,7 @@ async def give_each_once(redis_url: str, bursts: list[list[int]]) -> None:
         script = await make_script(redis)
         await script.answer("x" * (NUM_ENTRIES - 2))
         log = await log_of(script)
-        reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+        reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS, Delivered()))
         for burst in bursts:
             for position in burst:
                 reader.stream.push(log[position])
@@ -101,7 +103,7 @@ async def test_pushes_in_order_need_no_look_into_the_log(redis: Redis) -> None:
     await script.answer("Hello")
     log = await log_of(script)
     await redis.delete(script.worker.queue.shard.key(f"out:{script.job.id}"))
-    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS, Delivered()))
     for entry in log:
         reader.stream.push(entry)
         await asyncio.sleep(0)
@@ -113,7 +115,7 @@ async def test_what_a_slow_reader_leaves_waiting_is_bounded(redis: Redis) -> Non
     script = await make_script(redis)
     await script.answer("a longer answer")
     log = await log_of(script)
-    stream = Stream(script.job.id, script.worker.queue, SETTINGS)
+    stream = Stream(script.job.id, script.worker.queue, SETTINGS, Delivered())
     for entry in log:
         stream.push(entry)
     assert len(stream._pending) == SETTINGS.max_pending_entries
@@ -127,22 +129,118 @@ async def test_a_log_longer_than_one_look_is_read_to_its_end(redis: Redis) -> No
     await script.worker.queue.release("scripted-1")
     script = await script.worker.claim()
     await script.answer("b" * (READ_LIMIT + 20))
-    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS, Delivered()))
     reader.stream.look()
     assert await reader.end() == list(range(1, READ_LIMIT + 24))
 
 
 async def test_a_log_that_is_gone_is_an_error(redis: Redis) -> None:
-    reader = Reader(Stream("chatcmpl-none", ScriptedWorker(redis).queue, SETTINGS))
+    reader = Reader(Stream("chatcmpl-none", ScriptedWorker(redis).queue, SETTINGS, Delivered()))
     reader.stream.look()
     with pytest.raises(StreamLost):
         await reader.end()
 
 
+async def keys_of(script: Script) -> list[bytes]:
+    tag = script.worker.queue.shard.tag
+    return [key async for key in script.worker.queue.redis.scan_iter(f"{tag}:*")]
+
+
+def reading(script: Script) -> Reader:
+    """A reader of a pod that submitted the job."""
+    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS, Delivered(script.job, HEADER.encode())))
+    reader.stream.look()
+    return reader
+
+
+async def delivered(reader: Reader, position: int) -> None:
+    await until("it is delivered", lambda: reader.entries and reader.entries[-1].position == position)
+
+
+async def test_what_redis_has_lost_is_put_back_and_goes_on(redis: Redis) -> None:
+    """Everything of the shard is gone, twice: a worker finds the job in line, as far as it was delivered."""
+    script = await make_script(redis)
+    reader = reading(script)
+    for number, text in enumerate("ab", start=1):
+        await script.say(say(text))
+        reader.stream.look()
+        await delivered(reader, number)
+        await redis.delete(*await keys_of(script))
+        reader.stream.look()
+        script = await script.worker.claim()
+        assert script.claimed.position == number
+    await script.answer("c")
+    reader.stream.look()
+    assert await reader.end() == [1, 2, 3, 4, 5]
+    assert text_of(reader.entries) == text_of(await log_of(script)) == "abc"
+
+
+async def test_a_redis_that_went_back_does_not_tell_another_story(redis: Redis) -> None:
+    """Entries that were delivered are unknown to it, and a worker has gone on from before them in other pieces: what
+    was delivered stands, and what is pushed under a new epoch is not taken before the log was asked."""
+    script = await make_script(redis)
+    reader = reading(script)
+    older: dict[bytes, Any] = {key: await redis.dump(key) for key in await keys_of(script)}
+    for text in ("He", "ll"):
+        await script.say(say(text))
+    reader.stream.look()
+    await delivered(reader, 2)
+    await redis.delete(*await keys_of(script))
+    for key, value in older.items():
+        await redis.restore(key, 0, value)
+    await script.worker.queue.release("scripted-1")
+    other = await script.worker.claim()
+    for text in ("H", "e", "l"):
+        await other.say(say(text))
+    for entry in (await log_of(other))[1:]:
+        reader.stream.push(entry)
+    heir = await script.worker.claim()
+    assert heir.claimed.position == 2, "as delivered, not as the other worker had it"
+    await heir.say(say("o", end=True))
+    await heir.end()
+    reader.stream.look()
+    assert await reader.end() == [1, 2, 3, 4]
+    assert text_of(reader.entries) == "Hello"
+
+
+async def test_a_log_that_others_have_put_back_is_read_on(redis: Redis) -> None:
+    """Its entries have new ids: they are known by what they say."""
+    script = await make_script(redis)
+    first, second = reading(script), reading(script)
+    await script.say(say("a"))
+    for reader in (first, second):
+        reader.stream.look()
+        await delivered(reader, 1)
+    await redis.delete(*await keys_of(script))
+    first.stream.look()
+    await (await script.worker.claim()).answer("b")
+    for reader in (first, second):
+        reader.stream.look()
+        assert await reader.end() == [1, 2, 3, 4]
+        assert text_of(reader.entries) == "ab"
+
+
+async def test_what_a_pod_does_not_know_it_cannot_put_back(redis: Redis) -> None:
+    """An answer that had ended before, and one that is lost again and again: the client is told, and waits no more."""
+    script = await make_script(redis)
+    unknown = Delivered()
+    with pytest.raises(StreamLost):
+        await unknown.put_back(script.worker.queue)
+    known = Delivered(script.job, HEADER.encode())
+    for _ in range(MAX_PUT_BACKS):
+        await known.put_back(script.worker.queue)
+    with pytest.raises(StreamLost):
+        await known.put_back(script.worker.queue)
+
+
+def text_of(entries: list[Entry]) -> str:
+    return "".join(delta.text for entry in entries if entry.kind == "delta" for delta in entry.deltas)
+
+
 async def test_silence_beats_and_looks_ever_less_often(redis: Redis) -> None:
     """At half a second, one, two, four: thousands that wait in line do not keep Redis busy."""
     script = await make_script(redis)
-    stream = Stream(script.job.id, script.worker.queue, SETTINGS)
+    stream = Stream(script.job.id, script.worker.queue, SETTINGS, Delivered())
     looks = []
     for _ in range(160):
         stream.tick(0.0625)
@@ -158,7 +256,7 @@ async def test_silence_beats_and_looks_ever_less_often(redis: Redis) -> None:
 
 async def test_a_stream_that_is_left_ends(redis: Redis) -> None:
     script = await make_script(redis)
-    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS))
+    reader = Reader(Stream(script.job.id, script.worker.queue, SETTINGS, Delivered()))
     reader.stream.leave()
     assert await reader.end() == []
 
@@ -166,7 +264,7 @@ async def test_a_stream_that_is_left_ends(redis: Redis) -> None:
 async def test_a_redis_that_stays_away_ends_the_stream_at_last(redis: Redis) -> None:
     """Past its deadline a job has ended, even if nobody can read how."""
     queue = Queue(Redis.from_url("unix:///nowhere.sock"), ScriptedWorker(redis).queue.shard, SETTINGS)
-    reader = Reader(Stream("chatcmpl-none", queue, SETTINGS))
+    reader = Reader(Stream("chatcmpl-none", queue, SETTINGS, Delivered()))
     reader.stream.tick(SETTINGS.sweep_s)
     await until("the look has failed", lambda: not reader.stream._behind)
     reader.stream.tick(SETTINGS.request_deadline_s + 60)
@@ -177,7 +275,7 @@ async def test_a_redis_that_stays_away_ends_the_stream_at_last(redis: Redis) -> 
 async def test_after_the_end_of_the_pod_no_stream_begins(redis: Redis) -> None:
     relay = Relay("p", SETTINGS)
     script = await make_script(redis)
-    before = Reader(relay.open(script.job.id, script.worker.queue))
+    before = Reader(relay.open(script.job.id, script.worker.queue, Delivered()))
     relay.leave_all()
     assert await before.end() == []
-    assert relay.open("chatcmpl-late", script.worker.queue).left
+    assert relay.open("chatcmpl-late", script.worker.queue, Delivered()).left

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import shutil
+import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
+from redis.exceptions import RedisError
 
 from deploy.redis import RedisServer
 from shared import connection
 from shared.card import Announcement, Card
+from shared.errors import StreamLost
 from shared.job import Delta, Entry, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import DIRECTORY, new_completion_id
 from shared.queue import Write
 from shared.settings import Settings
+from tests.system import eventually
 from worker import tiny
 from worker.announce import make_card
 from worker.engine.engine import Engine
@@ -25,7 +33,8 @@ from worker.model.loading import load
 from worker.worker import Worker
 
 HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=3)
-WAIT_S = 20.0
+WAIT_S = 60.0                                           # other tests and other tenants want the cores too
+NUM_TOKENS = 300
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +76,14 @@ async def ask(worker: Worker, job: Job) -> None:
 async def read_until(worker: Worker, job: Job, enough: Callable[[list[Entry]], bool]) -> list[Entry]:
     async with asyncio.timeout(WAIT_S):
         while True:
-            entries = await worker.queue.read(job.id)
-            if enough(entries):
-                return entries
+            with contextlib.suppress(StreamLost):       # until it is put back
+                if enough(entries := await worker.queue.read(job.id)):
+                    return entries
             await asyncio.sleep(0.01)
+
+
+def has_grown(num_entries: int, entries: list[Entry]) -> bool:
+    return len(entries) >= num_entries
 
 
 def has_reached(epoch: int, entries: list[Entry]) -> bool:
@@ -135,7 +148,7 @@ async def test_an_answer_that_lacks_only_its_terminal_gets_it(engine: Engine, se
 
 async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: RedisServer) -> None:
     """Killed and started again on its AOF in mid-stream: the log goes on where it was, with the same tokens."""
-    job = make_job(worker, sampling=Sampling(max_tokens=600, ignore_eos=True, seed=3))
+    job = make_job(worker, sampling=Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3))
     whole = make_job(worker, sampling=job.sampling)
     await ask(worker, whole)
     expected = token_ids(await read_until(worker, whole, ended))
@@ -148,9 +161,132 @@ async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: Redi
     assert [entry.position for entry in entries] == list(range(len(entries)))
 
 
+def forgets(server: RedisServer) -> None:
+    server.kill()
+    for path in server.folder.glob("appendonly*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    server.start()
+
+
+def flushes(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.flushall()
+
+
+def drops_the_log(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.delete(*redis.keys("*:out:*"))
+
+
+def drops_the_group(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.delete("", *redis.keys("*:jobs"))
+
+
+def flushes_scripts(server: RedisServer) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.script_flush()
+
+
+@pytest.mark.parametrize("loses", [forgets, flushes, drops_the_log, drops_the_group, flushes_scripts])
+async def test_what_redis_loses_its_worker_puts_back(worker: Worker, server: RedisServer,
+                                                     loses: Callable[[RedisServer], None]) -> None:
+    """In mid-stream, twice: the log is whole again, with the same tokens, and another job is served as well."""
+    sampling = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3)
+    whole, job, after = (make_job(worker, sampling=sampling, created_s=int(time.time())) for _ in range(3))
+    await ask(worker, whole)
+    expected = token_ids(await read_until(worker, whole, ended))
+    await ask(worker, job)
+    for num_entries in (4, 9):
+        await read_until(worker, job, partial(has_grown, num_entries))
+        await asyncio.to_thread(loses, server)
+    entries = await read_until(worker, job, ended)
+    assert token_ids(entries) == expected
+    assert [entry.position for entry in entries] == list(range(len(entries)))
+    await ask(worker, after)
+    assert token_ids(await read_until(worker, after, ended)) == expected
+
+
+@contextlib.contextmanager
+def without_memory(server: RedisServer) -> Iterator[None]:
+    with Redis.from_url(server.url) as redis:
+        redis.config_set("maxmemory", 1)
+        yield
+        redis.config_set("maxmemory", 0)
+
+
+@contextlib.contextmanager
+def read_only(server: RedisServer) -> Iterator[None]:
+    with Redis.from_url(server.url) as redis:
+        redis.replicaof("127.0.0.1", 1)
+        yield
+        redis.replicaof("NO", "ONE")
+
+
+@contextlib.contextmanager
+def busy(server: RedisServer) -> Iterator[None]:
+    """Somebody else's script does not end."""
+    with Redis.from_url(server.url) as redis, Redis.from_url(server.url, retry=None, socket_timeout=0.2) as other:
+        redis.config_set("lua-time-limit", 100)
+        with contextlib.suppress(RedisError):
+            other.eval("while true do end", 0)
+        yield
+        redis.script_kill()
+
+
+@contextlib.contextmanager
+def without_a_disk(server: RedisServer) -> Iterator[None]:
+    """A snapshot failed, and Redis takes no writes until one succeeds."""
+    with Redis.from_url(server.url) as redis:
+        (server.folder / "dump.rdb").mkdir()
+        redis.config_set("save", "3600 1")
+        with contextlib.suppress(RedisError):
+            redis.save()
+        redis.bgsave()
+        eventually("the snapshot has failed", lambda: redis.info("persistence")["rdb_last_bgsave_status"] == "err")
+        yield
+        (server.folder / "dump.rdb").rmdir()
+        redis.config_set("save", "")
+
+
+@contextlib.contextmanager
+def stopped(server: RedisServer) -> Iterator[None]:
+    assert server.process
+    server.process.send_signal(signal.SIGSTOP)
+    yield
+    server.process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def cut(server: RedisServer) -> Iterator[None]:
+    with Redis.from_url(server.url) as redis:
+        for kind in ("normal", "pubsub"):
+            redis.client_kill_filter(_type=kind, skipme=True)
+        yield
+
+
+@pytest.mark.parametrize("trouble", [without_memory, read_only, busy, without_a_disk, stopped, cut])
+async def test_what_redis_refuses_for_a_while_costs_nothing(
+        worker: Worker, server: RedisServer, caplog: pytest.LogCaptureFixture,
+        trouble: Callable[[RedisServer], contextlib.AbstractContextManager[None]]) -> None:
+    """Longer than a lease, in mid-stream: afterwards the same worker goes on, with the same tokens."""
+    sampling = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3)
+    whole, job = (make_job(worker, sampling=sampling) for _ in range(2))
+    await ask(worker, whole)
+    expected = token_ids(await read_until(worker, whole, ended))
+    await ask(worker, job)
+    await read_until(worker, job, partial(has_grown, 4))
+    with trouble(server):
+        await asyncio.sleep(1.5 * worker.settings.lease_s)
+    assert ("publish: Redis is away" in caplog.text) == (trouble not in (stopped, cut)), "redis-py waits or reconnects"
+    entries = await read_until(worker, job, ended)
+    assert token_ids(entries) == expected
+    assert [entry.position for entry in entries] == list(range(len(entries)))
+
+
 async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: Worker) -> None:
     """Taken from it in mid-stream and claimed by it again before a refusal has told it: nothing is lost or doubled."""
-    job = make_job(worker, sampling=Sampling(max_tokens=600, ignore_eos=True, seed=3))
+    job = make_job(worker, sampling=Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3))
     whole = make_job(worker, sampling=job.sampling)
     await ask(worker, whole)
     expected = token_ids(await read_until(worker, whole, ended))

@@ -1,0 +1,41 @@
+"""What a pod has delivered of one answer, packed as the log had it: enough to put it back into a Redis that lost it.
+
+It knows neither clients nor events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from shared.errors import StreamLost
+from shared.job import Entry, Job
+from shared.queue import Queue
+
+MAX_KEPT_BYTES = 8 << 20                                # of one answer: some 100,000 tokens, or 5,000 with logprobs
+MAX_PUT_BACKS = 16                                      # of one answer
+
+
+@dataclass(slots=True)
+class Delivered:
+    job: Job | None = None                              # None: it had ended before this pod heard of it
+    header: str = ""
+    _lines: bytearray = field(default_factory=bytearray)
+    _num_put_backs: int = 0
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        if self.job and len(self._lines) < MAX_KEPT_BYTES:
+            for entry in entries:
+                if entry.position:                      # the header is kept by itself
+                    self._lines += entry.line.encode() + b"\n"
+
+    def entries(self) -> list[Entry]:
+        return [Entry.parse(line) for line in self._lines.decode().splitlines()]
+
+    async def put_back(self, queue: Queue) -> None:
+        """Says it all again, unless the log holds it. Raises StreamLost when this pod does not know enough for that."""
+        self._num_put_backs += 1
+        if self.job is None or len(self._lines) >= MAX_KEPT_BYTES or self._num_put_backs > MAX_PUT_BACKS:
+            raise StreamLost
+        entries = self.entries()
+        await queue.restore(self.job, self.header, entries, epoch=entries[-1].epoch if entries else 0)
