@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from itertools import chain
+from typing import Any
 
 from api.delivered import Delivered
 from shared import connection
@@ -194,12 +195,9 @@ class Relay:
     def _all(self) -> Iterator[Stream]:
         return chain.from_iterable(self._streams.values())
 
-    async def run(self) -> None:
-        """Until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._listen())
-            group.create_task(self._tick())
-            group.create_task(self._attend())
+    def chores(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        """What must run while there are streams, until cancelled."""
+        return self._listen(), self._tick(), self._attend()
 
     async def _listen(self) -> None:
         async for channel, message in connection.listen(self.settings.redis_url, self._heard):

@@ -18,7 +18,7 @@ from shared.errors import (
     job_error,
 )
 from shared.keys import shard_of
-from shared.queue import Found, Queue
+from shared.queue import Behind, Found, Queue
 
 MAX_POSITION_DIGITS = 15
 RETRY_S = 1.0                                           # until what runs may have come to its end, or to a position
@@ -94,7 +94,10 @@ async def _catch_up(stream: Stream, fold: ChunkFold) -> bytes:
     """Reads until there is something to say; the rest comes as in any stream."""
     said = b""
     while not (said or fold.ended):
-        entries = await stream.read()
+        try:
+            entries = await stream.read()
+        except Behind:                                  # Redis has lost what we just read: it is being put back
+            raise PositionNotReached(retry_after_s=RETRY_S) from None
         if not entries:
             break
         said = b"".join(map(fold.feed, entries))
@@ -113,4 +116,4 @@ async def token_bytes(pod: Pod, found: Found) -> TokenBytes:
         raise Unavailable(retry_after_s=RETRY_S)        # an answer of another release: its pods count its events
     if not found.header.logprobs:
         return lambda _: b""
-    return (await pod.directory.tokenizer(found.header.model, found.tokenizer_id)).token_bytes
+    return (await pod.directory.tokenizer(found.header.model, found.header.tokenizer_id)).token_bytes

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from api import client as resuming
 from shared.keys import SHARD_KEYS, TENANT_KEYS
 from shared.settings import Settings
 from tests.system import System
@@ -49,6 +52,16 @@ def test_the_program_runs(system: System, capsys: pytest.CaptureFixture[str]) ->
     answer, tokens = capsys.readouterr().out.strip().rsplit("\n", 1)
     assert answer == ", ".join(map(str, range(1, 41)))
     assert re.fullmatch(r"Tokens: \d+ \+ \d+", tokens)
+
+
+def test_the_program_with_our_transport_runs(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = README.partition("**With the SDK**")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.setitem(sys.modules, "resuming", resuming)
+    names: dict[str, Any] = {}
+    exec(program.replace("http://localhost:30000", system.url), names)
+    answer = names["client"].chat.completions.create(
+        model="baton-tiny", messages=[{"role": "user", "content": "Count from 1 to 40."}], max_tokens=256)
+    assert answer.choices[0].message.content == ", ".join(map(str, range(1, 41)))
 
 
 def test_the_make_targets_exist() -> None:

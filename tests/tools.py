@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,7 +19,11 @@ def require_tool(name: str) -> str:
     places = os.pathsep.join((*MORE_PLACES, os.environ.get("PATH", os.defpath)))
     if path := shutil.which(name, path=places):
         return path
-    reason = f"{name} is not installed"
+    lack(f"{name} is not installed")
+
+
+def lack(reason: str) -> NoReturn:
+    """Skips the test, or fails it where everything is required."""
     if os.environ.get("BATON_TEST_REQUIRE") == "all":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -11,8 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from api.pod import Pod
 from deploy.redis import RedisServer
 from shared import connection
+from shared.keys import Shard
+from shared.settings import Settings
 from tests.api.conftest import HEARTBEAT_S
 from tests.api.scripted import WAIT_S, ScriptedWorker, ask, error_of, say, until_known
 from tests.api.test_http import CHAT, DONE, HEARTBEAT, streaming
@@ -153,6 +156,21 @@ async def test_a_stream_that_goes_on_too_long_is_told(own: System, own_worker: S
             error_of(await waiting, 503)
     assert await script.outcome() == await other.outcome() == "cancelled"
     assert await asyncio.to_thread(process.end) == 0
+
+
+async def test_a_pod_ends_when_it_is_told_to(server: RedisServer) -> None:
+    """Whatever its chores do at that moment: many pods, busy ones, are told at many moments."""
+
+    async def live(lifetime_s: float) -> None:
+        pod = Pod(Settings(redis_url=server.url, reap_s=0.02, announce_s=0.02, announce_ttl_s=1))
+        async with pod.running():
+            await pod.relay.hear(Shard.of("m"))
+            await asyncio.sleep(lifetime_s)
+
+    for _ in range(3):
+        async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as pods:
+            for number in range(20):
+                pods.create_task(live(0.005 * number))
 
 
 async def test_keys_open_what_is_under_v1_and_stand_in_no_log(own: System, own_worker: ScriptedWorker) -> None:

@@ -207,6 +207,18 @@ async def test_a_read_may_be_asked_of_another_pod(folder: Path) -> None:
     assert dead.requests, "the dying pod was never asked: the test shows nothing"
 
 
+async def test_what_a_client_says_of_its_position_and_its_key_reaches_the_pod(folder: Path) -> None:
+    pod = Pod()
+    pod.gate.set()
+    async with serving(pod) as port, proxy(folder, port) as client:
+        await client.get(f"{CHAT}/chatcmpl-1?stream=true&starting_after=3", headers={"last-event-id": "7"})
+        await client.post(CHAT, json={}, headers={"idempotency-key": "k"})
+    get, post = pod.seen
+    assert get["query_string"] == b"stream=true&starting_after=3"
+    assert dict(get["headers"])[b"last-event-id"] == b"7"
+    assert dict(post["headers"])[b"idempotency-key"] == b"k"
+
+
 async def test_pods_see_http_1_1_and_the_client_s_address(folder: Path) -> None:
     pod = Pod()
     pod.gate.set()
