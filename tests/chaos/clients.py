@@ -17,7 +17,7 @@ import httpx
 
 from tests.chaos.asks import Ask
 
-PATIENCE_S = 60.0                                       # for one answer, everything included
+PATIENCE_S = 120.0                                      # for one answer, everything included
 READ_TIMEOUT_S = 5.0                                    # several heartbeats
 CONNECT_TIMEOUT_S = 2.0
 RETRY_S = 0.05                                          # after a connection that broke, or was refused

@@ -1,4 +1,4 @@
-"""A request that kills whoever begins it: three workers die of it, and it alone fails; it is alone from the second on."""
+"""A request that kills whoever begins it: three workers die of it, and it alone fails; alone from the second on."""
 
 from __future__ import annotations
 
