@@ -116,4 +116,4 @@ async def token_bytes(pod: Pod, found: Found) -> TokenBytes:
         raise Unavailable(retry_after_s=RETRY_S)        # an answer of another release: its pods count its events
     if not found.header.logprobs:
         return lambda _: b""
-    return (await pod.directory.tokenizer(found.header.model, found.tokenizer_id)).token_bytes
+    return (await pod.directory.tokenizer(found.header.model, found.header.tokenizer_id)).token_bytes

@@ -46,7 +46,7 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
               deadline_s=settings.request_deadline_s)
     options = request.stream_options
     header = Header(model=request.model, created_s=created_s, fingerprint=card.fingerprint, seed=sampling.seed, n=n,
-                    num_prompt_tokens=len(prompt), stream=bool(request.stream),
+                    num_prompt_tokens=len(prompt), tokenizer_id=card.tokenizer_id, stream=bool(request.stream),
                     include_usage=bool(options and options.include_usage),
                     continuous_usage=bool(options and options.continuous_usage_stats),
                     logprobs=bool(request.logprobs), fold_version=FOLD_VERSION)

@@ -82,11 +82,32 @@ def connect(url: str) -> Redis:
     try:
         if is_cluster(url):
             # It has the commands that we use, on keys of one slot: every pipeline and script keeps to a shard's.
-            return cast(Redis, RedisCluster.from_url(_node_url(url), **timeouts, **retry))
-        return Redis.from_pool(BlockingConnectionPool.from_url(url, timeout=COMMAND_TIMEOUT_S, **timeouts, **retry))
+            return cast(Redis, _mended_cluster(RedisCluster.from_url(_node_url(url), **timeouts, **retry)))
+        pool = BlockingConnectionPool.from_url(url, timeout=COMMAND_TIMEOUT_S, **timeouts, **retry)
     except ValueError:
         raise BrokenEnvironment("BATON_REDIS_URL (--redis-url): give redis://HOST:PORT/0, unix://PATH, or "
                                 "redis+cluster://HOST:PORT for any node of a cluster") from None
+    pool.connection_class = _mended(pool.connection_class)
+    return Redis.from_pool(pool)
+
+
+def _mended(kind: type[Any]) -> type[Any]:
+    """The same connection; a write to one that was reset fails as on any lost one, under uvloop too."""
+    class Connection(kind):  # type: ignore[misc]
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            try:
+                await super().send_packed_command(command, check_health)
+            except RuntimeError as error:               # uvloop's, when the transport has been closed
+                raise ConnectionError("the connection was reset") from error
+
+    return Connection
+
+
+def _mended_cluster(cluster: RedisCluster) -> RedisCluster:
+    cluster.connection_kwargs["connection_class"] = kind = _mended(cluster.connection_kwargs["connection_class"])
+    for node in cluster.nodes_manager.startup_nodes.values():
+        node.connection_class = kind
+    return cluster
 
 
 def is_cluster(url: str) -> bool:
@@ -148,6 +169,7 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
     """What one connection hears, until it is lost."""
     pool = ConnectionPool(**{"socket_timeout": None, "socket_connect_timeout": COMMAND_TIMEOUT_S,
                              "health_check_interval": 5, "retry": Retry(ExponentialWithJitterBackoff(), 0), **address})
+    pool.connection_class = _mended(pool.connection_class)
     try:
         async with Redis.from_pool(pool) as client, client.pubsub() as pubsub:
             subscribed: set[str] = set()

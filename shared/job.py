@@ -101,6 +101,7 @@ class Header:
     seed: int
     n: int
     num_prompt_tokens: int
+    tokenizer_id: str = ""                              # whose ids the deltas hold
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False

@@ -84,7 +84,6 @@ class Found:
 
     job_id: str
     tenant: str
-    tokenizer_id: str
     header: Header
     finish: Finish | None                               # None: it still runs
     job: Job | None                                     # None: it has ended
@@ -218,14 +217,14 @@ class Queue:
     async def find(self, job_id: str) -> Found | None:
         """Whose a job is and how it stands; None when it is unknown or expired."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "tokenizer_id", "request")
+            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "request")
             pipe.xrange(self.shard.key(f"out:{job_id}"), count=1)
             pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
-            (tenant, tokenizer_id, request), oldest, newest = await pipe.execute()
+            (tenant, request), oldest, newest = await pipe.execute()
         if tenant is None or not oldest or not newest:
             return None
         first, last = _entry(*oldest[0]), _entry(*newest[0])
-        return Found(job_id, tenant.decode(), tokenizer_id.decode(), first.header,
+        return Found(job_id, tenant.decode(), first.header,
                      last.finish if last.kind == "end" else None, Job.decode(request) if request else None)
 
     async def describe(self, job_id: str) -> dict[str, str]:

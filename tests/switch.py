@@ -45,7 +45,7 @@ class Switch:
         host, _, port = self.target.removeprefix("http://").partition(":")
         with contextlib.suppress(OSError):
             from_pod, to_pod = await asyncio.open_connection(host, int(port))
-            asking = asyncio.create_task(_pass(reader, to_pod))
+            asking = asyncio.create_task(pass_on(reader, to_pod))
             self._open.add(writer)
             try:
                 await self._answer(from_pod, writer)
@@ -79,7 +79,7 @@ class Switch:
         return end + self._num_more_bytes if len(sent) >= end + self._num_more_bytes else None
 
 
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         while piece := await reader.read(PIECE_BYTES):
             writer.write(piece)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import httpx
-from redis import Redis
+from redis import Redis, RedisCluster
 
+from shared.connection import CLUSTER, is_cluster
 from shared.keys import Shard
 
 REPOSITORY = Path(__file__).parent.parent
@@ -104,7 +105,8 @@ class System:
         self.folder = folder
         self.redis_url = redis_url
         self.start = start
-        self.redis = Redis.from_url(redis_url)
+        self.redis: Any = (RedisCluster.from_url(redis_url.replace(CLUSTER, "")) if is_cluster(redis_url)
+                           else Redis.from_url(redis_url))
         self.pods: dict[str, Process] = {}              # by base URL
         self.workers: list[Process] = []
         self.environment = {"BATON_REDIS_URL": redis_url}

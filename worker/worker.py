@@ -236,6 +236,7 @@ class Worker:
             if answer is None or answer.epoch != write.epoch:
                 continue
             if outcome == "ok":
+                self._alone = False                     # it has a new token: not what took its last worker down
                 answer.log.append(write.entry)
             elif outcome == "refused":
                 self._drop(write.job_id)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from redis.asyncio import Redis, RedisCluster
 
 from deploy.redis import RedisServer
 from shared import connection
 from shared.errors import BrokenEnvironment
+from tests.chaos.proxy import Proxy
 
 GOOD: dict[str, Any] = {"redis_version": "6.2.14", "maxmemory_policy": "noeviction", "aof_enabled": 1, "role": "master"}
 
@@ -92,3 +94,18 @@ async def test_a_subscription_that_is_cut_says_so_and_goes_on(each_redis: Redis,
     await until(4)
     assert heard == [None, b"one", None, b"two"]
     task.cancel()
+
+
+def test_a_connection_that_was_reset_is_replaced_in_silence(redis_url: str) -> None:
+    """Under uvloop, which has words of its own for a closed transport; a pod runs on it."""
+    async def reset_between_commands() -> None:
+        async with Proxy(redis_url) as wire:
+            redis = connection.connect(wire.url)
+            for _ in range(20):
+                await asyncio.gather(*(redis.ping() for _ in range(4)))
+                wire.cut()
+                await asyncio.sleep(0)
+            await redis.aclose()
+            assert wire.num_cut >= 20
+
+    uvloop.run(reset_between_commands())

@@ -392,10 +392,10 @@ async def test_without_grace_who_leaves_last_cancels_at_once(queue: Queue) -> No
 async def test_a_job_is_found_by_its_id(queue: Queue) -> None:
     """Whose it is, how it began and whether it has ended; nothing when it is unknown, or its log is gone."""
     job = await submit(queue)
-    assert await queue.find(job.id) == Found(job.id, "t", "tok", HEADER, None, job)
+    assert await queue.find(job.id) == Found(job.id, "t", HEADER, None, job)
     claimed = await claim_one(queue)
     await queue.publish("w1", [delta(claimed, 1), end(claimed, 2)])
-    assert await queue.find(job.id) == Found(job.id, "t", "tok", HEADER, Finish(Usage(3, 1)), None)
+    assert await queue.find(job.id) == Found(job.id, "t", HEADER, Finish(Usage(3, 1)), None)
     assert await queue.find("chatcmpl-unknown") is None
     await queue.redis.delete(SHARD.key(f"out:{job.id}"))
     assert await queue.find(job.id) is None

@@ -35,13 +35,13 @@ def pair(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 class Reader:
     """Reads a stream chunk by chunk, so that something may happen in between."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, model: str = "pair", num_tokens: int = NUM_TOKENS) -> None:
         client = openai.Client(base_url=f"{system.url}/v1", api_key="EMPTY", max_retries=0, timeout=60)
         self.texts = ["", ""]
         self.reasons: list[str | None] = [None, None]
         self.usage: Any = None
         self.ids: set[str] = set()
-        self._stream = client.chat.completions.create(**ASK | {"model": "pair"})
+        self._stream = client.chat.completions.create(**ASK | {"model": model, "max_tokens": num_tokens})
 
     def read(self, num_characters: int | None = None) -> None:
         """Until so many characters have come, or to the end."""

@@ -299,6 +299,24 @@ async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: 
     assert [entry.position for entry in entries] == list(range(len(entries)))
 
 
+async def test_a_job_that_lost_its_worker_runs_alone_until_it_has_a_new_token(worker: Worker) -> None:
+    """Then it is no poison, and others run beside it."""
+    queue, suspect = worker.queue, make_job(worker, sampling=Sampling(max_tokens=1500, ignore_eos=True))
+    await ask(worker, suspect)
+    await read_until(worker, suspect, partial(has_reached, 1))
+    # As when its worker had died before the first token of this claim.
+    hash_key = queue.shard.key(f"job:{suspect.id}")
+    await queue.redis.hset(hash_key, mapping={"claim_position": 10**6, "attempts": 1})
+    await queue.release(worker.name, [suspect.id])
+    await read_until(worker, suspect, partial(has_reached, 3))
+    assert (await queue.describe(suspect.id))["attempts"] == "1"
+    beside = make_job(worker, sampling=Sampling(max_tokens=4))
+    await ask(worker, beside)
+    await read_until(worker, beside, ended)
+    assert (await queue.describe(suspect.id))["state"] == "running"
+    await queue.cancel(suspect.id)
+
+
 async def test_a_cancelled_job_leaves_the_engine_within_a_step(worker: Worker) -> None:
     job = make_job(worker, sampling=Sampling(max_tokens=1500, ignore_eos=True))
     await ask(worker, job)

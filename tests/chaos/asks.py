@@ -1,0 +1,57 @@
+"""What the clients of these runs ask: each has one right answer, and is hard to continue in a way of its own.
+
+The built-in model counts without a mistake in the ranges that stand here, so arithmetic is a second judge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_TOKENS = 260                                        # some 65 numbers: a second or more, while others run too
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. `counts`: what every choice must say, when arithmetic knows it."""
+
+    name: str
+    content: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    counts: str = ""
+
+    @property
+    def num_choices(self) -> int:
+        return int(self.fields.get("n", 1))
+
+    def body(self, model: str) -> dict[str, Any]:
+        """As it is sent."""
+        return {"model": model, "messages": [{"role": "user", "content": self.content}], "max_tokens": MAX_TOKENS,
+                "stream": True, "stream_options": {"include_usage": True}} | self.fields
+
+
+def count(first: int, last: int, **fields: Any) -> Ask:
+    name = f"count {first}-{last}" + " twice" * ("n" in fields)
+    numbers = ", ".join(map(str, range(first, last + 1)))
+    return Ask(name, f"Count from {first} to {last}.", {"temperature": 0} | fields, numbers)
+
+
+RAMBLE = {"temperature": 1.3, "ignore_eos": True}       # nobody can guess the next token: only the same noise makes it
+
+ASKS = (
+    count(1, 60),
+    count(7, 66),
+    count(35, 98),
+    count(1, 60, n=2),
+    Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11}),
+    Ask("another seed", "Count from 1 to 60.", RAMBLE | {"seed": 12}),
+    Ask("sampled twice", "Count from 3 to 50.", RAMBLE | {"seed": 13, "n": 2, "max_tokens": 150}),
+    Ask("stopped", "Count from 1 to 100.", {"temperature": 0, "stop": [", 61"]}, ", ".join(map(str, range(1, 61)))),
+    Ask("a stop string that never comes", "Spell basket.", RAMBLE | {"seed": 14, "stop": ["1, 2, 3, 4, 5, 6"]}),
+    Ask("log probabilities", "Count from 1 to 40.", {"temperature": 0, "logprobs": True, "top_logprobs": 2}),
+    Ask("sampled log probabilities", "Reverse window.", RAMBLE | {"seed": 15, "logprobs": True, "max_tokens": 200}),
+    Ask("penalties", "Count from 1 to 100.", RAMBLE | {"seed": 16, "presence_penalty": 0.6, "frequency_penalty": 0.2,
+                                                       "repetition_penalty": 1.1}),
+    Ask("a narrow draw", "Spell yellow.", {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "seed": 17,
+                                           "ignore_eos": True, "logit_bias": {"65": 2}}),
+)

@@ -1,0 +1,159 @@
+"""The judge: from what clients were told and what the logs hold, every broken promise as one line.
+
+Pure: it is given transcripts, log entries and what Redis still holds, and compares them with uninterrupted answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shared.job import Entry
+from tests.chaos.clients import DONE, Transcript
+
+Rows = Sequence[tuple[str, Mapping[str, str]]]          # of one log: (entry id, fields)
+
+HEAD = ("id", "created", "model", "system_fingerprint", "object")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What must be the same, whatever happened on the way. Cached tokens are whose cache it was."""
+
+    texts: tuple[str, ...]
+    reasons: tuple[str | None, ...]
+    logprobs: tuple[str, ...]                           # JSON
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+def answer_of(transcript: Transcript) -> Answer:
+    chunks = [json.loads(event.data) for event in transcript.events if event.data != DONE]
+    n = transcript.ask.num_choices
+    texts, logprobs = [""] * n, [[] for _ in range(n)]  # type: ignore[var-annotated]
+    reasons: list[str | None] = [None] * n
+    usage: dict[str, int] = {}
+    for chunk in chunks:
+        usage = chunk.get("usage") or usage
+        for choice in chunk.get("choices", ()):
+            index = choice["index"]
+            texts[index] += choice["delta"].get("content") or ""
+            reasons[index] = choice["finish_reason"] or reasons[index]
+            logprobs[index] += (choice["logprobs"] or {}).get("content", ())
+    return Answer(tuple(texts), tuple(reasons), tuple(map(json.dumps, logprobs)),
+                  usage.get("prompt_tokens", -1), usage.get("completion_tokens", -1))
+
+
+def check(transcripts: Sequence[Transcript], logs: Mapping[str, Rows], uninterrupted: Mapping[str, Answer],
+          leftovers: Mapping[str, object]) -> list[str]:
+    """Every violation. `leftovers`: what must be empty when no job lives, by name."""
+    found = [f"{transcript}: {violation}" for transcript in transcripts
+             for violation in _transcript(transcript, logs.get(transcript.id, ()), uninterrupted)]
+    found += [f"log of {completion_id}: {violation}" for completion_id, rows in logs.items()
+              for violation in check_log(rows)]
+    return found + [f"left behind: {name}: {value}" for name, value in leftovers.items() if value]
+
+
+def _transcript(transcript: Transcript, rows: Rows, uninterrupted: Mapping[str, Answer]) -> Iterator[str]:
+    if not transcript.done:
+        yield f"P1 no [DONE]: {transcript.failure or 'it was left open'}"
+        return
+    answer, right = answer_of(transcript), uninterrupted.get(transcript.ask.name)
+    yield from _once(transcript)
+    yield from _constant(transcript)
+    yield from _ordinals(transcript)
+    if right:
+        yield from (f"P2 {name} of the uninterrupted answer: {_difference(getattr(answer, name), getattr(right, name))}"
+                    for name in Answer.__slots__ if getattr(answer, name) != getattr(right, name))
+    if transcript.ask.counts:
+        yield from (f"P2 choice {index} does not count right: {_difference(text, transcript.ask.counts)}"
+                    for index, text in enumerate(answer.texts) if text != transcript.ask.counts)
+    ends = [json.loads(fields["data"]) for _, fields in rows if fields["kind"] == "end"]
+    if not ends:
+        yield "P1 it has a [DONE], and its log no terminal"
+    elif ends[0].get("error"):
+        yield f"P1 it has a [DONE], and its log ends with {ends[0]['error']}"
+    elif ends[0]["usage"]["num_completion_tokens"] != answer.num_completion_tokens:
+        yield f"P3 usage says {answer.num_completion_tokens} tokens, the terminal {ends[0]['usage']}"
+
+
+def _once(transcript: Transcript) -> Iterator[str]:
+    chunks = [json.loads(event.data) for event in transcript.events if event.data != DONE]
+    if (num_done := sum(event.data == DONE for event in transcript.events)) != 1:
+        yield f"P3 {num_done} [DONE]"
+    if (num_usage := sum(bool(chunk.get("usage")) for chunk in chunks)) != 1:
+        yield f"P3 {num_usage} usage events"
+    for index in range(transcript.ask.num_choices):
+        reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk.get("choices", ())
+                   if choice["index"] == index and choice["finish_reason"]]
+        if len(reasons) != 1:
+            yield f"P3 choice {index} has the finish reasons {reasons}"
+
+
+def _constant(transcript: Transcript) -> Iterator[str]:
+    chunks = [json.loads(event.data) for event in transcript.events if event.data != DONE]
+    for name in HEAD:
+        values = {chunk.get(name) for chunk in chunks}
+        if len(values) != 1:
+            yield f"P4 {name} changes: {sorted(map(str, values))}"
+    if chunks and chunks[0].get("id") != transcript.id:
+        yield f"P4 the events are of {chunks[0].get('id')}"
+
+
+def _ordinals(transcript: Transcript) -> Iterator[str]:
+    last = 0
+    for event in transcript.events:
+        if event.data == DONE:
+            continue
+        if event.ordinal != last + 1:
+            yield f"P4 event {event.ordinal} follows {last}"
+        last = event.ordinal or last
+
+
+def check_log(rows: Rows) -> Iterator[str]:
+    """P1: one terminal, the last. P3: tokens add up. P5: positions are dense, no epoch speaks after its successor."""
+    position, num_tokens, epoch, fenced = -1, 0, -1, 0
+    ended = False
+    for entry_id, fields in rows:
+        entry = _entry(entry_id, fields)
+        if ended:
+            yield f"P3 {entry_id} {entry.kind} stands behind the terminal"
+        if entry.epoch < epoch:
+            yield f"P5 epoch goes back from {epoch} to {entry.epoch} at {entry_id}"
+        epoch = max(epoch, entry.epoch)
+        if entry.kind == "fence":
+            fenced = max(fenced, entry.epoch)
+            if (entry.position, entry.num_tokens) != (position, num_tokens):
+                yield f"P5 fence {entry_id} says position {entry.position}, the log has {position}"
+            continue
+        if entry.position != position + 1:
+            yield f"P5 position {entry.position} follows {position} at {entry_id}"
+        position = entry.position
+        if entry.kind == "delta":
+            if entry.epoch != fenced:
+                yield f"P5 delta {entry_id} of an epoch that does not hold the job: the fence is {fenced}"
+            num_tokens += sum(len(delta.token_ids) for delta in entry.deltas)
+        if entry.num_tokens != num_tokens:
+            yield f"P3 {entry_id} says {entry.num_tokens} tokens, the log holds {num_tokens}"
+        if entry.kind == "end":
+            ended = True
+            if entry.finish.usage.num_completion_tokens != num_tokens:
+                yield f"P3 usage says {entry.finish.usage.num_completion_tokens} tokens, the log holds {num_tokens}"
+            if entry.finish.error and entry.finish.error != "cancelled":
+                yield f"P1 ended with {entry.finish.error}"
+    if not ended:
+        yield f"P1 no terminal; the last entry is {rows[-1][0] if rows else 'none'}"
+
+
+def _entry(entry_id: str, fields: Mapping[str, str]) -> Entry:
+    kind: Any = fields["kind"]
+    return Entry(int(entry_id.partition("-")[0]), int(fields["position"]), int(fields["tokens"]), kind, fields["data"])
+
+
+def _difference(got: object, right: object) -> str:
+    """Where two values part, in a few words."""
+    got, right = str(got), str(right)
+    at = next((i for i, (a, b) in enumerate(zip(got, right, strict=False)) if a != b), min(len(got), len(right)))
+    return f"{got[max(at - 12, 0):at + 12]!r} and not {right[max(at - 12, 0):at + 12]!r} at character {at}"

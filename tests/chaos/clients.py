@@ -1,0 +1,182 @@
+"""Clients that never give up: raw HTTP, k at a time; a stream that breaks is resumed on any pod, from its last event.
+
+They write down what they were told and when, and judge nothing: what it should have been is the checker's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.chaos.asks import Ask
+
+PATIENCE_S = 60.0                                       # for one answer, everything included
+READ_TIMEOUT_S = 5.0                                    # several heartbeats
+CONNECT_TIMEOUT_S = 2.0
+RETRY_S = 0.05                                          # after a connection that broke, or was refused
+MAX_RETRY_S = 2.0                                       # of what a pod asks for: others may be better off
+TRY_AGAIN = frozenset({409, 429, 500, 502, 503, 504})
+
+DONE = b"[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    at_s: float                                         # time.monotonic
+    ordinal: int | None                                 # its `id:` line
+    data: bytes
+
+
+@dataclass(slots=True)
+class Connection:
+    """One HTTP exchange of an answer."""
+
+    url: str
+    opened_s: float
+    first_s: float | None = None                        # its first event
+    closed_s: float | None = None
+    why: str = ""                                       # it ended, if not with [DONE]
+
+
+@dataclass(slots=True)
+class Transcript:
+    """What one client was told."""
+
+    ask: Ask
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = ""                                        # of the completion, once known
+    events: list[Event] = field(default_factory=list)
+    connections: list[Connection] = field(default_factory=list)
+    failure: str = ""                                   # why it was given up
+
+    def __str__(self) -> str:
+        return f"{self.ask.name} ({self.id or 'never accepted'})"
+
+    @property
+    def done(self) -> bool:
+        return bool(self.events) and self.events[-1].data == DONE
+
+    @property
+    def open(self) -> bool:
+        return not self.done and not self.failure
+
+    @property
+    def last_ordinal(self) -> int:
+        return next((event.ordinal for event in reversed(self.events) if event.ordinal), 0)
+
+
+class Clients:
+    """Ask in turn, each as often as time allows."""
+
+    def __init__(self, urls: Sequence[str], model: str, patience_s: float = PATIENCE_S) -> None:
+        self.transcripts: list[Transcript] = []
+        self._pods = itertools.cycle(urls)
+        self._model = model
+        self._patience_s = patience_s
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+                                       limits=httpx.Limits(max_connections=64, max_keepalive_connections=0))
+
+    async def __aenter__(self) -> Clients:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    def on(self, url: str) -> frozenset[str]:
+        """The completions that a pod relays to them at this moment."""
+        return frozenset(transcript.id for transcript in self.transcripts
+                         if transcript.open and transcript.id and transcript.connections[-1].closed_s is None
+                         and transcript.connections[-1].url == url)
+
+    async def run(self, asks: Iterable[Ask], concurrency: int, may_begin: Callable[[], bool] = lambda: True) -> None:
+        """All of them, `concurrency` at a time, as long as new ones may begin."""
+        waiting = iter(asks)
+
+        async def client() -> None:
+            for ask in waiting:
+                if not may_begin():
+                    return
+                await self.read(ask)
+
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+
+    async def read(self, ask: Ask) -> Transcript:
+        """One answer to its end, over as many connections as that takes."""
+        transcript = Transcript(ask)
+        self.transcripts.append(transcript)
+        give_up_s = time.monotonic() + self._patience_s
+        while transcript.open:
+            if time.monotonic() > give_up_s:
+                transcript.failure = f"no end within {self._patience_s:.0f} s, last: {transcript.connections[-1].why}"
+            else:
+                await asyncio.sleep(await self._connect(transcript))
+        return transcript
+
+    async def _connect(self, transcript: Transcript) -> float:
+        """One connection to its end. Seconds until the next one makes sense."""
+        connection = Connection(next(self._pods), time.monotonic())
+        transcript.connections.append(connection)
+        pause_s = 0.0
+        try:
+            async with self._request(transcript, connection.url) as response:
+                pause_s = await self._take(transcript, connection, response)
+        except httpx.HTTPError as error:
+            connection.why, pause_s = type(error).__name__, RETRY_S
+        connection.closed_s = time.monotonic()
+        return pause_s
+
+    def _request(self, transcript: Transcript, url: str) -> Any:
+        if transcript.id:
+            where = f"{url}/v1/chat/completions/{transcript.id}"
+            return self._http.stream("GET", where, params={"stream": "true", "starting_after": transcript.last_ordinal})
+        return self._http.stream("POST", f"{url}/v1/chat/completions", json=transcript.ask.body(self._model),
+                                 headers={"idempotency-key": transcript.key})
+
+    async def _take(self, transcript: Transcript, connection: Connection, response: httpx.Response) -> float:
+        if response.status_code != 200:
+            body = (await response.aread())[:200]
+            connection.why = f"{response.status_code} {body.decode(errors='replace')}"
+            if response.status_code not in TRY_AGAIN:
+                transcript.failure = connection.why
+            return min(float(response.headers.get("retry-after-ms", 1000 * RETRY_S)) / 1000, MAX_RETRY_S)
+        transcript.id = transcript.id or response.headers.get("x-baton-completion-id", "")
+        connection.why = "ended without [DONE]"
+        parse = EventParser()
+        async for piece in response.aiter_bytes():
+            for ordinal, data in parse.feed(piece):
+                now_s = time.monotonic()
+                if ordinal is None and data != DONE:    # an error that is no event of the answer: resume
+                    connection.why = data[:200].decode(errors="replace")
+                    return RETRY_S
+                connection.first_s = connection.first_s or now_s
+                transcript.events.append(Event(now_s, ordinal, data))
+        if transcript.events and transcript.events[-1].data.startswith(b'{"error"'):
+            transcript.failure = transcript.events[-1].data[:200].decode(errors="replace")
+        return RETRY_S if transcript.open else 0.0
+
+
+class EventParser:
+    """Server-sent events from bytes; what is not complete is kept until it is."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._ordinal: int | None = None
+        self._data: bytes | None = None
+
+    def feed(self, piece: bytes) -> Iterator[tuple[int | None, bytes]]:
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"id: "):
+                self._ordinal = int(line[4:])
+            elif line.startswith(b"data: "):
+                self._data = line[6:]
+            elif not line and self._data is not None:
+                yield self._ordinal, self._data
+                self._ordinal = self._data = None

@@ -1,0 +1,30 @@
+"""What the processes of these tests run instead of `baton`: the same command, spoilt as the environment says.
+
+`BATON_TEST_SABOTAGE` takes a part of the protocol out (sabotage.py), `BATON_TEST_CRASH` has the process kill itself at
+a step of it (crash_points.py), `BATON_TEST_POISON` when it begins a job of that seed. Production code holds no such
+switch: everything is patched from here, before the command begins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from deploy import cli
+from tests.chaos import crash_points, sabotage
+
+
+def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
+    for name in filter(None, environment.get("BATON_TEST_SABOTAGE", "").split(",")):
+        sabotage.SABOTAGES[name]()
+    if crash := environment.get("BATON_TEST_CRASH"):
+        point, _, passage = crash.rpartition(":")
+        crash_points.arm(point, int(passage))
+    if seed := environment.get("BATON_TEST_POISON"):
+        crash_points.die_of(int(seed))
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

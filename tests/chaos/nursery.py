@@ -1,0 +1,137 @@
+"""A process that has imported everything, once. A fork of it is a pod or a worker that starts in a second of CPU.
+
+To import torch takes five more, which a run that kills a worker every few seconds cannot pay. What is forked is a real
+process all the same: it loads its model, opens its own connections, and dies alone. It knows nothing of what it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent.parent
+READY_S = 120.0
+POLL_S = 0.01
+
+
+class Nursery:
+    """The near side: asks for forks. As a context it ends what it has started."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, "-m", "tests.chaos.nursery"], cwd=REPOSITORY,
+                                         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+        self._lock = threading.Lock()                   # stages start their processes from threads
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def start(self, arguments: list[str], environment: dict[str, str], log: Path) -> Fork:
+        return Fork(self, self.ask({"arguments": arguments, "environment": environment, "log": str(log)}))
+
+    def ask(self, question: dict[str, Any]) -> Any:
+        assert self._process.stdin and self._process.stdout
+        with self._lock:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+
+class Fork:
+    """A process of the nursery, spoken to as subprocess speaks to its own."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._nursery = nursery
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._nursery.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        began_s = time.monotonic()
+        while (code := self.poll()) is None:
+            if timeout is not None and time.monotonic() - began_s > timeout:
+                raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
+            time.sleep(POLL_S)
+        return code
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def main() -> None:
+    """The far side: forks, and says how forks ended, until nobody asks any more."""
+    import api.server  # noqa: F401 - to have it loaded is what the nursery is for
+    import worker.serve  # noqa: F401
+    from tests.chaos import launcher
+
+    gc.collect()
+    gc.freeze()                                         # a fork's collector leaves what is shared alone
+    children: set[int] = set()
+    for line in sys.stdin:
+        question = json.loads(line)
+        if pid := question.get("poll"):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            children.discard(ended)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        elif answer := os.fork():
+            children.add(answer)
+        else:
+            _become(question, launcher.main)
+        print(json.dumps(answer), flush=True)
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _become(question: dict[str, Any], run: Any) -> None:
+    """In the fork: what the command line of a new process would have been."""
+    code = 1
+    try:
+        for stream, path, mode in ((0, os.devnull, os.O_RDONLY), (1, question["log"], os.O_WRONLY | os.O_CREAT)):
+            os.dup2(os.open(path, mode), stream)
+        os.dup2(1, 2)
+        os.environ.update(question["environment"])
+        random.seed()                                   # jitter that is the same in all of them would be none
+        code = run(question["arguments"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

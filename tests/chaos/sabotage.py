@@ -1,0 +1,91 @@
+"""Parts of the protocol taken out, so that the judges are judged: each of these builds must turn a chaos run red.
+
+Each patches what it spoils in the process that calls it, and fails when what it patches is not there any more.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+
+def no_fence() -> None:
+    """The log takes whatever comes: no fence is written, no epoch raised, nothing refused for being late.
+
+    Nor are publishes counted any more: that alone would tell a worker that it was given up.
+    """
+    from shared import queue
+
+    module: Any = queue
+    script = module._script
+    no_refusal = """
+      local newest = redis.call('XREVRANGE', out, '+', '-', 'COUNT', 1)[1]
+      if newest[2][6] == 'end' then return 'refused' end
+      local epoch, k = string.match(newest[1], '(%d+)-(%d+)')
+      redis.call('XADD', out, epoch .. '-' .. k + 1,
+                 'position', position, 'tokens', tokens, 'kind', kind, 'data', data)
+      if added then return 'ok' end
+    """
+    spoilt = {
+        "if string.find(added.err, 'equal or smaller', 1, true) then return 'refused' end": no_refusal,
+        "append(job, (epoch + 1) .. '-0', position, tokens, 'fence', '\"' .. QUEUED .. '\"')\n": "\n",
+        "if not epoch or append(j.job, (epoch + 1) .. '-0',": "if not epoch or epoch == 0 and append(j.job, '1-0',"}
+    assert all(right in script("claim", "PUBLISH") for right in spoilt)
+    count = "if sequence > 1 and before ~= sequence - 1 and before ~= sequence then return {'behind'} end"
+    assert count in script("publish", "PUBLISH")
+    spoilt[count] = ""
+
+    def unfenced(verb: str, publish: str) -> str:
+        text: str = script(verb, publish)
+        for right, wrong in spoilt.items():
+            text = text.replace(right, wrong)
+        return text
+
+    module._script = unfenced
+
+
+def no_positions() -> None:
+    """A pod passes on whatever is pushed, be it old, repeated or ahead."""
+    from api.relay import Stream
+
+    def push(self: Any, entry: Any) -> None:
+        self._pending.append(entry)
+        self._wake.set()
+
+    Stream.push = push  # type: ignore[method-assign]
+
+
+def any_tokenizer() -> None:
+    """A claim takes what another tokenizer has begun."""
+    from shared import queue
+
+    module: Any = queue
+    script = module._script
+    tokenizer = "if j.tokenizer_id ~= ARGV[5] then return 'skip' end\n"
+    weights = "if started and j.weights_id ~= ARGV[6] and ARGV[12] ~= '1' then return 'skip' end\n"
+    assert tokenizer in script("claim", "PUBLISH") and weights in script("claim", "PUBLISH")
+    module._script = lambda *verb: script(*verb).replace(tokenizer, "").replace(weights, "")
+
+
+def other_digits() -> None:
+    """No sabotage, a temptation: a worker whose vocabulary has other digits, and which says nothing of itself."""
+    from worker import serve as module
+    from worker.worker import Worker
+
+    serve: Any = module
+    make_card = serve.make_card
+
+    def odd_card(*args: Any) -> Any:
+        card = make_card(*args)
+        tokenizer = json.loads(card.tokenizer_json)
+        vocab = tokenizer["model"]["vocab"]
+        ids = [vocab[digit] for digit in "0123456789"]
+        vocab |= dict(zip("0123456789", ids[1:] + ids[:1], strict=True))
+        return replace(card, tokenizer_json=json.dumps(tokenizer))
+
+    serve.make_card = odd_card
+    Worker._announce = lambda self: None  # type: ignore[method-assign]
+
+
+SABOTAGES = {"fence": no_fence, "position": no_positions, "tokenizer": any_tokenizer, "other digits": other_digits}

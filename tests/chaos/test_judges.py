@@ -1,0 +1,49 @@
+"""A judge that never condemns proves nothing: builds with a part of the protocol taken out must be found guilty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.asks import RAMBLE, Ask, count
+from tests.chaos.checker import Answer
+from tests.chaos.nursery import Nursery
+from tests.chaos.report import Result
+from tests.chaos.run import play
+from tests.chaos.schedule import Kind
+
+SEED = 5
+DURATION_S = 7.0
+PATIENCE_S = 25.0                                       # what was taken out may leave a client without an end
+FAULTS: tuple[Kind, ...] = ("freeze worker", "swallow")
+ASKS = (count(1, 60), count(20, 79), Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11}))
+SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
+    # taken out → what must be found
+    "fence": lambda found: any("P5 position" in violation for violation in found),
+    "position": lambda found: any("does not count right" in violation for violation in found),
+    "tokenizer": lambda found: any("does not count right" in violation for violation in found),
+}
+
+
+async def run(folder: Path, nursery: Nursery, uninterrupted: dict[str, Answer] | None, sabotage: str = "") -> Result:
+    """Three workers, of which one has another tokenizer and may touch nothing that the others began."""
+    options: dict[str, Any] = {"pods": 1, "workers": 3, "test_sabotage": sabotage,
+                               "odd": {"test_sabotage": f"{sabotage},other digits"}}
+    return await play(SEED, DURATION_S, folder, nursery, kinds=FAULTS, asks=ASKS, num_clients=3,
+                      uninterrupted=uninterrupted, patience_s=PATIENCE_S, **options)
+
+
+async def test_the_whole_build_is_acquitted(tmp_path: Path, nursery: Nursery) -> None:
+    """The twin: the same faults on the same cast, and nothing taken out."""
+    result = await run(tmp_path, nursery, None)
+    assert result.violations == []
+    assert result.num("freeze worker") and result.num_swallowed
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+async def test_a_build_without_it_is_condemned(sabotage: str, tmp_path: Path, nursery: Nursery) -> None:
+    result = await run(tmp_path, nursery, {}, sabotage)
+    assert SABOTAGES[sabotage](result.violations), result.violations

@@ -1,0 +1,76 @@
+"""On a Redis Cluster of three primaries: the same promises, and a primary that is killed and comes back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from deploy.redis import RedisServer, binaries, major
+from shared.connection import MIN_CLUSTER_VERSION
+from tests.cluster import cluster
+from tests.conftest import short_folder
+from tests.system import MODEL, System
+from tests.tools import require_tool
+from tests.tour.test_streams_survive import Reader
+
+NAME, NUM_TOKENS = "clustered", 400
+
+
+@dataclass
+class Stage:
+    primaries: list[RedisServer]
+    system: System
+
+    @property
+    def owner(self) -> RedisServer:
+        """The primary that holds the model's shard."""
+        node = self.system.redis.get_node_from_key(self.system.shard.key("jobs"))
+        return next(server for server in self.primaries if server.port == node.port)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    require_tool("redis-server")
+    binary = next(path for path in binaries() if major(path) >= MIN_CLUSTER_VERSION[0])
+    with cluster(short_folder(tmp_path_factory), binary) as primaries:
+        url = primaries[0].url.replace("redis://", "redis+cluster://")
+        system = System(tmp_path_factory.mktemp("cluster"), url, lease_s=1.0, idle_poll_s=0.2,
+                        served_model_name=f"{NAME},{MODEL}-{NAME}")
+        system.start_worker()
+        system.start_worker()
+        system.start_pod()
+        system.await_workers(2)
+        yield Stage(primaries, system)
+        system.stop()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(stage: Stage) -> tuple[Any, ...]:
+    reader = Reader(stage.system, NAME, NUM_TOKENS)
+    reader.read()
+    return reader.answer
+
+
+def test_a_killed_worker_is_not_noticed(stage: Stage, uninterrupted: tuple[Any, ...]) -> None:
+    reader = Reader(stage.system, NAME, NUM_TOKENS)
+    reader.read(100)
+    worker = stage.system.worker_of(reader.id)
+    worker.end(signal.SIGKILL)
+    stage.system.workers.remove(worker)
+    stage.system.start_worker()
+    reader.read()
+    assert reader.answer == uninterrupted
+    stage.system.await_workers(2)
+
+
+def test_a_primary_that_is_killed_and_comes_back_costs_no_token(stage: Stage, uninterrupted: tuple[Any, ...]) -> None:
+    reader = Reader(stage.system, NAME, NUM_TOKENS)
+    reader.read(100)
+    stage.owner.kill()
+    stage.owner.start()
+    reader.read()
+    assert reader.answer == uninterrupted
