@@ -5,7 +5,7 @@
 #   TORCH_INDEX=… the index that torch is taken from; otherwise the build that fits this machine
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench tiny lock clean tools static
+.PHONY: help serve test check bench chaos tiny lock clean tools static
 
 BIN := .venv/bin
 PYTHONS := $(or $(PYTHON),$(BIN)/python python3 python3.14 python3.13 python3.12 python3.11)
@@ -35,6 +35,10 @@ check: tools static ## what takes seconds: lint, types, compose, Dockerfiles, ng
 bench: ## measure (ARGS: python -m tests.bench.run --help)
 	$(call install,test)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
+
+chaos: ## streams under a seeded rain of faults, every answer judged (ARGS: python -m tests.chaos.run --help)
+	$(call install,test)
+	@$(BIN)/python -m tests.chaos.run $(ARGS)
 
 tiny: ## train the built-in model again
 	$(call install,serve)

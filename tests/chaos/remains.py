@@ -1,4 +1,4 @@
-"""What Redis holds when all is over: the logs of what was said, and nothing of anything that lived. It judges nothing."""
+"""What Redis holds when all is over: the logs of what was said, and nothing of what lived. It judges nothing."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -35,7 +36,9 @@ from tests.system import MODEL, Process, System, free_port
 
 CLIENTS = 4
 DEATH_S = 30.0                                          # for all three to come to their point
-STIR_S = 0.15                                           # between two hand-overs, where a point needs them
+PATIENCE_S = 20.0                                       # of a client, for one answer
+STIR_S = 0.05                                           # between two rounds of hand-overs, where a point needs them
+MAX_STIRRED = 3                                         # hand-overs of one stream
 QUICK: dict[str, Any] = {"announce_s": 0.3, "announce_ttl_s": 3.0, "reader_ttl_s": 3.0, "disconnect_grace_s": 2.0}
 ASKS = (count(3, 14), count(1, 12, n=2),
         Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11, "max_tokens": 50}),
@@ -65,7 +68,7 @@ async def test_a_worker_may_die_there(point: Point, cast: System, uninterrupted:
     doomed = [cast.start_worker(test_crash=f"{point.name}:{passage}") for passage in point.passages]
     for worker in doomed:
         cast.workers.remove(worker)
-    async with provoked(point, cast, doomed), Clients([cast.url], MODEL) as clients:
+    async with provoked(point, cast, doomed), Clients([cast.url], MODEL, PATIENCE_S) as clients:
         await ask_until_dead(clients, doomed)
     await judge(clients, cast, doomed, uninterrupted)
 
@@ -78,7 +81,7 @@ async def test_a_pod_may_die_there(point: Point, cast: System, uninterrupted: di
     for url in urls:
         del cast.pods[url]
     everywhere = list(itertools.chain.from_iterable((url, cast.url) for url in urls))
-    async with visited(point, urls), Clients(everywhere, MODEL) as clients:
+    async with visited(point, urls), Clients(everywhere, MODEL, PATIENCE_S) as clients:
         await ask_until_dead(clients, doomed)
     await judge(clients, cast, doomed, uninterrupted)
 
@@ -127,24 +130,29 @@ async def visited(point: Point, urls: list[str]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def beside(deed: Any) -> AsyncIterator[None]:
-    task = asyncio.create_task(deed) if deed else None
+    tasks = {asyncio.create_task(deed)} if deed else set()
     yield
-    if task:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    while tasks:                                        # wait_for of Python 3.11 may swallow a cancellation
+        for task in tasks:
+            task.cancel()
+        done, tasks = await asyncio.wait(tasks, timeout=0.1)
+        for task in done:
+            assert task.cancelled() or not task.exception(), task
 
 
 async def stir(cast: System) -> None:
-    """Takes every stream from whoever has it, again and again, as when its worker leaves."""
-    redis = connection.connect(cast.redis_url)
-    queue = Queue(redis, cast.shard, Settings())
+    """Takes each stream from whoever has it, a few times, as when its worker leaves."""
+    redis: Any = connection.connect(cast.redis_url)
+    queue, times = Queue(redis, cast.shard, Settings()), Counter[str]()
     while True:
         await asyncio.sleep(STIR_S)
-        names: Any = await redis.zrange(queue.shard.key("leases"), 0, -1)
-        for name in names:
-            if held := [job.decode() for job in await redis.smembers(queue.shard.key(f"held:{name.decode()}"))]:
-                await queue.release(name.decode(), held)
+        for name in await redis.zrange(queue.shard.key("leases"), 0, -1):
+            for job in await redis.smembers(queue.shard.key(f"held:{name.decode()}")):
+                job_id = job.decode()
+                begun = (await queue.read(job_id))[-1].position > 0
+                if begun and times[job_id] < MAX_STIRRED:
+                    times[job_id] += 1
+                    await queue.release(name.decode(), [job_id])
 
 
 async def end_when_begun(doomed: list[Process]) -> None:
