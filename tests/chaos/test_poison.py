@@ -1,4 +1,4 @@
-"""A request that kills whoever begins it: three workers die of it, nothing else fails; from the second on it is alone."""
+"""A request that kills whoever begins it: three workers die of it, no other fails; from the second on it is alone."""
 
 from __future__ import annotations
 
