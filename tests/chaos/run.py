@@ -23,7 +23,7 @@ from tests.chaos.nursery import Nursery
 from tests.chaos.observer import Observer
 from tests.chaos.remains import leftovers, logs
 from tests.chaos.report import Result
-from tests.chaos.schedule import KINDS, Kind, schedule
+from tests.chaos.schedule import GAP_S, KINDS, Kind, schedule
 from tests.chaos.stage import SETTINGS, Stage
 from tests.system import MODEL
 
@@ -37,24 +37,27 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of faults per seed (%(default)s)")
     parser.add_argument("--clients", type=int, default=CONCURRENCY, help="at a time (%(default)s)")
+    parser.add_argument("--gap", type=float, default=GAP_S, help="seconds between faults; from 8 on recoveries do not "
+                        "disturb each other (%(default)s)")
     args = parser.parse_args()
     console, results = Console(width=150), []
     with Nursery() as nursery:
         for seed in range(args.seed, args.seed + args.seeds):
             with tempfile.TemporaryDirectory(prefix="baton-") as folder:
-                result = asyncio.run(play(seed, args.duration, Path(folder), nursery, num_clients=args.clients))
+                result = asyncio.run(play(seed, args.duration, Path(folder), nursery, num_clients=args.clients,
+                                          gap_s=args.gap))
             results.append(result)
             console.print(report.figures([result]), *result.violations[:SHOWN], sep="\n")
     console.print(report.figures(results), report.recoveries(results), sep="\n")
     red = [result.seed for result in results if result.violations]
     for seed in red:
         print(f"seed {seed} is red; again: make chaos ARGS='--seed {seed} --seeds 1 --duration {args.duration:g} "
-              f"--clients {args.clients}'")
+              f"--clients {args.clients} --gap {args.gap:g}'")
     return int(bool(red))
 
 
 async def play(seed: int, duration_s: float, folder: Path, nursery: Nursery, *, kinds: tuple[Kind, ...] = KINDS,
-               asks: Sequence[Ask] = ASKS, num_clients: int = CONCURRENCY,
+               asks: Sequence[Ask] = ASKS, num_clients: int = CONCURRENCY, gap_s: float = GAP_S,
                uninterrupted: dict[str, Answer] | None = None, patience_s: float = PATIENCE_S,
                **stage_options: Any) -> Result:
     """One seed: the uninterrupted answers unless they are known, then faults, then judgement."""
@@ -67,7 +70,7 @@ async def play(seed: int, duration_s: float, folder: Path, nursery: Nursery, *, 
         begun_s = time.monotonic()
         reading = asyncio.create_task(clients.run(in_turn(asks, seed), num_clients,
                                                   lambda: time.monotonic() < begun_s + duration_s))
-        for fault in schedule(seed, duration_s, lease_s, kinds):
+        for fault in schedule(seed, duration_s, lease_s, kinds, gap_s):
             await asyncio.sleep(max(0.0, begun_s + fault.at_s - time.monotonic()))
             await stage.hit(fault, clients.on)
         await stage.settle()

@@ -13,7 +13,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # How often each kind is in the deck that is dealt to its end before it is shuffled anew.
 DECK: dict[Kind, int] = {"kill worker": 3, "freeze worker": 2, "end worker": 2, "cut": 2, "swallow": 2, "delay": 1,
                          "half-open": 1, "kill redis": 1, "kill pod": 1, "end pod": 1}
-MIN_GAP_S, MAX_GAP_S = 0.7, 1.5                         # between faults
+GAP_S = 1.1                                             # between faults, on average
+MIN_GAP, MAX_GAP = 0.6, 1.4                             # of that
 FROZEN_LEASES = (1.2, 3.2)                              # a worker that wakes has lost its jobs
 HALF_OPEN_LEASES = (0.2, 2.0)
 REDIS_AWAY_S = (0.1, 1.0)
@@ -33,19 +34,20 @@ class Fault:
         return f"{self.at_s:.2f} s: {self.kind}{lasts}"
 
 
-def schedule(seed: int, duration_s: float, lease_s: float, kinds: tuple[Kind, ...] = KINDS) -> list[Fault]:
+def schedule(seed: int, duration_s: float, lease_s: float, kinds: tuple[Kind, ...] = KINDS,
+             gap_s: float = GAP_S) -> list[Fault]:
     """The same seed, the same faults; none in the first moment, when no stream lives yet."""
     draw = random.Random(seed)
     faults: list[Fault] = []
     deck: list[Kind] = []
-    at_s = draw.uniform(MIN_GAP_S, MAX_GAP_S)
+    at_s = gap_s * draw.uniform(MIN_GAP, MAX_GAP)
     while at_s < duration_s:
         if not deck:
             deck = [kind for kind in kinds for _ in range(DECK[kind])]
             draw.shuffle(deck)
         kind = deck.pop()
         faults.append(Fault(at_s, kind, draw.random(), _lasts_s(kind, draw, lease_s)))
-        at_s += draw.uniform(MIN_GAP_S, MAX_GAP_S)
+        at_s += gap_s * draw.uniform(MIN_GAP, MAX_GAP)
     return faults
 
 
