@@ -20,7 +20,6 @@ from shared.settings import Settings
 log = logging.getLogger(__name__)
 
 READY_WITHIN_S = 2.0                                    # of Redis' last answer
-CANCEL_AGAIN_S = 0.1                                    # a chore that did not end when it was told to
 MAX_LEAVE_TRIES = 5                                     # of a job that nobody reads here, when Redis is away
 
 
@@ -53,11 +52,7 @@ class Pod:
                 *self.relay.chores(), self.directory.run(), self.limits.run(),
                 reap(self.directory.queues, self.settings))]
             yield
-            # More than once: before Python 3.12 wait_for, in redis-py, loses a cancellation that comes with a reply.
-            while not all(chore.done() for chore in chores):
-                for chore in chores:
-                    chore.cancel()
-                await asyncio.wait(chores, timeout=CANCEL_AGAIN_S)
+            await connection.end(chores)
         await asyncio.gather(*self._goodbyes)
         await self.redis.aclose()
 

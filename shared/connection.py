@@ -40,6 +40,7 @@ COMMAND_TIMEOUT_S = 5.0
 MAX_RETRIES = 4                                         # of one verb, by redis-py: about a second in all
 MAX_CONNECTIONS = 64                                    # per pool; further commands wait for one
 RECONNECT_S = 0.2
+CANCEL_AGAIN_S = 0.1                                    # a task that did not end when it was told to
 SUBSCRIBE_S = 0.1                                       # until a new channel is noticed in silence
 MIN_VERSION = (6, 2)
 MIN_CLUSTER_VERSION = (7,)                              # sharded pub/sub
@@ -187,6 +188,17 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
     except (*UNREACHABLE, MovedError, OSError) as error:
         log.warning("subscription lost (%s), connecting again", type(error).__name__)
         await asyncio.sleep(RECONNECT_S)
+
+
+async def end(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Cancels tasks that speak to Redis until they are done.
+
+    Once may not be enough: before Python 3.12 wait_for, in redis-py, loses a cancellation that comes with a reply.
+    """
+    while running := [task for task in tasks if not task.done()]:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
 
 
 async def infos(redis: Redis, *sections: str) -> list[dict[str, Any]]:

@@ -56,11 +56,12 @@ class Switch:
         writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        sent = b""
+        sent = b""                                      # since the cut was asked for: connections are used again
         while piece := await reader.read(PIECE_BYTES):
-            sent += piece
+            sent = b"" if self._num_events is None else sent + piece
             end = self._end(sent)
-            writer.write(sent[len(sent) - len(piece):end])
+            num_too_many = 0 if end is None else len(sent) - end
+            writer.write(piece[:max(len(piece) - num_too_many, 0)])
             await writer.drain()
             if end is not None:
                 self._num_events = None

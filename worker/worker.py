@@ -86,9 +86,7 @@ class Worker:
             log.warning("%s leaves without Redis: its jobs go to others when its lease ends", self.name)
         finally:
             self._unwatch()
-            for task in (*chores, self._announcing, self._publishing):
-                if task:
-                    task.cancel()
+            await connection.end([task for task in (*chores, self._announcing, self._publishing) if task])
 
     async def _turn(self) -> None:
         await self._admit()

@@ -115,8 +115,14 @@ async def test_one_of_several_readers_that_leaves_takes_nothing_from_the_others(
 async def test_without_grace_a_job_ends_with_its_client(pair: System, worker: ScriptedWorker) -> None:
     url = pair.start_pod(disconnect_grace_s=0)
     async with client(url) as pod:
-        async with begun(pod, worker) as (script, _):
-            pass
+        async with begun(pod, worker) as (script, body):
+            async with pod.stream("GET", f"{CHAT}/{script.job.id}", params={"stream": "true"}) as response:
+                second = Body(response)
+                await second.has('"H"')
+                second.task.cancel()
+            await asyncio.sleep(0.2)
+            await script.say(say("i"))
+            await body.has('"i"')                       # the first still reads
         left_s = time.monotonic()
         assert await script.outcome() == "cancelled"
         assert time.monotonic() - left_s < 1

@@ -110,6 +110,7 @@ async def test_a_reader_hears_at_once_what_is_said_on_another_pod(pods: list[htt
     async with streaming(pods[0], worker) as body:
         script = await worker.claim()
         async with pods[1].stream("GET", f"{CHAT}/{script.job.id}", params={"stream": "true"}) as response:
+            assert len((await worker.queue.describe(script.job.id))["pods"].split()) == 2, "at once, not with a clock"
             other = Body(response)
             await other.has(HEARTBEAT, 8)               # 1.6 s: from here a sweep is more than a second away
             await script.say(say("H"))

@@ -130,14 +130,10 @@ async def visited(point: Point, urls: list[str]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def beside(deed: Any) -> AsyncIterator[None]:
-    tasks = {asyncio.create_task(deed)} if deed else set()
+    tasks = [asyncio.create_task(deed)] if deed else []
     yield
-    while tasks:                                        # wait_for of Python 3.11 may swallow a cancellation
-        for task in tasks:
-            task.cancel()
-        done, tasks = await asyncio.wait(tasks, timeout=0.1)
-        for task in done:
-            assert task.cancelled() or not task.exception(), task
+    await connection.end(tasks)
+    assert all(task.cancelled() or not task.exception() for task in tasks), tasks
 
 
 async def stir(cast: System) -> None:

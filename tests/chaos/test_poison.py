@@ -1,4 +1,4 @@
-"""A request that kills whoever begins it: three workers die of it, and it alone fails; alone from the second on."""
+"""A request that kills whoever begins it: three workers die of it, no other fails; from the second on it is alone."""
 
 from __future__ import annotations
 
