@@ -35,7 +35,7 @@ async def ask(url: str, questions: list[Question]) -> list[bool]:
         return list(await asyncio.gather(*(one(client, question) for question in questions)))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_every_skill_reaches_its_goal(system: System, report: list[str]) -> None:
     """A table is printed at the end of the run."""
     report.append(f"baton-tiny, {NUM_QUESTIONS} held-out questions per skill")

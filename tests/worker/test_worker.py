@@ -76,7 +76,7 @@ async def ask(worker: Worker, job: Job) -> None:
 async def read_until(worker: Worker, job: Job, enough: Callable[[list[Entry]], bool]) -> list[Entry]:
     async with asyncio.timeout(WAIT_S):
         while True:
-            with contextlib.suppress(StreamLost):       # until it is put back
+            with contextlib.suppress(StreamLost, connection.NotNow):    # until it is put back, and Redis reads again
                 if enough(entries := await worker.queue.read(job.id)):
                     return entries
             await asyncio.sleep(0.01)
