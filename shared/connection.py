@@ -93,12 +93,12 @@ def connect(url: str) -> Redis:
 
 
 def _mended(kind: type[Any]) -> type[Any]:
-    """The same connection; a write to one that was reset fails as on any lost one, under uvloop too."""
+    """The same connection; a write to one that was reset or closed meanwhile fails as on any lost one."""
     class Connection(kind):  # type: ignore[misc]
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
             try:
                 await super().send_packed_command(command, check_health)
-            except RuntimeError as error:               # uvloop's, when the transport has been closed
+            except (RuntimeError, AttributeError) as error:     # uvloop's of a closed transport; redis-py has no writer
                 raise ConnectionError("the connection was reset") from error
 
     return Connection

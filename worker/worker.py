@@ -122,13 +122,14 @@ class Worker:
 
     async def _admit(self) -> None:
         """Takes jobs when there is room and something was said of new ones, or it is time to look."""
-        now_s = time.monotonic()
-        if not self._wake.is_set() and now_s < self._claim_at_s:
+        if not self._wake.is_set() and time.monotonic() < self._claim_at_s:
             return
         num_free = self.engine.num_free_seqs
         if num_free <= 0 or (self._answers and self._alone):
             return
+        await self._settle()                            # a refusal, or what is put back, must not meet a newer claim
         self._wake.clear()
+        now_s = time.monotonic()
         self._claim_at_s = now_s + self.settings.idle_poll_s
         card = self.card
         try:

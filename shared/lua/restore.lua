@@ -29,7 +29,8 @@ end
 local f = redis.call('HMGET', hash, 'entry', 'ended_ms', 'worker')
 if f[1] and stands() then
   if f[2] then return nil end
-  if worker == '' or f[3] ~= worker then return 0 end                   -- else also when this is said again
+  -- Also when this is said again; not when it was lost, continued by others, and is claimed anew.
+  if worker == '' or f[3] ~= worker or log_position > num_entries then return 0 end
   redis.call('SADD', held, job)
   renew(worker, ARGV[17])
   return log_epoch

@@ -111,12 +111,12 @@ class Clients:
         """One answer to its end, over as many connections as that takes."""
         transcript = Transcript(ask)
         self.transcripts.append(transcript)
-        give_up_s = time.monotonic() + self._patience_s
-        while transcript.open:
-            if time.monotonic() > give_up_s:
-                transcript.failure = f"no end within {self._patience_s:.0f} s, last: {transcript.connections[-1].why}"
-            else:
-                await asyncio.sleep(await self._connect(transcript))
+        try:
+            async with asyncio.timeout(self._patience_s):
+                while transcript.open:
+                    await asyncio.sleep(await self._connect(transcript))
+        except TimeoutError:
+            transcript.failure = f"no end within {self._patience_s:.0f} s, last: {transcript.connections[-1].why}"
         return transcript
 
     async def _connect(self, transcript: Transcript) -> float:

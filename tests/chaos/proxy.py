@@ -87,7 +87,7 @@ class Proxy:
                 replies, link.redis = await asyncio.open_connection(self._target.hostname, self._target.port)
             await link.run(self._copy(reader, link.redis, link.heard),
                            self._copy(replies, writer, self._may_reply(link)))
-        except OSError:                                 # Redis is not there
+        except (OSError, asyncio.CancelledError):       # Redis is not there, or the test is over
             pass
         finally:
             link.reset()

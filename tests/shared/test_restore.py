@@ -64,6 +64,17 @@ async def test_a_worker_goes_on_where_it_was_when_all_is_lost(queue: Queue) -> N
     assert not any((await leftovers(queue)).values())
 
 
+async def test_a_worker_that_claims_again_what_others_continued_does_not_go_on_from_its_own_past(queue: Queue) -> None:
+    claimed, entries = await begin(queue)
+    await queue.release("w1")
+    heir = await claim_one(queue, "w2")
+    assert await queue.publish("w2", [delta(heir, 1)]) == ["ok"]
+    await queue.release("w2")
+    assert (await claim_one(queue, "w1", sequence=2)).position == 4
+    assert await put_back(queue, claimed, entries, "w1") == 0
+    assert (await claim_one(queue, "w1", sequence=2)).position == 4, "it holds the claim, and hears of it again"
+
+
 async def test_a_pod_puts_back_what_it_has_delivered_and_any_worker_goes_on(queue: Queue) -> None:
     claimed, entries = await begin(queue)
     await queue.redis.flushall()

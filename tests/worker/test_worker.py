@@ -23,7 +23,7 @@ from shared.card import Announcement, Card
 from shared.errors import StreamLost
 from shared.job import Delta, Entry, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import DIRECTORY, new_completion_id
-from shared.queue import Write
+from shared.queue import Claims, Write
 from shared.settings import Settings
 from tests.system import eventually
 from worker import tiny
@@ -297,6 +297,38 @@ async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: 
     entries = await read_until(worker, job, ended)
     assert token_ids(entries) == expected
     assert [entry.position for entry in entries] == list(range(len(entries)))
+
+
+async def test_a_forgotten_worker_keeps_what_it_claims_while_a_late_reply_says_it_lost_it(
+        worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease ends, all it holds is in line again and its own once more, and only then it hears of the loss."""
+    job = make_job(worker, sampling=Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3))
+    restore, claim = worker.queue.restore, worker.queue.claim
+    restored = asyncio.Event()
+
+    async def restore_and_answer_late(*args: Any, **kwargs: Any) -> int | None:
+        epoch = await restore(*args, **kwargs)
+        restored.set()
+        await asyncio.sleep(0.3)
+        return epoch
+
+    async def claim_after_it(*args: Any, **kwargs: Any) -> Claims:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(restored.wait(), 0.3)
+        return await claim(*args, **kwargs)
+
+    await ask(worker, job)
+    await read_until(worker, job, partial(has_reached, 1))
+    monkeypatch.setattr(worker.queue, "restore", restore_and_answer_late)
+    monkeypatch.setattr(worker.queue, "claim", claim_after_it)
+    for epoch in (1, 3, 5):
+        await read_until(worker, job, partial(has_reached, epoch))
+        restored.clear()
+        assert await worker.queue.release(worker.name) == 1
+        await asyncio.sleep(0.5)
+        restored.set()
+    await read_until(worker, job, ended)
+    assert not await worker.queue.redis.exists(worker.queue.shard.key(f"held:{worker.name}"))
 
 
 async def test_a_job_that_lost_its_worker_runs_alone_until_it_has_a_new_token(worker: Worker) -> None:
