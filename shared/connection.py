@@ -153,7 +153,8 @@ async def _hear_sharded(url: str, channel: str, heard_of: asyncio.Queue[tuple[st
     """One channel, from whichever node owns it; for ever."""
     while True:
         try:
-            async with RedisCluster.from_url(_node_url(url), socket_timeout=COMMAND_TIMEOUT_S) as cluster:
+            asked = RedisCluster.from_url(_node_url(url), socket_timeout=COMMAND_TIMEOUT_S)
+            async with _mended_cluster(asked) as cluster:
                 node = cluster.get_node_from_key(channel)
                 assert node, "a connected cluster covers every slot"
         except TROUBLE as error:
