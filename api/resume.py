@@ -5,6 +5,9 @@ A position is the ordinal of an event, so whatever pod counts them counts alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from api.delivered import Delivered
 from api.pod import Pod
 from api.relay import Stream
@@ -14,6 +17,7 @@ from shared.errors import (
     CompletionNotFound,
     InvalidValue,
     PositionNotReached,
+    StreamLost,
     Unavailable,
     job_error,
 )
@@ -49,9 +53,21 @@ async def whole(pod: Pod, queue: Queue, found: Found) -> bytes:
     if found.finish is None:
         raise CompletionInProgress(retry_after_s=RETRY_S)
     fold = CompletionFold(found.job_id, found.header, await token_bytes(pod, found))
-    for entry in await queue.read(found.job_id):
-        fold.feed(entry)
+    with _kept_until_now(found):
+        for entry in await queue.read(found.job_id):
+            fold.feed(entry)
     return fold.body()
+
+
+@contextmanager
+def _kept_until_now(found: Found) -> Iterator[None]:
+    """The log of what has ended expires: it was there a moment ago, when it was found."""
+    try:
+        yield
+    except StreamLost:
+        if found.finish:
+            raise CompletionNotFound from None
+        raise
 
 
 async def join(pod: Pod, queue: Queue, found: Found) -> Stream:
@@ -76,7 +92,8 @@ async def follow(pod: Pod, queue: Queue, found: Found, after: int) -> tuple[Stre
     await pod.relay.hear(queue.shard)
     stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
     try:
-        said = await _catch_up(stream, fold)
+        with _kept_until_now(found):
+            said = await _catch_up(stream, fold)
         if not fold.ended:
             await _attend(pod, stream)                  # not before: whoever is refused was no reader
     except BaseException:

@@ -67,7 +67,7 @@ class Claimed:
 class Claims:
     jobs: tuple[Claimed, ...]
     malformed: tuple[str, ...]                          # ids of jobs that do not decode
-    look_again_s: float | None                          # until a job that was left to a better worker may be ours
+    look_again_s: float | None                          # until a job that was left to another worker may be ours
 
 
 @dataclass(frozen=True, slots=True)

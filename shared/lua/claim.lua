@@ -1,8 +1,9 @@
 -- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
 --       prefix_patience_ms, prefix_ttl_ms, any_weights)
 --   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request, header}...}
--- look_again_ms: until a job that was left to a better worker may be this one's; -1 when none was left so.
+-- look_again_ms: until a job that was left to another worker may be this one's; -1 when none was left so.
 -- The same sequence number again gives the same jobs again: a claim whose reply was lost loses nothing.
+local SHARE_MS = 10  -- for others to take their share of the line
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
 local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
 local self = key('worker:' .. worker)
@@ -19,7 +20,7 @@ end
 
 local before = redis.call('HMGET', self, 'claim', 'claimed')
 if before[1] == ARGV[3] then
-  local reply = {look_again_ms}
+  local reply = {SHARE_MS}
   for job, alone in string.gmatch(before[2], '(%S+):(%d)') do
     if redis.call('SISMEMBER', key('held:' .. worker), job) == 1 then table.insert(reply, describe(job, tonumber(alone))) end
   end
@@ -28,12 +29,15 @@ end
 
 local empty = redis.call('SCARD', key('held:' .. worker)) == 0
 
+local function leave_for(ms)
+  if look_again_ms < 0 or ms < look_again_ms then look_again_ms = ms end
+end
+
 -- A better worker may come: whether that is still waited for.
 local function is_patient(waited_ms, limit_ms)
   local rest_ms = limit_ms - waited_ms
-  if rest_ms <= 0 then return false end
-  if look_again_ms < 0 or rest_ms < look_again_ms then look_again_ms = rest_ms end
-  return true
+  if rest_ms > 0 then leave_for(rest_ms) end
+  return rest_ms > 0
 end
 
 -- warmth(names of a prompt's beginnings) -> 'mine', 'theirs' (another live worker's) or nil: who computed the longest
@@ -118,9 +122,15 @@ local function take(j)
   return describe(j.job, j.attempts > 0 and 1 or 0)
 end
 
-local taken, claimed = {}, {}
-for _, j in ipairs(candidates()) do
+-- The line is shared among those who live: the first to ask does not take all while others idle, and soon asks again.
+local line, taken, claimed = candidates(), {}, {}
+local share = math.ceil(#line / redis.call('ZCOUNT', key('leases'), now, '+inf'))
+for _, j in ipairs(line) do
   if free <= 0 then break end
+  if #taken >= share then
+    leave_for(SHARE_MS)
+    break
+  end
   local verdict = 'skip'
   if load(j) then verdict = suits(j) else redis.call('ZREM', key('ready'), j.job) end
   if verdict == 'stop' then break end

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 from redis.asyncio import Redis, RedisCluster
+from redis.exceptions import ConnectionError
 
 from deploy.redis import RedisServer
 from shared import connection
@@ -109,3 +110,25 @@ def test_a_connection_that_was_reset_is_replaced_in_silence(redis_url: str) -> N
             assert wire.num_cut >= 20
 
     uvloop.run(reset_between_commands())
+
+
+async def test_a_connection_that_is_closed_while_it_opens_is_a_lost_one(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another task, as a cluster client does with every node when one of them is gone."""
+    server = RedisServer(tmp_path / "r").start()
+    redis = connection.connect(server.url)
+    pool: Any = redis.connection_pool
+    opening = pool.make_connection()
+    try:
+        await opening.connect()
+
+        async def close(**_: object) -> None:
+            await opening.disconnect()
+
+        monkeypatch.setattr(opening, "connect_check_health", close)
+        await opening.disconnect()
+        with pytest.raises(ConnectionError, match="reset"):
+            await opening.send_command("PING")
+    finally:
+        await redis.aclose()
+        server.stop()

@@ -140,7 +140,7 @@ async def test_a_claim_whose_reply_was_lost_gives_the_same_jobs(queue: Queue) ->
     jobs = {(await submit(queue)).id for _ in range(2)}
     first = await queue.claim("w1", 1, 8, **LIKE)
     again = await queue.claim("w1", 1, 8, **LIKE)
-    assert first == again
+    assert first.jobs == again.jobs
     assert {claimed.job.id for claimed in again.jobs} == jobs
     assert (await queue.claim("w1", 2, 8, **LIKE)).jobs == ()
 
@@ -447,6 +447,19 @@ async def test_other_weights_continue_only_where_a_setting_says_so(each_redis: R
     await lose_patience(queue)
     (late,) = (await queue.claim("w2", 2, 8, **other)).jobs
     assert (late.job, late.is_like) == (claimed.job, False)
+
+
+async def test_those_who_live_share_the_line(queue: Queue) -> None:
+    """The first to ask leaves half to the other, and asks again soon; whoever is gone has no share."""
+    assert (await queue.claim("w2", 1, 8, **LIKE)).jobs == ()
+    jobs = [await submit(queue) for _ in range(6)]
+    first = await queue.claim("w1", 1, 8, **LIKE)
+    assert [claimed.job for claimed in first.jobs] == jobs[:3]
+    assert first.look_again_s is not None and 0 < first.look_again_s < queue.settings.idle_poll_s
+    assert [claimed.job for claimed in (await queue.claim("w2", 2, 8, **LIKE)).jobs] == jobs[3:5]
+    await queue.release("w2")
+    last = await queue.claim("w1", 2, 8, **LIKE)
+    assert ({claimed.job for claimed in last.jobs}, last.look_again_s) == ({*jobs[3:]}, None)
 
 
 async def test_a_prompt_goes_to_the_worker_that_holds_its_beginning(queue: Queue) -> None:

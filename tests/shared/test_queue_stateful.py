@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import secrets
 from collections import Counter
 from collections.abc import Coroutine
@@ -132,13 +133,15 @@ class Verbs(RuleBasedStateMachine):
         holds = any(known.worker == worker and known.state == "running" for known in self.jobs.values())
         claims = self.run(self.queue.claim(worker, sequence, free, **LIKE))
         if twice:
-            assert self.run(self.queue.claim(worker, sequence, free, **LIKE)) == claims
+            assert self.run(self.queue.claim(worker, sequence, free, **LIKE)).jobs == claims.jobs
         self.leases.add(worker)
         alone = [claimed for claimed in claims.jobs if claimed.alone]
         assert len(claims.jobs) <= free
         assert not alone or (len(claims.jobs) == 1 and not holds)
         if not any(known.attempts for known in line):
-            assert len(claims.jobs) == min(free, len(line)), "what could run was left in line"
+            share = math.ceil(len(line) / len(self.leases))
+            assert len(claims.jobs) == min(free, share), "what could run was left in line"
+            assert (claims.look_again_s is not None) == (share < min(free, len(line)))
         for claimed in claims.jobs:
             known = self.jobs[claimed.job.id]
             assert known.state == "queued"
