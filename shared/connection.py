@@ -153,8 +153,7 @@ async def _hear_sharded(url: str, channel: str, heard_of: asyncio.Queue[tuple[st
     """One channel, from whichever node owns it; for ever."""
     while True:
         try:
-            asked = RedisCluster.from_url(_node_url(url), socket_timeout=COMMAND_TIMEOUT_S)
-            async with _mended_cluster(asked) as cluster:
+            async with cast(RedisCluster, connect(url)) as cluster:
                 node = cluster.get_node_from_key(channel)
                 assert node, "a connected cluster covers every slot"
         except TROUBLE as error:

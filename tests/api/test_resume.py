@@ -10,8 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
+from redis.asyncio import Redis
 
-from shared.job import Delta, TokenLogprob
+from api.resume import whole
+from shared.errors import CompletionNotFound
+from shared.job import Delta, Finish, Header, TokenLogprob, Usage
+from shared.keys import Shard, new_completion_id
+from shared.queue import Found, Queue
+from shared.settings import Settings
 from tests.api.conftest import KEYS
 from tests.api.scripted import WAIT_S, Script, ScriptedWorker, ask, error_of, say, until_known
 from tests.api.test_http import CHAT, DONE, HEARTBEAT, Body, streaming
@@ -169,6 +175,16 @@ async def test_an_answer_is_kept_so_long_and_no_longer(pair: System, worker: Scr
                 await asyncio.sleep(0.05)
         assert error_of(response, 404)["code"] == "completion_not_found"
     pair.pods.pop(url).end()
+
+
+async def test_an_answer_that_expires_while_it_is_read_is_not_found(each_redis: Redis) -> None:
+    """It was found, and its log is gone a moment later."""
+    queue = Queue(each_redis, Shard.of("m"), Settings())
+    header = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=1)
+    found = Found(new_completion_id(queue.shard), "t", header, Finish(Usage(1, 1)), None)
+    nobody_is_asked: Any = None
+    with pytest.raises(CompletionNotFound):
+        await whole(nobody_is_asked, queue, found)
 
 
 async def test_log_probabilities_need_their_tokenizer(pair: System, pods: list[httpx.AsyncClient],
