@@ -58,7 +58,10 @@ async def worker(engine: Engine, server: RedisServer) -> AsyncIterator[Worker]:
     yield worker
     worker.stop()
     await running
+    for job_id in list(worker._answers):                # handed over; the engine outlives its worker here alone
+        engine.abort(job_id)
     engine.check()
+    assert not engine.has_work
     await redis.aclose()
 
 
