@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 
 from pydantic import TypeAdapter
 
 MAX_CARD_BYTES = 64 << 20                               # uncompressed; the largest tokenizers of today take 35 MB
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Card:
     """A model as the API needs to know it."""
 
@@ -33,7 +34,7 @@ class Card:
     numerics_id: str                                    # workers of one id promise each other bit-equality
     created_s: int                                      # of the weights, for GET /v1/models
 
-    @property
+    @cached_property                                    # asked for with every request, of up to 35 MB
     def tokenizer_id(self) -> str:
         return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()[:16]
 
