@@ -17,6 +17,10 @@ ID = "chatcmpl-s-0-1"
 ASK = count(1, 2)
 
 
+def promise_of(parameter: object) -> str:
+    return parameter if isinstance(parameter, str) else "spoilt"
+
+
 def row(entry_id: str, position: int, num_tokens: int, kind: str, data: str) -> tuple[str, dict[str, str]]:
     return entry_id, {"position": str(position), "tokens": str(num_tokens), "kind": kind, "data": data}
 
@@ -75,7 +79,7 @@ def test_an_answer_that_keeps_its_promises_is_not_accused() -> None:
                                                      for e in events]),
     ("P4 event 3 follows 1", lambda events: [events[0], *events[2:]]),
     ("P4 event 2 follows 2", lambda events: [*events[:2], events[1], *events[2:]]),
-], ids=str)
+], ids=promise_of)
 def test_what_a_client_must_not_be_told_is_named(promise: str, spoil: Callable[[list[Event]], list[Event]]) -> None:
     assert any(promise in found for found in check([transcript(spoil(EVENTS))], {ID: LOG}, RIGHT, {}))
 
@@ -94,7 +98,7 @@ def test_what_a_client_must_not_be_told_is_named(promise: str, spoil: Callable[[
      lambda log: [*log[:5], delta("1-2", 2, 2, "2"), log[-1]]),
     ("P5 delta 4-2 of an epoch that does not hold the job", lambda log: [*log[:5], delta("4-2", 2, 2, "2"), log[-1]]),
     ("P5 fence 3-0 says position 2", lambda log: [*log[:4], row("3-0", 2, 1, "fence", '"w2"'), *log[5:]]),
-], ids=str)
+], ids=promise_of)
 def test_what_a_log_must_not_hold_is_named(promise: str, spoil: Callable[[Rows], Rows]) -> None:
     assert any(promise in found for found in check([transcript()], {ID: spoil(LOG)}, RIGHT, {}))
 

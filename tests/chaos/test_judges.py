@@ -17,6 +17,7 @@ from tests.chaos.schedule import Kind
 
 SEED = 5
 DURATION_S = 7.0
+MAX_TRIALS = 3                                          # on a slow machine a short rain may hit nothing that matters
 PATIENCE_S = 25.0                                       # what was taken out may leave a client without an end
 WHOLE_PATIENCE_S = 120.0                                # the whole build does not: only a slow machine takes long
 FAULTS: tuple[Kind, ...] = ("freeze worker", "swallow")
@@ -30,11 +31,11 @@ SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
 
 
 async def run(folder: Path, nursery: Nursery, uninterrupted: dict[str, Answer] | None, sabotage: str = "",
-              patience_s: float = PATIENCE_S) -> Result:
+              patience_s: float = PATIENCE_S, seed: int = SEED) -> Result:
     """Three workers, of which one has another tokenizer and may touch nothing that the others began."""
     options: dict[str, Any] = {"pods": 1, "workers": 3, "test_sabotage": sabotage,
                                "odd": {"test_sabotage": f"{sabotage},other digits"}}
-    return await play(SEED, DURATION_S, folder, nursery, kinds=FAULTS, asks=ASKS, num_clients=3,
+    return await play(seed, DURATION_S, folder, nursery, kinds=FAULTS, asks=ASKS, num_clients=3,
                       uninterrupted=uninterrupted, patience_s=patience_s, **options)
 
 
@@ -47,5 +48,11 @@ async def test_the_whole_build_is_acquitted(tmp_path: Path, nursery: Nursery) ->
 
 @pytest.mark.parametrize("sabotage", SABOTAGES)
 async def test_a_build_without_it_is_condemned(sabotage: str, tmp_path: Path, nursery: Nursery) -> None:
-    result = await run(tmp_path, nursery, {}, sabotage)
-    assert SABOTAGES[sabotage](result.violations), result.violations
+    found: list[str] = []
+    for seed in range(SEED, SEED + MAX_TRIALS):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        found += (await run(folder, nursery, {}, sabotage, seed=seed)).violations
+        if SABOTAGES[sabotage](found):
+            return
+    pytest.fail(f"not condemned for want of the {sabotage}: {found}")
