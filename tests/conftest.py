@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from deploy.redis import RedisServer, binaries, major
 from shared import connection
 from shared.connection import MIN_CLUSTER_VERSION
+from tests.chaos.nursery import Nursery
 from tests.cluster import cluster
 from tests.system import System
 
@@ -55,6 +56,13 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server = RedisServer(short_folder(tmp_path_factory)).start()
         yield server.url
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """For tests that end many processes: what it costs to import the engine is paid once."""
+    with Nursery() as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 
 from deploy.redis import RedisServer, binaries, major
 from shared.connection import MIN_CLUSTER_VERSION
+from tests.chaos.nursery import Nursery
 from tests.cluster import cluster
 from tests.conftest import short_folder
 from tests.system import MODEL, System
@@ -33,13 +34,13 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     require_tool("redis-server")
     binary = next(path for path in binaries() if major(path) >= MIN_CLUSTER_VERSION[0])
     with cluster(short_folder(tmp_path_factory), binary) as primaries:
         url = primaries[0].url.replace("redis://", "redis+cluster://")
         system = System(tmp_path_factory.mktemp("cluster"), url, lease_s=1.0, idle_poll_s=0.2,
-                        served_model_name=f"{NAME},{MODEL}-{NAME}")
+                        served_model_name=f"{NAME},{MODEL}-{NAME}", start=nursery.start)
         system.start_worker()
         system.start_worker()
         system.start_pod()

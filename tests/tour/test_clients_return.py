@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from api import client as resuming
+from tests.chaos.nursery import Nursery
 from tests.switch import switch
 from tests.system import MODEL, System
 from tests.tools import lack
@@ -31,10 +32,10 @@ WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def pods(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+def pods(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Two pods that drain quickly, and a worker that logs every token by itself."""
     system = System(tmp_path_factory.mktemp("pods"), redis_url, allow_no_aof=True, flush_s=0, drain_s=0.1,
-                    reader_ttl_s=3, served_model_name=f"{MODEL}-returns")
+                    reader_ttl_s=3, served_model_name=f"{MODEL}-returns", start=nursery.start)
     system.start_worker()
     system.start_pod()
     system.start_pod()

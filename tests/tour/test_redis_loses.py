@@ -13,6 +13,7 @@ import pytest
 from redis import Redis
 
 from deploy.redis import RedisServer
+from tests.chaos.nursery import Nursery
 from tests.switch import pass_on
 from tests.system import MODEL, System, eventually, free_port
 from tests.tour.test_streams_survive import Reader
@@ -75,12 +76,13 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     servers = [RedisServer(tmp_path_factory.mktemp("r"), port=free_port(), options=("--appendonly", "no")).start()
                for _ in range(2)]
     address = Address(servers[0])
     system = System(tmp_path_factory.mktemp("lossy"), f"redis://127.0.0.1:{address.port}/0", lease_s=1.0,
-                    idle_poll_s=0.2, allow_no_aof=True, served_model_name=f"{NAME},{MODEL}-{NAME}")
+                    idle_poll_s=0.2, allow_no_aof=True, served_model_name=f"{NAME},{MODEL}-{NAME}",
+                    start=nursery.start)
     system.start_worker()
     system.start_worker()
     system.start_pod()

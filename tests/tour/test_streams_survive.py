@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.chaos.nursery import Nursery
 from tests.system import MODEL, System, eventually
 
 NUM_TOKENS = 1200
@@ -20,10 +21,10 @@ ASK: dict[str, Any] = {"model": MODEL, "max_tokens": NUM_TOKENS, "seed": 11, "te
 
 
 @pytest.fixture(scope="module")
-def pair(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+def pair(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Two workers, a short lease, a name of their own beside the other tests' model."""
     system = System(tmp_path_factory.mktemp("pair"), redis_url, lease_s=LEASE_S, idle_poll_s=0.2, allow_no_aof=True,
-                    served_model_name=f"pair,{MODEL}-pair")
+                    served_model_name=f"pair,{MODEL}-pair", start=nursery.start)
     system.start_worker()
     system.start_worker()
     system.start_pod()
