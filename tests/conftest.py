@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 from deploy.redis import RedisServer, binaries, major
 from shared import connection
 from shared.connection import MIN_CLUSTER_VERSION
-from tests.chaos.nursery import Nursery
 from tests.cluster import cluster
+from tests.nursery import Nursery
 from tests.system import System
 
 REPORT: list[str] = []

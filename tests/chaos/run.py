@@ -19,12 +19,12 @@ from tests.chaos import report
 from tests.chaos.asks import ASKS, Ask
 from tests.chaos.checker import Answer, answer_of, check
 from tests.chaos.clients import PATIENCE_S, Clients
-from tests.chaos.nursery import Nursery
 from tests.chaos.observer import Observer
 from tests.chaos.remains import leftovers, logs
 from tests.chaos.report import Result
 from tests.chaos.schedule import GAP_S, KINDS, Kind, schedule
 from tests.chaos.stage import SETTINGS, Stage
+from tests.nursery import Nursery
 from tests.system import MODEL
 
 CONCURRENCY = 8                                         # clients

@@ -19,9 +19,9 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from deploy.redis import RedisServer
-from tests.chaos.nursery import Nursery
 from tests.chaos.proxy import Proxy
 from tests.chaos.schedule import DELAY_S, Fault
+from tests.nursery import Nursery
 from tests.system import System, free_port
 
 DRAIN_S = 0.3                                           # of a pod that is ended: its clients go on at another

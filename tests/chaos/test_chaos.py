@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.chaos.nursery import Nursery
 from tests.chaos.report import figures, recoveries
 from tests.chaos.run import play
 from tests.chaos.schedule import GAP_S, KINDS, MAX_GAP, schedule
+from tests.nursery import Nursery
 
 SEED = 1
 DURATION_S = 32.0

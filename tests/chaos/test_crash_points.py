@@ -27,11 +27,11 @@ from tests.chaos.asks import RAMBLE, Ask, count
 from tests.chaos.checker import Answer, check
 from tests.chaos.clients import Clients
 from tests.chaos.crash_points import POINTS, Point
-from tests.chaos.nursery import Nursery
 from tests.chaos.remains import leftovers, logs
 from tests.chaos.run import answers
 from tests.chaos.stage import SETTINGS
 from tests.conftest import short_folder
+from tests.nursery import Nursery
 from tests.system import MODEL, Process, System, free_port
 
 CLIENTS = 4

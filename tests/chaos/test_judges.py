@@ -10,10 +10,10 @@ import pytest
 
 from tests.chaos.asks import RAMBLE, Ask, count
 from tests.chaos.checker import Answer
-from tests.chaos.nursery import Nursery
 from tests.chaos.report import Result
 from tests.chaos.run import play
 from tests.chaos.schedule import Kind
+from tests.nursery import Nursery
 
 SEED = 5
 DURATION_S = 7.0
@@ -46,6 +46,7 @@ async def test_the_whole_build_is_acquitted(tmp_path: Path, nursery: Nursery) ->
     assert result.num("freeze worker") and result.num_swallowed
 
 
+@pytest.mark.timeout(600)                               # of all trials
 @pytest.mark.parametrize("sabotage", SABOTAGES)
 async def test_a_build_without_it_is_condemned(sabotage: str, tmp_path: Path, nursery: Nursery) -> None:
     found: list[str] = []

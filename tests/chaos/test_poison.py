@@ -13,10 +13,10 @@ from deploy.redis import RedisServer
 from tests.chaos.asks import Ask, count
 from tests.chaos.checker import check
 from tests.chaos.clients import Clients
-from tests.chaos.nursery import Nursery
 from tests.chaos.remains import logs
 from tests.chaos.stage import SETTINGS
 from tests.conftest import short_folder
+from tests.nursery import Nursery
 from tests.system import MODEL, System
 
 SEED = 666

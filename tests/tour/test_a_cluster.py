@@ -11,9 +11,9 @@ import pytest
 
 from deploy.redis import RedisServer, binaries, major
 from shared.connection import MIN_CLUSTER_VERSION
-from tests.chaos.nursery import Nursery
 from tests.cluster import cluster
 from tests.conftest import short_folder
+from tests.nursery import Nursery
 from tests.system import MODEL, System
 from tests.tools import require_tool
 from tests.tour.test_streams_survive import Reader

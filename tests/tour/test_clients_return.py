@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from api import client as resuming
-from tests.chaos.nursery import Nursery
+from tests.nursery import Nursery
 from tests.switch import switch
 from tests.system import MODEL, System
 from tests.tools import lack

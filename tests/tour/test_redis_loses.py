@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from deploy.redis import RedisServer
-from tests.chaos.nursery import Nursery
+from tests.nursery import Nursery
 from tests.switch import pass_on
 from tests.system import MODEL, System, eventually, free_port
 from tests.tour.test_streams_survive import Reader

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.chaos.nursery import Nursery
+from tests.nursery import Nursery
 from tests.system import MODEL, System, eventually
 
 NUM_TOKENS = 1200

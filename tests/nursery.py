@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).parent.parent
 READY_S = 120.0
 POLL_S = 0.01
 
@@ -29,7 +29,7 @@ class Nursery:
     """The near side: asks for forks. As a context it ends what it has started."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "tests.chaos.nursery"], cwd=REPOSITORY,
+        self._process = subprocess.Popen([sys.executable, "-m", "tests.nursery"], cwd=REPOSITORY,
                                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, text=True)
         self._lock = threading.Lock()                   # stages start their processes from threads
