@@ -152,7 +152,7 @@ async def test_a_stream_that_goes_on_too_long_is_told(own: System, own_worker: S
             last = (await body.events())[-1]
             assert last["error"]["code"] == "draining"
             assert DONE not in body.raw
-            assert "\n\ndata: " in body.raw, "the error has no id"
+            assert "\n\ndata: " in await body.end(), "the error has no id"
             error_of(await waiting, 503)
     assert await script.outcome() == await other.outcome() == "cancelled"
     assert await asyncio.to_thread(process.end) == 0
