@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from worker.model import attention, check, experts, identity
 from worker.model.attention import Recorder
+from worker.model.fused import fuse_blocks
 from worker.model.linear import pack_linears
 from worker.model.model import Model
 
@@ -37,12 +38,14 @@ def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] =
     text_config = config.get_text_config(decoder=True)
     token_ids = check.random_token_ids(text_config.vocab_size, check.NUM_TOKENS)
     expected, recorder = try_plain(module, token_ids)
+    kv_shapes = tuple(recorder.shapes[layer] for layer in range(len(recorder.shapes)))
+    fuse_blocks(module, token_ids, kv_shapes, recorder.scores)
     pack_linears(module)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=chosen, vocab_size=text_config.vocab_size,
         max_model_len=choose_max_model_len(text_config, max_model_len),
         eos_token_ids=eos_token_ids(module, text_config),
-        kv_shapes=tuple(recorder.shapes[layer] for layer in range(len(recorder.shapes))),
+        kv_shapes=kv_shapes,
         weights_id=identity.weights_id(folder, config.to_dict()))
     require_windows(text_config, recorder, model.max_model_len)
     probe(model, expected)

@@ -12,6 +12,11 @@ from worker.model.linear import PackedLinear, pack_linears
 from worker.model.loading import computes_bfloat16
 
 
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MIN_FLOAT32_WEIGHTS", 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_layers_say_what_plain_ones_say(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -43,3 +48,10 @@ def test_a_layer_that_cannot_be_packed_stays(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_other_types_of_number_stay() -> None:
     assert pack_linears(nn.Sequential(nn.Linear(8, 8).double())) == 0
+
+
+def test_a_small_layer_in_float32_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MIN_FLOAT32_WEIGHTS", 8 * 16)
+    module = nn.Sequential(nn.Linear(8, 15), nn.Linear(15, 16)).requires_grad_(False)
+    assert pack_linears(module) == 1
+    assert type(module[0]) is nn.Linear

@@ -1,0 +1,156 @@
+"""Attention and MLP blocks in fewer and larger products: q, k and v in one, gate and up in one.
+
+Small products cost what their calls cost, and every weight is read once either way. A block is taken for one of the
+common shape by the names of its parts, and replaced when it says what the block itself has just said in the model:
+whatever else a family does in its blocks stays as transformers has it. It knows the blocks of a layer, not layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from worker.model.attention import Context, KVShape, PrefillChunk, Scores, allocate
+from worker.model.linear import agree
+
+
+class FusedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))"""
+
+    PARTS = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
+    MAY_HAVE = frozenset[str]()
+
+    def __init__(self, mlp: Any, _: Mapping[int, Scores]):
+        super().__init__()
+        self.gate_up_proj = _joined(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return cast(Tensor, self.down_proj(self.act_fn(gate) * up))
+
+
+class FusedAttention(nn.Module):
+    """Rotary attention; each head of q and of k may have a norm of its own."""
+
+    PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+    MAY_HAVE = frozenset({"q_norm", "k_norm"})
+
+    def __init__(self, attention: Any, scores: Mapping[int, Scores]):
+        super().__init__()
+        self.layer_idx = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.num_kv_heads = attention.k_proj.out_features // self.head_dim
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.qkv_proj = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = attention.o_proj
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.scores = scores[self.layer_idx]
+
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], context: Context, **_: Any
+                ) -> tuple[Tensor, None]:
+        num_rows = hidden_states.shape[1]
+        qkv = self.qkv_proj(hidden_states).view(num_rows, -1, self.head_dim)
+        query_key, value = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = query_key.split([self.num_heads, self.num_kv_heads], dim=1)
+            query_key = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
+        query, key = _rotate(query_key, *position_embeddings).split([self.num_heads, self.num_kv_heads], dim=1)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = context.attend(self.layer_idx, query, key, value, self.scores)
+        return self.o_proj(out.reshape(1, num_rows, -1)), None
+
+
+FUSED: tuple[type[FusedMLP] | type[FusedAttention], ...] = (FusedMLP, FusedAttention)
+
+
+class Block(NamedTuple):
+    """A block that could be fused, and a call of it."""
+
+    parent: nn.Module
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    @property
+    def module(self) -> nn.Module:
+        return cast(nn.Module, getattr(self.parent, self.name))
+
+
+def fuse_blocks(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShape], scores: Mapping[int, Scores]
+                ) -> int:
+    """Replaces the blocks below `module`, where that says the same of `token_ids`; returns how many."""
+    num_fused = 0
+    with torch.inference_mode():
+        for block in _record(module, token_ids, shapes):
+            fused = _fuse(block, scores)
+            if fused is not None:
+                setattr(block.parent, block.name, fused)
+                num_fused += 1
+    return num_fused
+
+
+def _record(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShape]) -> list[Block]:
+    """What every block that could be fused gets and gives in a forward of the model."""
+    blocks: list[Block] = []
+    hooks = []
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if _kind(child) is not None:
+                def record(_: Any, args: Any, kwargs: Any, out: Any, parent: nn.Module = parent, name: str = name
+                           ) -> None:
+                    blocks.append(Block(parent, name, args, kwargs, out))
+
+                hooks.append(child.register_forward_hook(record, with_kwargs=True))
+    num_tokens = len(token_ids)
+    context = PrefillChunk(allocate(shapes, 1, num_tokens, next(module.parameters()).dtype), 0, 0, num_tokens)
+    try:
+        module(input_ids=torch.tensor([token_ids]), position_ids=torch.arange(num_tokens)[None], use_cache=False,
+               context=context)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return blocks
+
+
+def _fuse(block: Block, scores: Mapping[int, Scores]) -> nn.Module | None:
+    kind = _kind(block.module)
+    assert kind is not None
+    try:
+        fused = kind(block.module, scores)
+        out = fused(*block.args, **block.kwargs)
+    except (RuntimeError, AttributeError, TypeError):       # named alike, and made otherwise
+        return None
+    got, expected = (x[0] if isinstance(x, tuple) else x for x in (out, block.out))
+    return fused if agree(got, expected) else None
+
+
+def _kind(module: nn.Module) -> type[FusedMLP] | type[FusedAttention] | None:
+    parts = {name for name, _ in module.named_children()}
+    for kind in FUSED:
+        linears = [getattr(module, name, None) for name in kind.PARTS if name.endswith("_proj")]
+        if parts - kind.MAY_HAVE == kind.PARTS and all(type(linear) is nn.Linear for linear in linears):
+            return kind
+    return None
+
+
+def _joined(*linears: nn.Linear) -> nn.Linear:
+    """One layer whose output is that of all, side by side."""
+    weight = torch.cat([linear.weight for linear in linears])
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if biases:
+        joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return joined
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[rows, heads, head_dim] by the angles of [1, rows, head_dim]: halves turn against each other."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[0, :, None] + torch.cat((-second, first), dim=-1) * sin[0, :, None]
