@@ -51,8 +51,10 @@ class Pod:
             chores = [group.create_task(chore) for chore in (
                 *self.relay.chores(), self.directory.run(), self.limits.run(),
                 reap(self.directory.queues, self.settings))]
-            yield
-            await connection.end(chores)
+            try:
+                yield
+            finally:
+                await connection.end(chores)            # the group itself would cancel them once, and wait for ever
         await asyncio.gather(*self._goodbyes)
         await self.redis.aclose()
 

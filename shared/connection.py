@@ -145,8 +145,7 @@ async def listen(url: str, channels: Collection[str]) -> AsyncGenerator[tuple[st
             else:
                 yield heard_of.get_nowait()
     finally:
-        for ear in ears.values():
-            ear.cancel()
+        await end(ears.values())
 
 
 async def _hear_sharded(url: str, channel: str, heard_of: asyncio.Queue[tuple[str, bytes | None]]) -> None:
@@ -191,14 +190,20 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
 
 
 async def end(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Cancels tasks that speak to Redis until they are done.
+    """Cancels tasks that speak to Redis until they are done; whoever is cancelled meanwhile is so afterwards.
 
     Once may not be enough: before Python 3.12 wait_for, in redis-py, loses a cancellation that comes with a reply.
     """
+    cancelled: asyncio.CancelledError | None = None
     while running := [task for task in tasks if not task.done()]:
         for task in running:
             task.cancel()
-        await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+        try:
+            await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled:
+        raise cancelled
 
 
 async def infos(redis: Redis, *sections: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -162,7 +163,7 @@ async def test_a_pod_ends_when_it_is_told_to(server: RedisServer) -> None:
     """Whatever its chores do at that moment: many pods, busy ones, are told at many moments."""
 
     async def live(lifetime_s: float) -> None:
-        pod = Pod(Settings(redis_url=server.url, reap_s=0.02, announce_s=0.02, announce_ttl_s=1))
+        pod = Pod(Settings(redis_url=server.url, reap_s=0.05, announce_s=0.05, announce_ttl_s=1))
         async with pod.running():
             await pod.relay.hear(Shard.of("m"))
             await asyncio.sleep(lifetime_s)
@@ -171,6 +172,41 @@ async def test_a_pod_ends_when_it_is_told_to(server: RedisServer) -> None:
         async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as pods:
             for number in range(20):
                 pods.create_task(live(0.005 * number))
+
+
+async def deaf() -> None:
+    """A chore that loses its first cancellation, as what waits for Redis may."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+    await asyncio.Event().wait()
+
+
+async def broken() -> None:
+    raise RuntimeError("a chore has failed")
+
+
+@pytest.mark.parametrize(("other", "ends_with"), [(broken, ExceptionGroup), (deaf, asyncio.CancelledError)])
+async def test_a_pod_ends_with_its_chores(server: RedisServer, monkeypatch: pytest.MonkeyPatch,
+                                          other: Callable[[], Awaitable[None]], ends_with: type[Exception]) -> None:
+    """When one fails, and when whoever runs it is cancelled, twice: none goes on, whatever it has lost."""
+    pod = Pod(Settings(redis_url=server.url))
+    monkeypatch.setattr(pod.directory, "run", deaf)
+    monkeypatch.setattr(pod.limits, "run", other)
+
+    async def live() -> None:
+        async with pod.running():
+            await asyncio.Event().wait()
+
+    before = asyncio.all_tasks()
+    living = asyncio.create_task(live())
+    await asyncio.sleep(0.05)
+    for _ in range(2 if other is deaf else 0):
+        living.cancel()
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(ends_with):
+            await living
+    assert asyncio.all_tasks() == before
 
 
 async def test_keys_open_what_is_under_v1_and_stand_in_no_log(own: System, own_worker: ScriptedWorker) -> None:
