@@ -26,20 +26,29 @@ from shared.keys import DIRECTORY, new_completion_id
 from shared.queue import Claims, Write
 from shared.settings import Settings
 from tests.system import eventually
+from tests.worker.engine.driver import alone
 from worker import tiny
 from worker.announce import make_card
-from worker.engine.engine import Engine
+from worker.engine.engine import Engine, Request
 from worker.model.loading import load
 from worker.worker import Worker
 
 HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=3)
 WAIT_S = 60.0                                           # other tests and other tenants want the cores too
-NUM_TOKENS = 300
+NUM_TOKENS = 120
+PROMPT = (72, 105)
+SAMPLED = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3)
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine(load(str(tiny.MODEL_FOLDER)), max_num_seqs=4)
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> list[int]:
+    """What a sampled job says when nothing happens to it."""
+    return alone(engine, Request("uninterrupted", PROMPT, SAMPLED))[0]
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 async def worker(engine: Engine, server: RedisServer) -> AsyncIterator[Worker]:
-    settings = Settings(redis_url=server.url, lease_s=1.0, idle_poll_s=0.1, announce_s=0.1)
+    settings = Settings(redis_url=server.url, lease_s=1.0, idle_poll_s=0.1, announce_s=0.1, flush_s=0.0)
     redis = connection.connect(server.url)
     worker = Worker(settings, redis, engine, make_card("m", engine), ("m",))
     running = asyncio.create_task(worker.run())
@@ -66,7 +75,7 @@ async def worker(engine: Engine, server: RedisServer) -> AsyncIterator[Worker]:
 
 
 def make_job(worker: Worker, **changes: Any) -> Job:
-    job = Job(id=new_completion_id(worker.queue.shard), tenant="t", pod="p", prompt_token_ids=(72, 105),
+    job = Job(id=new_completion_id(worker.queue.shard), tenant="t", pod="p", prompt_token_ids=PROMPT,
               sampling=Sampling(max_tokens=40, ignore_eos=True), tokenizer_id=worker.card.tokenizer_id,
               weights_id=worker.card.weights_id)
     return replace(job, **changes)
@@ -149,12 +158,10 @@ async def test_an_answer_that_lacks_only_its_terminal_gets_it(engine: Engine, se
     await redis.aclose()
 
 
-async def test_a_redis_that_restarts_costs_no_token(worker: Worker, server: RedisServer) -> None:
+async def test_a_redis_that_restarts_costs_no_token(
+        worker: Worker, server: RedisServer, expected: list[int]) -> None:
     """Killed and started again on its AOF in mid-stream: the log goes on where it was, with the same tokens."""
-    job = make_job(worker, sampling=Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3))
-    whole = make_job(worker, sampling=job.sampling)
-    await ask(worker, whole)
-    expected = token_ids(await read_until(worker, whole, ended))
+    job = make_job(worker, sampling=SAMPLED)
     await ask(worker, job)
     await read_until(worker, job, lambda entries: len(entries) > 3)
     server.kill()
@@ -192,13 +199,10 @@ def flushes_scripts(server: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("loses", [forgets, flushes, drops_the_log, drops_the_group, flushes_scripts])
-async def test_what_redis_loses_its_worker_puts_back(worker: Worker, server: RedisServer,
+async def test_what_redis_loses_its_worker_puts_back(worker: Worker, server: RedisServer, expected: list[int],
                                                      loses: Callable[[RedisServer], None]) -> None:
     """In mid-stream, twice: the log is whole again, with the same tokens, and another job is served as well."""
-    sampling = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3)
-    whole, job, after = (make_job(worker, sampling=sampling, created_s=int(time.time())) for _ in range(3))
-    await ask(worker, whole)
-    expected = token_ids(await read_until(worker, whole, ended))
+    job, after = (make_job(worker, sampling=SAMPLED, created_s=int(time.time())) for _ in range(2))
     await ask(worker, job)
     for num_entries in (4, 9):
         await read_until(worker, job, partial(has_grown, num_entries))
@@ -270,13 +274,10 @@ def cut(server: RedisServer) -> Iterator[None]:
 
 @pytest.mark.parametrize("trouble", [without_memory, read_only, busy, without_a_disk, stopped, cut])
 async def test_what_redis_refuses_for_a_while_costs_nothing(
-        worker: Worker, server: RedisServer, caplog: pytest.LogCaptureFixture,
+        worker: Worker, server: RedisServer, caplog: pytest.LogCaptureFixture, expected: list[int],
         trouble: Callable[[RedisServer], contextlib.AbstractContextManager[None]]) -> None:
     """Longer than a lease, in mid-stream: afterwards the same worker goes on, with the same tokens."""
-    sampling = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3)
-    whole, job = (make_job(worker, sampling=sampling) for _ in range(2))
-    await ask(worker, whole)
-    expected = token_ids(await read_until(worker, whole, ended))
+    job = make_job(worker, sampling=SAMPLED)
     await ask(worker, job)
     await read_until(worker, job, partial(has_grown, 4))
     with trouble(server):
@@ -287,12 +288,10 @@ async def test_what_redis_refuses_for_a_while_costs_nothing(
     assert [entry.position for entry in entries] == list(range(len(entries)))
 
 
-async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: Worker) -> None:
+async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(
+        worker: Worker, expected: list[int]) -> None:
     """Taken from it in mid-stream and claimed by it again before a refusal has told it: nothing is lost or doubled."""
-    job = make_job(worker, sampling=Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3))
-    whole = make_job(worker, sampling=job.sampling)
-    await ask(worker, whole)
-    expected = token_ids(await read_until(worker, whole, ended))
+    job = make_job(worker, sampling=SAMPLED)
     await ask(worker, job)
     for epoch in (1, 3, 5):
         await read_until(worker, job, partial(has_reached, epoch))
@@ -305,7 +304,7 @@ async def test_a_worker_that_gets_its_own_lost_job_back_goes_on_with_it(worker: 
 async def test_a_forgotten_worker_keeps_what_it_claims_while_a_late_reply_says_it_lost_it(
         worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lease ends, all it holds is in line again and its own once more, and only then it hears of the loss."""
-    job = make_job(worker, sampling=Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3))
+    job = make_job(worker, sampling=SAMPLED)
     restore, claim = worker.queue.restore, worker.queue.claim
     restored = asyncio.Event()
 
