@@ -108,7 +108,7 @@ def _api(args: argparse.Namespace) -> None:
 def _worker(args: argparse.Namespace) -> None:
     read = _settings(args)
     log.configure("worker", read.log_level)
-    from worker.model.loading import ModelRefused
+    from worker.model.folder import ModelRefused
     from worker.serve import serve
 
     try:

@@ -92,7 +92,9 @@ class Fork:
 def main() -> None:
     """The far side: forks, and says how forks ended, until nobody asks any more."""
     import api.server  # noqa: F401 - to have it loaded is what the nursery is for
-    import worker.serve  # noqa: F401
+    import worker.announce
+    import worker.build
+    import worker.worker  # noqa: F401
     from tests.chaos import launcher
 
     gc.collect()

@@ -23,6 +23,7 @@ WALLS = {
     "worker": {"api", "deploy", "fastapi", "starlette", "uvicorn"},
     "worker/engine": {"redis", "pydantic", "tokenizers"},
     "worker/model": {"redis", "pydantic"},
+    "worker/model/folder.py": {"torch", "transformers"},
     "worker/output": {"redis", "torch", "transformers"},
     "worker/answer.py": {"torch", "transformers"},
 }

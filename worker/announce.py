@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.card import Card
 from shared.template import ChatTemplate
 from worker.engine.engine import Engine
-from worker.model.loading import ModelRefused
+from worker.model.folder import ModelRefused
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 

@@ -11,8 +11,9 @@ import time
 
 from shared.job import Sampling
 from shared.settings import Settings
+from worker.build import build
 from worker.engine.engine import Engine, Request
-from worker.serve import _load_engine
+from worker.serve import model_folder
 
 LENGTHS = (64, 256, 1024)                               # logged tokens
 NUM_PROMPT_TOKENS = 60
@@ -23,7 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="", help="folder or hub name; the built-in one otherwise")
     args = parser.parse_args()
-    engine = _load_engine(Settings(model=args.model))
+    settings = Settings(model=args.model)
+    engine = build(settings, model_folder(settings))
     for num_tokens in LENGTHS:
         bare_s = min(next_token_s(engine, 0, i) for i in range(ROUNDS))
         took_s = min(next_token_s(engine, num_tokens, i) for i in range(ROUNDS))

@@ -92,10 +92,12 @@ def measure_engine(args: argparse.Namespace) -> dict[int, dict[str, float]]:
     from shared.settings import Settings
     from shared.tokenizer import Tokenizer
     from worker.announce import make_card
+    from worker.build import build
     from worker.engine.engine import Engine, Request
-    from worker.serve import _load_engine
+    from worker.serve import model_folder
 
-    engine: Engine = _load_engine(Settings(model=args.model))
+    settings = Settings(model=args.model)
+    engine: Engine = build(settings, model_folder(settings))
     card = make_card(MODEL, engine)
     tokenizer = Tokenizer(card)
 

@@ -70,11 +70,11 @@ def any_tokenizer() -> None:
 
 def other_digits() -> None:
     """No sabotage, a temptation: a worker whose vocabulary has other digits, and which says nothing of itself."""
-    from worker import serve as module
+    from worker import announce as module
     from worker.worker import Worker
 
-    serve: Any = module
-    make_card = serve.make_card
+    announce: Any = module
+    make_card = announce.make_card
 
     def odd_card(*args: Any) -> Any:
         card = make_card(*args)
@@ -84,7 +84,7 @@ def other_digits() -> None:
         vocab |= dict(zip("0123456789", ids[1:] + ids[:1], strict=True))
         return replace(card, tokenizer_json=json.dumps(tokenizer))
 
-    serve.make_card = odd_card
+    announce.make_card = odd_card
     Worker._announce = lambda self: None  # type: ignore[method-assign]
 
 

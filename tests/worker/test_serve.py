@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shared.settings import Settings
-from worker.serve import MIN_CHUNK_TOKENS, fit_chunk, served_names
+from worker.build import MIN_CHUNK_TOKENS, fit_chunk
+from worker.serve import served_names
 
 
 @pytest.mark.parametrize(("took_s", "expected"), [

@@ -16,17 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from worker.model import attention, check, experts, identity
 from worker.model.attention import Recorder
+from worker.model.folder import ModelRefused, find_folder
 from worker.model.fused import fuse_blocks
 from worker.model.linear import pack_linears
 from worker.model.model import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-         "special_tokens_map.json", "chat_template*"]
-
-
-class ModelRefused(Exception):
-    """This model cannot be served; the message says what to do."""
 
 
 def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -50,31 +45,6 @@ def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] =
     require_windows(text_config, recorder, model.max_model_len)
     probe(model, expected)
     return model
-
-
-def find_folder(folder_or_name: str, revision: str | None) -> Path:
-    folder = Path(folder_or_name)
-    if not folder.is_dir():
-        if folder_or_name.startswith((".", "/", "~")) or folder_or_name.count("/") > 1:
-            raise ModelRefused(f"no folder {folder_or_name}: give a folder with config.json and *.safetensors, "
-                               "or a hub name")
-        folder = download(folder_or_name, revision)
-    if not (folder / "config.json").is_file():
-        raise ModelRefused(f"{folder} has no config.json: give a folder as save_pretrained writes it")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelRefused(f"{folder} has no *.safetensors: pickled weights can run code, convert them with "
-                           "save_pretrained(safe_serialization=True)")
-    return folder
-
-
-def download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
-    except Exception as error:          # the hub's errors, its client's and the network's have no common parent
-        reason = (str(error).splitlines() or [""])[0]
-        raise ModelRefused(f"no folder and no reachable hub model named {name}: {reason}") from error
 
 
 def read_config(folder: Path) -> Any:

@@ -12,7 +12,8 @@ from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, Mamb
 
 from tests.worker.families import save
 from worker.model import attention, check
-from worker.model.loading import ModelRefused, computes_bfloat16, load
+from worker.model.folder import ModelRefused
+from worker.model.loading import computes_bfloat16, load
 
 
 def refusal(folder: Path | str, **options: Any) -> str:

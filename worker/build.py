@@ -1,0 +1,55 @@
+"""From settings to an engine that is ready: the model loaded, and the prefill chunk as large as this machine allows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from shared.job import Sampling
+from shared.settings import Settings
+from worker.engine.engine import Engine, Request
+from worker.model.loading import load
+
+log = logging.getLogger(__name__)
+
+MIN_CHUNK_TOKENS = 16
+
+
+def build(settings: Settings, folder: Path) -> Engine:
+    """Raises ModelRefused."""
+    # The API, Redis and this loop want a core too; two busy teams of threads on the same cores collapse.
+    torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    began_s = time.monotonic()
+    log.info("loading %s", folder)
+    model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len)
+    engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
+                    prefill_chunk=settings.prefill_chunk_tokens, kv_cache_bytes=settings.kv_cache_bytes,
+                    enable_prefix_caching=settings.enable_prefix_caching,
+                    exact_replay_max_tokens=settings.exact_replay_max_tokens)
+    engine.prefill_chunk = fit_chunk(settings.prefill_chunk_tokens, _time_chunk(engine), settings.lease_s / 4)
+    log.info("loaded in %.1f s: %r, prefill in chunks of %d", time.monotonic() - began_s, engine, engine.prefill_chunk)
+    return engine
+
+
+def _time_chunk(engine: Engine) -> float:
+    """Seconds that one full prefill chunk takes here; the second of two, for the first one warms up."""
+    num_tokens = min(engine.prefill_chunk, engine.max_model_len - 1)
+    took_s = 0.0
+    for name in ("warm", "timed"):
+        engine.add(Request(name, (0,) * num_tokens, Sampling(max_tokens=1)))
+        began_s = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        took_s = time.perf_counter() - began_s
+    return took_s
+
+
+def fit_chunk(num_tokens: int, took_s: float, most_s: float) -> int:
+    """The chunk halved until a step keeps the lease alive. Powers of two, so that like machines agree on the grid."""
+    while took_s > most_s and num_tokens > MIN_CHUNK_TOKENS:
+        num_tokens, took_s = num_tokens // 2, took_s / 2
+    return num_tokens
