@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
 Room = Literal["api", "worker"]
+HANG_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,22 @@ def die_of(seed: int) -> None:
         await begin(self, claimed)
 
     Worker._begin = dying  # type: ignore[method-assign]
+
+
+def hang_at(step: int) -> None:
+    """The engine's nth step does not end, in this process."""
+    from worker.engine.engine import Engine
+
+    left, take_step = step, Engine.step
+
+    def hanging(self: Engine) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            time.sleep(HANG_S)
+        return take_step(self)
+
+    Engine.step = hanging  # type: ignore[method-assign]
 
 
 def die() -> None:

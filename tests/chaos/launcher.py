@@ -1,8 +1,9 @@
 """What the processes of these tests run instead of `baton`: the same command, spoilt as the environment says.
 
 `BATON_TEST_SABOTAGE` takes a part of the protocol out (sabotage.py), `BATON_TEST_CRASH` has the process kill itself at
-a step of it (crash_points.py), `BATON_TEST_POISON` when it begins a job of that seed. Production code holds no such
-switch: everything is patched from here, before the command begins.
+a step of it (crash_points.py), `BATON_TEST_POISON` when it begins a job of that seed; at the engine's step
+`BATON_TEST_HANG` it hangs. Production code holds no such switch: everything is patched from here, before the command
+begins.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         crash_points.arm(point, int(passage))
     if seed := environment.get("BATON_TEST_POISON"):
         crash_points.die_of(int(seed))
+    if step := environment.get("BATON_TEST_HANG"):
+        crash_points.hang_at(int(step))
     return cli.main(arguments)
 
 

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.nursery import Nursery
 from tests.system import BATON, REPOSITORY, System, eventually
 
 
@@ -116,10 +117,11 @@ def test_chat_without_a_service_is_one_line() -> None:
     assert "baton serve" in refusal("chat", "--url", "http://127.0.0.1:9")
 
 
-def test_other_names_and_keys_are_served(redis_url: str, tmp_path: Path) -> None:
+def test_other_names_and_keys_are_served(redis_url: str, nursery: Nursery, tmp_path: Path) -> None:
     """`--served-model-name` takes several names, the first is the canonical one; `--api-key` closes the door."""
     name = "meta-llama/Llama-3.1-8B-Instruct"
-    system = System(tmp_path, redis_url, allow_no_aof=True, served_model_name=f"{name},alias", api_key="k1,k2")
+    system = System(tmp_path, redis_url, allow_no_aof=True, served_model_name=f"{name},alias", api_key="k1,k2",
+                    start=nursery.start)
     try:
         system.start_worker()
         url = system.start_pod()

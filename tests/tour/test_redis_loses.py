@@ -19,7 +19,7 @@ from tests.system import MODEL, System, eventually, free_port
 from tests.tour.test_streams_survive import Reader
 
 NAME = "forgetful"
-NUM_TOKENS = 500                                        # of each of two choices
+NUM_TOKENS = 400                                        # of each of two choices
 
 
 class Address:
@@ -123,7 +123,7 @@ def test_a_redis_without_its_data_costs_a_connected_client_nothing(
         stage: Stage, uninterrupted: tuple[Any, ...], happens: Callable[[Stage], None]) -> None:
     """Exact continuation from what the pods and the workers hold."""
     reader = Reader(stage.system, NAME, NUM_TOKENS)
-    reader.read(500)
+    reader.read(200)
     happens(stage)
     reader.read()
     stage.move_to(stage.primary)
@@ -139,10 +139,10 @@ def test_a_promoted_copy_that_lags_is_recognised_and_repaired(stage: Stage, unin
         eventually("the copy follows", lambda: copy.info("replication")["master_link_status"] == "up")
         readers = [Reader(stage.system, NAME, NUM_TOKENS) for _ in range(2)]
         for reader in readers:
-            reader.read(200)
+            reader.read(100)
         copy.replicaof("NO", "ONE")
         for reader in readers:
-            reader.read(500)
+            reader.read(300)
         stage.move_to(stage.copy)
         for reader in readers:
             reader.read()

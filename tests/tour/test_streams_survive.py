@@ -12,7 +12,7 @@ import pytest
 from tests.nursery import Nursery
 from tests.system import MODEL, System, eventually
 
-NUM_TOKENS = 1200
+NUM_TOKENS = 600                                        # of each of two choices
 LEASE_S = 1.0
 ASK: dict[str, Any] = {"model": MODEL, "max_tokens": NUM_TOKENS, "seed": 11, "temperature": 1.2, "n": 2,
                        "messages": [{"role": "user", "content": "Count from 1 to 100."}],
@@ -77,7 +77,7 @@ def uninterrupted(pair: System) -> tuple[Any, ...]:
 def begin(pair: System) -> Reader:
     """A stream in its middle."""
     reader = Reader(pair)
-    reader.read(500)
+    reader.read(200)
     return reader
 
 
