@@ -20,6 +20,7 @@ from typing import Any
 
 PATIENCE_S = 60.0                                       # from the last event to the last try
 MAX_TRIES = 60                                          # from the last event
+MAX_FORGOTTEN_ROUNDS = 6                                # some 2 s: a Redis that lost all has it again by then
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0                   # once every server was tried; doubled from round to round
 RETURNABLE = ("draining", "service_unavailable")        # codes of errors that end a stream, and not its answer
 COMPLETION_ID = "x-baton-completion-id"
@@ -215,6 +216,9 @@ class _Course:
         code = _error_code(response.content)
         if response.status_code == 409:
             return code == "position_not_reached"
+        if response.status_code == 404:
+            num_rounds = self._num_tries // len(self._urls) + 1
+            return bool(self._completion_id) and code == "completion_not_found" and num_rounds < MAX_FORGOTTEN_ROUNDS
         returning = bool(self._completion_id) or self._num_tries > 0
         return response.status_code in (502, 503) and (returning or code == "draining")
 

@@ -18,7 +18,7 @@ import httpx2
 import pytest
 
 from api import client as module
-from api.client import ResumingTransport
+from api.client import MAX_FORGOTTEN_ROUNDS, ResumingTransport
 from shared.errors import (
     APIError,
     BadRequest,
@@ -209,7 +209,7 @@ async def test_what_may_pass_is_waited_for_as_long_as_it_says(is_async: bool) ->
 
 
 @EACH
-@pytest.mark.parametrize("error", [CompletionNotFound(), StreamLost(), Unauthorized(), Conflict()])
+@pytest.mark.parametrize("error", [StreamLost(), Unauthorized(), Conflict()])
 async def test_what_does_not_pass_is_told_to_the_application(is_async: bool, error: APIError) -> None:
     """The server's own error, as the last event: no try follows."""
     async with scripted(is_async, (200, HEAD, ONE), refusal(error)) as (server, app):
@@ -218,6 +218,17 @@ async def test_what_does_not_pass_is_told_to_the_application(is_async: bool, err
     async with scripted(is_async, (200, HEAD, ONE + event(StreamLost()))) as (server, app):
         assert (await app.post(BODY)).text == ONE + event(StreamLost()), "an error that is final is an end"
         assert len(server.asked) == 1
+
+
+@EACH
+async def test_a_completion_that_is_unknown_may_be_put_back(is_async: bool) -> None:
+    """A Redis that lost its data knows it again once whoever held it has said so; who waits in vain is told."""
+    unknown = refusal(CompletionNotFound())
+    async with scripted(is_async, (200, HEAD, ONE), unknown, unknown, (200, HEAD, DONE)) as (server, app):
+        assert (await app.post(BODY)).text == ONE + DONE
+    async with scripted(is_async, (200, HEAD, ONE), unknown) as (server, app):
+        assert (await app.post(BODY)).text == ONE + event(CompletionNotFound())
+        assert server.asked[1:] == [f"{GET}1"] * MAX_FORGOTTEN_ROUNDS
 
 
 @EACH
