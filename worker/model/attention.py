@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +25,7 @@ from transformers import AttentionInterface
 
 NAME = "baton"
 PAGE_LEN = 256              # tokens: smaller ones cost more calls, larger ones more padding
-MAX_WASTED_TOKENS = 1024    # read for nothing by the short rows of one kernel call; a call of their own costs as much
+MAX_SPREAD = 2              # times as many slots may be read as are needed: a copy reads and writes, and is read again
 
 
 class KVShape(NamedTuple):
@@ -85,37 +86,39 @@ def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
         yield page, slice(max(begin - start, 0), min(end - start, PAGE_LEN))
 
 
-class Run(NamedTuple):
-    """Rows of one kernel call: slots in a row, or one slot many times."""
+class Reach(NamedTuple):
+    """The rows that have tokens in one page, and how their slots are read there: each page is a product of its own."""
 
-    begin: int
-    end: int
-    first_slot: int
-    is_one_slot: bool
-    num_tokens: int             # of the longest row
+    rows: Tensor | None         # None: all
+    slots: slice | Tensor       # in place, or copied together
+    places: Tensor | None       # of the rows in a slice that holds other slots too
 
-
-def split_runs(slots: Sequence[int], num_tokens: Sequence[int]) -> list[Run]:
-    """As few kernel calls as the slots allow, none of which reads much more than its rows need."""
-    runs: list[Run] = []
-    begin = 0
-    while begin < len(slots):
-        end = _end_of_run(slots, num_tokens, begin)
-        is_one_slot = end > begin + 1 and slots[begin + 1] == slots[begin]
-        runs.append(Run(begin, end, slots[begin], is_one_slot, max(num_tokens[begin:end])))
-        begin = end
-    return runs
+    def multiply(self, left: Tensor, page: Tensor) -> Tensor:
+        """Of the rows here: left of [rows, …, n] by a page of [slots, …, n, m], to [rows, …, m]."""
+        right = page[self.slots]
+        if self.places is None:
+            return torch.matmul(left, right)
+        spread = left.new_zeros(len(right), *left.shape[1:]).index_copy_(0, self.places, left)
+        return torch.matmul(spread, right)[self.places]
 
 
-def _end_of_run(slots: Sequence[int], num_tokens: Sequence[int], begin: int) -> int:
-    longest = total = num_tokens[begin]
-    for end in range(begin + 1, len(slots)):
-        stride = slots[begin + 1] - slots[begin]
-        longest, total = max(longest, num_tokens[end]), total + num_tokens[end]
-        num_wasted = longest * (end + 1 - begin) - total
-        if stride not in (0, 1) or slots[end] != slots[end - 1] + stride or num_wasted > MAX_WASTED_TOKENS:
-            return end
-    return len(slots)
+def reaches(slots: Sequence[int], num_tokens: Sequence[int]) -> list[Reach]:
+    """For each page up to the longest row's end."""
+    found = []
+    for start in range(0, max(num_tokens), PAGE_LEN):
+        rows = [row for row, length in enumerate(num_tokens) if length > start]
+        found.append(Reach(None if len(rows) == len(slots) else torch.tensor(rows),
+                           *_reading([slots[row] for row in rows])))
+    return found
+
+
+def _reading(slots: Sequence[int]) -> tuple[slice | Tensor, Tensor | None]:
+    """Neighbours are read in place, with what lies between them; scattered slots, or one many times, are copied."""
+    first, span = slots[0], slots[-1] - slots[0] + 1
+    if span > MAX_SPREAD * len(slots) or any(after <= before for before, after in pairwise(slots)):
+        return torch.tensor(slots), None
+    places = None if span == len(slots) else torch.tensor(slots) - first
+    return slice(first, first + span), places
 
 
 @dataclass(slots=True)
@@ -128,14 +131,14 @@ class DecodeRows:
     layers: list[KVLayer]
     slots: Sequence[int]
     positions: Sequence[int]
-    runs: list[Run] = field(init=False)
+    _reaches: list[Reach] = field(init=False)
     _slots: Tensor = field(init=False)
     _positions: Tensor = field(init=False)
     _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
     _places: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.runs = split_runs(self.slots, [position + 1 for position in self.positions])
+        self._reaches = reaches(self.slots, [position + 1 for position in self.positions])
         self._slots, self._positions = torch.tensor(self.slots), torch.tensor(self.positions)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
@@ -144,12 +147,9 @@ class DecodeRows:
         self._write(keys, key[0, :, :num_rows])
         self._write(values, value[0, :, :num_rows])
         rows = query[0].transpose(0, 1).reshape(num_padded_rows, keys.shape[2], -1, head_dim)
-        mask = self._mask(scores.sliding_window)
-        outs = [weigh_pages(rows[run.begin:run.end], _pages(keys, run), _pages(values, run),
-                            mask[run.begin:run.end], scores) for run in self.runs]
+        out = weigh_pages(rows[:num_rows], keys, values, self._reaches, self._mask(scores.sliding_window), scores)
         if num_rows < num_padded_rows:
-            outs.append(torch.zeros_like(rows[num_rows:]))
-        out = torch.cat(outs) if len(outs) > 1 else outs[0]
+            out = torch.cat([out, torch.zeros_like(rows[num_rows:])])
         return out.view(1, num_padded_rows, num_heads, head_dim)
 
     def _write(self, cache: Tensor, new: Tensor) -> None:
@@ -162,18 +162,9 @@ class DecodeRows:
 
     def _mask(self, window: int | None) -> Tensor:
         if window not in self._masks:
-            num_pages = max(self.positions) // PAGE_LEN + 1
-            mask = causal_mask(self._positions, num_pages * PAGE_LEN, window, torch.float32)
+            mask = causal_mask(self._positions, len(self._reaches) * PAGE_LEN, window, torch.float32)
             self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
-
-
-def _pages(cache: Tensor, run: Run) -> list[Tensor]:
-    """As far as the run's longest row reaches, each page dense: [rows, num_kv_heads, PAGE_LEN, head_dim]."""
-    num_pages = -(-run.num_tokens // PAGE_LEN)
-    if run.is_one_slot:
-        return [page[run.first_slot].expand(run.end - run.begin, -1, -1, -1).contiguous() for page in cache[:num_pages]]
-    return [page[run.first_slot:run.first_slot + run.end - run.begin] for page in cache[:num_pages]]
 
 
 @dataclass(slots=True)
@@ -236,23 +227,39 @@ def causal_mask(positions: Tensor, kv_len: int, window: int | None, dtype: torch
     return torch.zeros(ages.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
-def weigh_pages(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, scores: Scores
+def weigh_pages(query: Tensor, keys: Tensor, values: Tensor, reaches: Sequence[Reach], mask: Tensor, scores: Scores
                 ) -> Tensor:
-    """Queries of [rows, num_kv_heads, group, head_dim] over pages of [rows, num_kv_heads, PAGE_LEN, head_dim].
+    """Queries of [rows, num_kv_heads, group, head_dim] over pages of [slots, num_kv_heads, PAGE_LEN, head_dim].
 
     The fused kernel takes one small product at a time; batched ones are 2 to 6 times faster.
     """
-    logits = [torch.matmul(query, page.transpose(2, 3)) for page in keys]
-    weights = _weights(torch.cat(logits, dim=-1) if len(logits) > 1 else logits[0],
-                       mask[..., :len(keys) * PAGE_LEN], scores)
-    if len(values) == 1:
-        return torch.matmul(weights, values[0])
-    parts = [torch.matmul(part.contiguous(), page)
-             for part, page in zip(weights.split(PAGE_LEN, dim=-1), values, strict=True)]
-    out = parts[0].float()
-    for part in parts[1:]:
-        out += part
+    weights = _weights(_page_logits(query, keys, reaches), mask, scores)
+    if len(reaches) == 1:
+        return reaches[0].multiply(weights, values[0])
+    out: Tensor | None = None
+    for reach, part, page in zip(reaches, weights.split(PAGE_LEN, dim=-1), values, strict=False):
+        product = reach.multiply((part if reach.rows is None else part[reach.rows]).contiguous(), page).float()
+        if out is None:                                 # the first page has every row
+            out = product
+        elif reach.rows is None:
+            out += product
+        else:
+            out.index_add_(0, reach.rows, product)
+    assert out is not None
     return out.to(query.dtype)
+
+
+def _page_logits(query: Tensor, keys: Tensor, reaches: Sequence[Reach]) -> Tensor:
+    """[rows, num_kv_heads, group, PAGE_LEN for each page]; where a row does not reach, its mask hides what stands."""
+    if len(reaches) == 1:
+        return reaches[0].multiply(query, keys[0].transpose(2, 3))
+    logits = query.new_zeros(*query.shape[:-1], len(reaches) * PAGE_LEN)
+    for reach, part, page in zip(reaches, logits.split(PAGE_LEN, dim=-1), keys, strict=False):
+        if reach.rows is None:
+            part.copy_(reach.multiply(query, page.transpose(2, 3)))
+        else:
+            part.index_copy_(0, reach.rows, reach.multiply(query[reach.rows], page.transpose(2, 3)))
+    return logits
 
 
 def weigh_chunk(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores) -> Tensor:

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worker.model.attention import (
-    MAX_WASTED_TOKENS,
+    MAX_SPREAD,
     PAGE_LEN,
     DecodeRows,
     KVShape,
     PrefillChunk,
     Scores,
     allocate,
-    split_runs,
+    reaches,
 )
 
 NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
@@ -94,14 +94,16 @@ def test_a_row_has_the_same_bits_in_any_company(scores: Scores, dtype: torch.dty
     assert torch.equal(attend([1, 3, 5], 1)[:3], together[[1, 3, 5]])
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5000)), min_size=1, max_size=32), st.booleans())
-def test_runs_cover_every_row_once_and_waste_little(rows: list[tuple[int, int]], in_order: bool) -> None:
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 1200)), min_size=1, max_size=32), st.booleans())
+def test_every_page_is_read_by_the_rows_that_reach_it(rows: list[tuple[int, int]], in_order: bool) -> None:
+    """Of their own slots; and what is read beside them is bounded."""
     slots, num_tokens = zip(*(sorted(rows) if in_order else rows), strict=True)
-    runs = split_runs(slots, num_tokens)
-    assert [row for run in runs for row in range(run.begin, run.end)] == list(range(len(rows)))
-    for run in runs:
-        of_run = num_tokens[run.begin:run.end]
-        assert run.num_tokens == max(of_run)
-        assert run.num_tokens * len(of_run) - sum(of_run) <= MAX_WASTED_TOKENS
-        stride = 0 if run.is_one_slot else 1
-        assert list(slots[run.begin:run.end]) == [run.first_slot + stride * i for i in range(len(of_run))]
+    found = reaches(slots, num_tokens)
+    assert len(found) == -(-max(num_tokens) // PAGE_LEN)
+    numbers = torch.arange(31)
+    for page, reach in enumerate(found):
+        here = list(range(len(slots))) if reach.rows is None else reach.rows.tolist()
+        assert here == [row for row, length in enumerate(num_tokens) if length > page * PAGE_LEN]
+        read = numbers[reach.slots]
+        assert len(read) <= MAX_SPREAD * len(here)
+        assert (read if reach.places is None else read[reach.places]).tolist() == [slots[row] for row in here]
