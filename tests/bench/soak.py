@@ -1,0 +1,114 @@
+"""What jobs leave behind that have ended and expired: `python -m tests.bench.soak`.
+
+Redis' keys and memory, and the memory of a pod and of a worker, after a tenth of the jobs and after all of them: they
+must be where they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from deploy.redis import RedisServer
+from tests.system import MODEL, Start, System, eventually, start
+
+RETAIN_S = 1                                            # of finished logs
+PASSING = ("*:out:*", "*:job:*")                        # keys that are kept for so long
+CLIENTS = 32
+TIMEOUT_S = 120.0
+MAX_REDIS_GROWTH_BYTES = 1 << 20
+MAX_PROCESS_GROWTH_BYTES = 8 << 20                      # what allocators keep in their corners comes and goes
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """At rest, when every log has expired."""
+
+    num_keys: int
+    redis_bytes: int
+    pod_bytes: int
+    worker_bytes: int
+
+    def __str__(self) -> str:
+        redis, pod, worker = (size / 2**20 for size in (self.redis_bytes, self.pod_bytes, self.worker_bytes))
+        return f"{self.num_keys} keys, Redis {redis:.2f} MiB, pod {pod:.1f} MiB, worker {worker:.1f} MiB"
+
+    def grown_to(self, after: Footprint) -> Iterator[str]:
+        """What is not where it was."""
+        if after.num_keys > self.num_keys:
+            yield f"{after.num_keys - self.num_keys} keys were left"
+        for name, limit in (("redis_bytes", MAX_REDIS_GROWTH_BYTES), ("pod_bytes", MAX_PROCESS_GROWTH_BYTES),
+                            ("worker_bytes", MAX_PROCESS_GROWTH_BYTES)):
+            growth = getattr(after, name) - getattr(self, name)
+            if growth > limit:
+                yield f"{name} grew by {growth}, and may by {limit}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=100_000, help="(%(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="baton-") as folder:
+        redis = RedisServer(Path(folder) / "redis").start()
+        try:
+            began_s = time.monotonic()
+            before, after = soak(args.jobs // 10, args.jobs, Path(folder), redis.url)
+            print(f"after {args.jobs // 10:,} jobs: {before}\nafter {args.jobs:,} jobs: {after} "
+                  f"({time.monotonic() - began_s:.0f} s)", *before.grown_to(after), sep="\n")
+            return int(any(before.grown_to(after)))
+        finally:
+            redis.stop()
+
+
+def soak(num_first: int, num_jobs: int, folder: Path, redis_url: str, start: Start = start
+         ) -> tuple[Footprint, Footprint]:
+    """After the first jobs, and after all, on a system of its own on this Redis, which nobody else uses."""
+    system = System(folder, redis_url, start=start, retain_s=RETAIN_S)
+    system.start_worker()
+    url = system.start_pod()
+    system.await_workers(1)
+    footprints = []
+    for number in (num_first, num_jobs - num_first):
+        asyncio.run(ask(url, number))
+        footprints.append(at_rest(system))
+    system.stop()
+    first, last = footprints
+    return first, last
+
+
+async def ask(url: str, number: int) -> None:
+    """So many answers of two tokens, every other one as a stream."""
+    waiting = iter(range(number))
+
+    async def one_by_one(http: httpx.AsyncClient) -> None:
+        for job in waiting:
+            body = {"model": MODEL, "max_tokens": 2, "stream": job % 2 == 0,
+                    "messages": [{"role": "user", "content": f"Count from {job} to 100."}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as http:
+        await asyncio.gather(*(one_by_one(http) for _ in range(CLIENTS)))
+
+
+def at_rest(system: System) -> Footprint:
+    def expired() -> bool:
+        return not any(next(system.redis.scan_iter(pattern, count=1000), None) for pattern in PASSING)
+
+    eventually("what is kept for a while has expired", expired, 60.0)
+    (pod,), (worker,) = system.pods.values(), system.workers
+    pod_bytes, worker_bytes = (psutil.Process(process.popen.pid).memory_info().rss for process in (pod, worker))
+    return Footprint(system.redis.dbsize(), system.redis.info("memory")["used_memory"], pod_bytes, worker_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
