@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from tests.system import MODEL, System, eventually, free_port
 from tests.tour.test_streams_survive import Reader
 
 NAME = "forgetful"
+STILL_S = 10.0
 NUM_TOKENS = 400                                        # of each of two choices
 
 
@@ -112,16 +115,24 @@ def is_flushed(stage: Stage) -> None:
         redis.flushall()
 
 
+def stands_still(stage: Stage) -> None:
+    """For longer than any command waits, and any lease lasts."""
+    assert stage.primary.process
+    stage.primary.process.send_signal(signal.SIGSTOP)
+    time.sleep(STILL_S)
+    stage.primary.process.send_signal(signal.SIGCONT)
+
+
 def is_replaced_by_an_empty_one(stage: Stage) -> None:
     with Redis.from_url(stage.copy.url) as redis:
         redis.flushall()
     stage.move_to(stage.copy)
 
 
-@pytest.mark.parametrize("happens", [forgets, is_flushed, is_replaced_by_an_empty_one])
-def test_a_redis_without_its_data_costs_a_connected_client_nothing(
+@pytest.mark.parametrize("happens", [forgets, is_flushed, is_replaced_by_an_empty_one, stands_still])
+def test_what_happens_to_redis_costs_a_connected_client_nothing(
         stage: Stage, uninterrupted: tuple[Any, ...], happens: Callable[[Stage], None]) -> None:
-    """Exact continuation from what the pods and the workers hold."""
+    """Exact continuation, where its data is lost from what the pods and the workers hold."""
     reader = Reader(stage.system, NAME, NUM_TOKENS)
     reader.read(200)
     happens(stage)

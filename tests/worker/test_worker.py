@@ -36,6 +36,7 @@ from worker.worker import Worker
 HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=3)
 WAIT_S = 60.0                                           # other tests and other tenants want the cores too
 NUM_TOKENS = 120
+NUM_SLOW_KEYS = 20_000                                  # that a Redis loads one by one; between some it says so
 PROMPT = (72, 105)
 SAMPLED = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=3)
 
@@ -169,6 +170,28 @@ async def test_a_redis_that_restarts_costs_no_token(
     entries = await read_until(worker, job, ended)
     assert token_ids(entries) == expected
     assert [entry.position for entry in entries] == list(range(len(entries)))
+
+
+def comes_back_slowly(server: RedisServer) -> None:
+    """Killed, and for two seconds it answers, and loads."""
+    with Redis.from_url(server.url) as redis:
+        pipe = redis.pipeline(transaction=False)
+        for number in range(NUM_SLOW_KEYS):
+            pipe.set(f"slow:{number}", "")
+        pipe.execute()
+    server.kill()
+    server.options = ("--key-load-delay", str(2_000_000 // NUM_SLOW_KEYS))
+    server.start()
+
+
+async def test_a_redis_that_loads_is_waited_for(worker: Worker, server: RedisServer, expected: list[int],
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    job = make_job(worker, sampling=SAMPLED)
+    await ask(worker, job)
+    await read_until(worker, job, partial(has_grown, 4))
+    await asyncio.to_thread(comes_back_slowly, server)
+    assert token_ids(await read_until(worker, job, ended)) == expected
+    assert "(BusyLoadingError)" in caplog.text
 
 
 def forgets(server: RedisServer) -> None:
