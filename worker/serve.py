@@ -45,7 +45,7 @@ async def serve(settings: Settings) -> None:
     from worker.build import build
     from worker.worker import Worker
 
-    engine = await asyncio.to_thread(build, settings, folder)
+    engine = build(settings, folder)                    # in the thread that steps: OpenMP counts threads for each one
     worker = Worker(settings, redis, engine, make_card(names[0], engine), names)
     stop = asyncio.create_task(_stop_when(stopping, worker))
     gc.collect()

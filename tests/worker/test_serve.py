@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from shared.settings import Settings
 from worker.build import MIN_CHUNK_TOKENS, fit_chunk
-from worker.serve import served_names
+from worker.serve import serve, served_names
+from worker.worker import Worker
 
 
 @pytest.mark.parametrize(("took_s", "expected"), [
@@ -14,6 +18,27 @@ from worker.serve import served_names
 def test_a_slow_machine_takes_smaller_chunks(took_s: float, expected: int) -> None:
     """A step stays under a quarter of the lease, so that a long prompt never costs a worker its jobs."""
     assert fit_chunk(256, took_s, most_s=0.75) == expected
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+async def test_steps_take_as_many_threads_as_the_setting_says(
+        redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads the model and whoever steps may be two threads, and OpenMP counts for each."""
+    seen = []
+
+    async def run(_: Worker) -> None:
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr(Worker, "run", run)
+    await serve(Settings(redis_url=redis_url, allow_no_aof=True, threads=3))
+    assert seen == [3]
 
 
 def test_names() -> None:
