@@ -69,9 +69,7 @@ def nursery() -> Iterator[Nursery]:
 def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """One pod and one worker on the built-in model, for every test that breaks nothing."""
     system = System(tmp_path_factory.mktemp("system"), redis_url, allow_no_aof=True)
-    system.start_worker()
-    system.start_pod()
-    system.await_workers(1)
+    system.start_all(1)
     yield system
     system.stop()
 

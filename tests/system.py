@@ -126,6 +126,14 @@ class System:
         """The canonical name: tests that share a Redis tell their models apart by it."""
         return self.environment.get("BATON_SERVED_MODEL_NAME", MODEL).split(",")[0]
 
+    def start_all(self, num_workers: int) -> str:
+        """So many workers and a pod that knows their model; its URL."""
+        for _ in range(num_workers):
+            self.start_worker()
+        url = self.start_pod()
+        self.await_workers(num_workers)
+        return url
+
     def start_pod(self, **settings: Any) -> str:
         """Starts a pod; its URL once it is ready."""
         url = f"http://127.0.0.1:{free_port()}"

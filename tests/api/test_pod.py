@@ -193,16 +193,20 @@ async def test_a_pod_ends_with_its_chores(server: RedisServer, monkeypatch: pyte
     monkeypatch.setattr(pod.directory, "run", deaf)
     monkeypatch.setattr(pod.limits, "run", other)
 
+    begun = asyncio.Event()
+
     async def live() -> None:
         async with pod.running():
+            begun.set()
             await asyncio.Event().wait()
 
     before = asyncio.all_tasks()
     living = asyncio.create_task(live())
-    await asyncio.sleep(0.05)
+    await begun.wait()
     for _ in range(2 if other is deaf else 0):
         living.cancel()
-        await asyncio.sleep(0.01)
+        for _ in range(3):                              # turns, in which it begins to end
+            await asyncio.sleep(0)
     async with asyncio.timeout(WAIT_S):
         with pytest.raises(ends_with):
             await living

@@ -33,9 +33,7 @@ def main() -> None:
         redis = RedisServer(Path(folder) / "redis").start()
         system = System(Path(folder), redis.url, disconnect_grace_s=0, retain_s=1)
         try:
-            system.start_worker()
-            url = system.start_pod()
-            system.await_workers(1)
+            url = system.start_all(1)
             began_s = time.monotonic()
             states = asyncio.run(cancel_all(args, url))
             took_s = time.monotonic() - began_s

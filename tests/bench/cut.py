@@ -39,10 +39,7 @@ def main() -> None:
         redis = RedisServer(Path(folder) / "redis").start()
         system = System(Path(folder), redis.url, idle_poll_s=0.2)
         try:
-            system.start_worker()
-            system.start_worker()
-            url = system.start_pod()
-            system.await_workers(2)
+            url = system.start_all(2)
             asyncio.run(measure(args, url, redis.url, system.shard))
         finally:
             system.stop()

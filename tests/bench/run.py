@@ -70,9 +70,7 @@ def measure_service(args: argparse.Namespace, folder: Path) -> dict[int, dict[st
     redis = RedisServer(folder / "redis").start()
     system = System(folder, redis.url, **({"model": args.model, "served_model_name": MODEL} if args.model else {}))
     try:
-        system.start_worker()
-        url = system.start_pod()
-        system.await_workers(1)
+        url = system.start_all(1)
         return {c: _through_http(args, url, c) for c in CONCURRENCIES}
     finally:
         system.stop()

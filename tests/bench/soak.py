@@ -73,9 +73,7 @@ def soak(num_first: int, num_jobs: int, folder: Path, redis_url: str, start: Sta
          ) -> tuple[Footprint, Footprint]:
     """After the first jobs, and after all, on a system of its own on this Redis, which nobody else uses."""
     system = System(folder, redis_url, start=start, retain_s=RETAIN_S)
-    system.start_worker()
-    url = system.start_pod()
-    system.await_workers(1)
+    url = system.start_all(1)
     footprints = []
     for number in (num_first, num_jobs - num_first):
         asyncio.run(ask(url, number))

@@ -50,9 +50,7 @@ def cast(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A pod and a worker that nothing happens to."""
     server = RedisServer(short_folder(tmp_path_factory)).start()
     system = System(tmp_path_factory.mktemp("cast"), server.url, start=nursery.start, **SETTINGS | QUICK)
-    system.start_worker()
-    system.start_pod()
-    system.await_workers(1)
+    system.start_all(1)
     yield system
     system.stop()
     server.stop()

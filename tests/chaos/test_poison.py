@@ -30,10 +30,7 @@ def system(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = RedisServer(short_folder(tmp_path_factory)).start()
     settings = SETTINGS | {"max_attempts": 3, "test_poison": SEED}
     system = System(tmp_path_factory.mktemp("system"), server.url, start=nursery.start, **settings)
-    system.start_worker()
-    system.start_worker()
-    system.start_pod()
-    system.await_workers(2)
+    system.start_all(2)
     yield system
     system.stop()
     server.stop()

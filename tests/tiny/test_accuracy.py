@@ -44,10 +44,7 @@ def pair(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFact
     """A worker for each core."""
     system = System(tmp_path_factory.mktemp("exam"), redis_url, allow_no_aof=True, threads=1, start=nursery.start,
                     served_model_name=NAME)
-    system.start_worker()
-    system.start_worker()
-    system.start_pod()
-    system.await_workers(2)
+    system.start_all(2)
     yield system
     system.stop()
 

@@ -41,10 +41,7 @@ def stage(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         url = primaries[0].url.replace("redis://", "redis+cluster://")
         system = System(tmp_path_factory.mktemp("cluster"), url, lease_s=1.0, idle_poll_s=0.2,
                         served_model_name=f"{NAME},{MODEL}-{NAME}", start=nursery.start)
-        system.start_worker()
-        system.start_worker()
-        system.start_pod()
-        system.await_workers(2)
+        system.start_all(2)
         yield Stage(primaries, system)
         system.stop()
 

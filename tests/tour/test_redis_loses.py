@@ -86,10 +86,7 @@ def stage(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     system = System(tmp_path_factory.mktemp("lossy"), f"redis://127.0.0.1:{address.port}/0", lease_s=1.0,
                     idle_poll_s=0.2, allow_no_aof=True, served_model_name=f"{NAME},{MODEL}-{NAME}",
                     start=nursery.start)
-    system.start_worker()
-    system.start_worker()
-    system.start_pod()
-    system.await_workers(2)
+    system.start_all(2)
     yield Stage(servers[0], servers[1], address, system)
     system.stop()
     address.close()

@@ -25,10 +25,7 @@ def pair(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFact
     """Two workers, a short lease, a name of their own beside the other tests' model."""
     system = System(tmp_path_factory.mktemp("pair"), redis_url, lease_s=LEASE_S, idle_poll_s=0.2, allow_no_aof=True,
                     served_model_name=f"pair,{MODEL}-pair", start=nursery.start)
-    system.start_worker()
-    system.start_worker()
-    system.start_pod()
-    system.await_workers(2)
+    system.start_all(2)
     yield system
     system.stop()
 
