@@ -1,12 +1,14 @@
-"""A process that has imported everything, once. A fork of it is a pod or a worker that starts in a second of CPU.
+"""A process that has imported everything and loaded the built-in model, once. A fork of it starts in a moment.
 
-To import torch takes five more, which a run that kills a worker every few seconds cannot pay. What is forked is a real
-process all the same: it loads its model, opens its own connections, and dies alone. It knows nothing of what it runs.
+To import torch takes five seconds of CPU, to load and check a model another, which a run that kills a worker every
+few seconds cannot pay. What is forked is a real process all the same: its memory is its own, it opens its own
+connections, and dies alone. It knows nothing of what it runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -94,9 +96,14 @@ def main() -> None:
     import api.server  # noqa: F401 - to have it loaded is what the nursery is for
     import worker.announce
     import worker.build
-    import worker.worker  # noqa: F401
+    import worker.worker
+    from shared.settings import Settings
     from tests.chaos import launcher
+    from worker.model.loading import load
+    from worker.serve import model_folder
 
+    vars(worker.build)["load"] = functools.cache(load)
+    worker.build.build(settings := Settings(), model_folder(settings))
     gc.collect()
     gc.freeze()                                         # a fork's collector leaves what is shared alone
     children: set[int] = set()

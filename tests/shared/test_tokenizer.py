@@ -65,7 +65,7 @@ def user(text: str) -> list[dict[str, Any]]:
 def apply(theirs: PreTrainedTokenizerFast, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
     ids = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
     assert isinstance(ids, list)
-    return ids  # type: ignore[return-value]
+    return ids
 
 
 def id_of(tokenizer: Tokenizer, content: str) -> int:

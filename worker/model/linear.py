@@ -6,6 +6,8 @@ does a small one in float32, where oneDNN's call costs more than packing saves.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -39,7 +41,7 @@ def pack_linears(module: nn.Module) -> int:
     return num_packed
 
 
-def _pack(layer: nn.Module) -> PackedLinear | None:
+def _pack(layer: Any) -> PackedLinear | None:
     if type(layer) is nn.Linear:
         weight = layer.weight
     elif type(layer) is Conv1D:

@@ -6,7 +6,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -62,9 +61,8 @@ def _generate(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], max_tok
     longest = max(map(len, prompts))
     # Padded on the left, where the mask hides it, so that every row ends where its answer begins.
     input_ids = torch.tensor([[PAD_ID] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    generate: Any = model.generate  # type: ignore[misc]
-    output = generate(input_ids, attention_mask=input_ids != PAD_ID, max_new_tokens=max_tokens, do_sample=False,
-                      eos_token_id=END_ID, pad_token_id=PAD_ID)
+    output = model.generate(input_ids, attention_mask=input_ids != PAD_ID, max_new_tokens=max_tokens, do_sample=False,
+                            eos_token_id=END_ID, pad_token_id=PAD_ID)
     rows: list[list[int]] = output[:, longest:].tolist()
     return [row[: row.index(END_ID)] if END_ID in row else row for row in rows]
 

@@ -39,13 +39,13 @@ def plain_llama(folder: Path) -> tuple[Any, list[int], Any]:
     return module, token_ids, check.record(module)
 
 
-class Doubled(LlamaMLP):
+class Doubled(LlamaMLP):                                # type: ignore[misc]
     def forward(self, x: Any) -> Any:
-        return 2 * super().forward(x)                   # type: ignore[no-untyped-call]
+        return 2 * super().forward(x)
 
 
-class Unturned(LlamaAttention):
-    def forward(self, hidden_states: Any, position_embeddings: Any, **kwargs: Any) -> Any:      # type: ignore[override]
+class Unturned(LlamaAttention):                         # type: ignore[misc]
+    def forward(self, hidden_states: Any, position_embeddings: Any, **kwargs: Any) -> Any:
         cos, sin = position_embeddings
         return super().forward(hidden_states, (cos, 0 * sin), **kwargs)
 
