@@ -57,7 +57,10 @@ class Metrics:
 
 WORKER_GAUGES = {
     "num_running": "Choices in the batch.",
-    "num_waiting": "Choices that wait for their prefill.",
+    "num_waiting": "Choices that wait for a slot, or for memory.",
+    "num_preempted": "Choices that had to give their memory to older ones, since the worker began.",
+    "num_guessed_tokens": "Tokens guessed ahead, since the worker began.",
+    "num_right_tokens": "Guessed tokens that were right, since the worker began.",
     "step_p50_ms": "Median time of a step.",
     "step_p99_ms": "99th percentile of the time of a step.",
     "tokens_per_s": "Tokens drawn, over the last announcement interval.",

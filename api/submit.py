@@ -89,6 +89,7 @@ def resolve_sampling(request: ChatRequest, card: Card, num_prompt_tokens: int) -
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         min_tokens=request.min_tokens or 0,
         ignore_eos=bool(request.ignore_eos),
+        speculative=request.speculative is not False,
         stop=tuple(request.stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()))
 

@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(256, ge=16, description="of a prompt per forward; a slow machine takes fewer")
     exact_replay_max_tokens: int = Field(
         4096, ge=0, description="longer answers continue from a prefill: valid, not exact")
+    num_speculative_tokens: int = Field(8, ge=0, le=31, description="most tokens guessed ahead of a step; 0: none")
+    numerics: Literal["exact", "fast"] = Field(
+        "exact", description="fast: prompts and answers share a forward; no answer is promised to be the same again")
     flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1")

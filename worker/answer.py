@@ -6,7 +6,7 @@ It knows text, positions and what was logged before. It knows nothing of Redis o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 
@@ -63,7 +63,12 @@ class Answer:
     def take(self, output: Output) -> bool:
         """A choice gained tokens. True when a stop string ended it, and the engine has to be told."""
         choice = self.choices[output.index]
-        text = choice.text.feed(output.token_ids)
+        text = ""
+        for num_fed, token_id in enumerate(output.token_ids, 1):
+            text += choice.text.feed((token_id,))
+            if choice.text.stopped:                     # what was drawn behind it is not part of the answer
+                output = replace(output, token_ids=output.token_ids[:num_fed], logprobs=output.logprobs[:num_fed])
+                break
         if choice.text.stopped:
             choice.finish_reason = "stop"
         elif output.finish_reason:

@@ -29,7 +29,8 @@ def build(settings: Settings, folder: Path) -> Engine:
     engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
                     prefill_chunk=settings.prefill_chunk_tokens, kv_cache_bytes=settings.kv_cache_bytes,
                     enable_prefix_caching=settings.enable_prefix_caching,
-                    exact_replay_max_tokens=settings.exact_replay_max_tokens)
+                    exact_replay_max_tokens=settings.exact_replay_max_tokens,
+                    num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics)
     engine.prefill_chunk = fit_chunk(settings.prefill_chunk_tokens, _time_chunk(engine), settings.lease_s / 4)
     log.info("loaded in %.1f s: %r, prefill in chunks of %d", time.monotonic() - began_s, engine, engine.prefill_chunk)
     return engine

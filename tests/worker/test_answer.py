@@ -150,3 +150,13 @@ def test_an_error_ends_the_log_where_it_stands(error: str) -> None:
     log = entries([*answer.flush(0.0), answer.terminal(error)])
     assert log[-1].finish == Finish(Usage(3, 1), error)
     assert [entry.position for entry in log] == [1, 2]
+
+
+def test_what_was_drawn_behind_a_stop_string_is_not_part_of_the_answer() -> None:
+    """Tokens may come several at a time: where they were cut changes neither text nor usage."""
+    one_by_one, together = (Answer(claim(stop=("l",)), TOKENIZER) for _ in range(2))
+    token_ids = ids("Hello!")
+    assert [one_by_one.take(draw(0, token_id)) for token_id in token_ids[:3]] == [False, False, True]
+    assert together.take(Output("job", 0, tuple(token_ids), (), None))
+    assert entries(together.flush(0.0)) == entries(one_by_one.flush(0.0))
+    assert together.num_tokens == 3

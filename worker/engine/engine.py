@@ -1,25 +1,28 @@
 """Continuous batching on token ids: requests join and leave at any step, and no answer depends on its neighbours.
 
-One step: admit, plan, decode in forwards of few rows, then prefill a little. It knows token ids and slots. It knows
+One step: admit, secure memory, guess, plan, decode in forwards of few rows, then prefill a little. When memory runs out
+the youngest sequence gives way, and goes on later as one of a dead worker does. It knows token ids and slots. It knows
 nothing of text, jobs or Redis.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from itertools import groupby, islice, zip_longest
+from typing import Literal
 
 from torch import Tensor
 
 from shared.prefix import prefix_names
-from worker.engine.kv import KVSlots
+from worker.engine.draft import Drafter
+from worker.engine.kv import KVSlots, pages
 from worker.engine.prefix import PrefixCache
 from worker.engine.request import Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Params, Row, Sampler
-from worker.engine.scheduler import Progress, Span, schedule
-from worker.engine.sequence import WAITING, Sequence
+from worker.engine.scheduler import MIN_CHUNK_COST, Plan, Progress, Span, schedule
+from worker.engine.sequence import WAITING, Group, Sequence
 from worker.model.attention import PAGE_LEN, allocate
 from worker.model.model import Model
 
@@ -28,54 +31,41 @@ __all__ = ["Engine", "Output", "Request"]
 GIB = 2**30
 
 
-@dataclass(slots=True)
-class Group:
-    """The living choices of one request. The first one computes the prompt for all."""
-
-    sequences: dict[int, Sequence]
-    prefix: tuple[str, ...]         # names of the prompt's whole chunks (shared/prefix.py)
-
-    @property
-    def leader(self) -> Sequence:
-        return next(iter(self.sequences.values()))
-
-    @property
-    def is_prefilled(self) -> bool:
-        return self.leader.num_computed_tokens >= self.leader.num_prompt_tokens
-
-    @property
-    def computing(self) -> Iterator[Sequence]:
-        return iter(self.sequences.values() if self.is_prefilled else [self.leader])
-
-
 class Engine:
     def __init__(self, model: Model, *, max_num_seqs: int = 32, max_model_len: int | None = None,
                  prefill_chunk: int = 256, kv_cache_bytes: int = 4 * GIB, enable_prefix_caching: bool = True,
-                 exact_replay_max_tokens: int = 4096):
+                 exact_replay_max_tokens: int = 4096, num_speculative_tokens: int = 8,
+                 numerics: Literal["exact", "fast"] = "exact"):
         self.model = model
         self.max_model_len = min(max_model_len or model.max_model_len, model.max_model_len)
         self.prefill_chunk = prefill_chunk
-        self.exact_replay_max_tokens = exact_replay_max_tokens
-        slot_bytes = -(-self.max_model_len // PAGE_LEN) * PAGE_LEN * model.kv_bytes_per_token
-        num_affordable = kv_cache_bytes // slot_bytes
-        num_slots = min(max_num_seqs, num_affordable)
-        if num_slots < 1:
-            raise ValueError(f"kv_cache_bytes {kv_cache_bytes} is less than the {slot_bytes} of one sequence of "
-                             f"{self.max_model_len} tokens: lower max_model_len")
-        num_kept = min(num_slots, num_affordable - num_slots) if enable_prefix_caching else 0
-        layers = allocate(model.kv_shapes, num_slots + num_kept, self.max_model_len, model.dtype)
-        self.kv = KVSlots(layers, num_slots)
-        self.prefix_cache = PrefixCache(range(num_slots, num_slots + num_kept))
+        self.is_exact = numerics == "exact"         # else all in one forward: an answer depends on its neighbours
+        self.max_rows = model.max_rows if self.is_exact else max_num_seqs * (1 + num_speculative_tokens)
+        self.exact_replay_max_tokens = exact_replay_max_tokens if self.is_exact else 0
+        self.num_speculative_tokens = num_speculative_tokens
+        page_bytes = PAGE_LEN * model.kv_bytes_per_token
+        num_pages, num_needed = kv_cache_bytes // page_bytes, pages(self.max_model_len)
+        if num_pages < num_needed:
+            raise ValueError(f"kv_cache_bytes {kv_cache_bytes} is less than the {num_needed * page_bytes} of one "
+                             f"sequence of {self.max_model_len} tokens: lower max_model_len")
+        num_slots = max_num_seqs * (2 if enable_prefix_caching else 1)
+        layers = allocate(model.kv_shapes, num_slots, self.max_model_len, model.dtype)
+        self.kv = KVSlots(layers, max_num_seqs, num_pages)
+        self.prefix_cache = PrefixCache(range(max_num_seqs, num_slots))
         self.runner = Runner(model, self.kv)
-        self.sampler = Sampler(num_slots, model.vocab_size)
-        self._waiting: dict[str, Group] = {}        # by request id, in order of arrival
-        self._running: dict[str, Group] = {}        # every sequence has a slot
+        self.sampler = Sampler(max_num_seqs, model.vocab_size)
+        self.num_preempted = 0
+        self.num_guessed_tokens = self.num_right_tokens = 0
+        self._num_arrived = 0
+        self._waiting: deque[Group] = deque()       # in order of arrival
+        self._running: list[Group] = []             # every sequence has a slot
+        self._group_of: dict[tuple[str, int], Group] = {}
         self._by_slot: dict[int, Sequence] = {}
         self._ended: list[Output] = []              # continued choices that had nothing left to draw
 
     def add(self, request: Request) -> None:
         """Raises ValueError when the request could harm a batch."""
-        if request.id in self._waiting or request.id in self._running:
+        if any((request.id, index) in self._group_of for index in request.live_choices):
             raise ValueError(f"request {request.id} is here already")
         validate(request, vocab_size=self.model.vocab_size, max_model_len=self.max_model_len,
                  max_choices=self.kv.num_slots)
@@ -84,17 +74,27 @@ class Engine:
             if sequence.finish_reason:
                 self._ended.append(Output(request.id, sequence.index, (), (), sequence.finish_reason))
         living = {sequence.index: sequence for sequence in sequences if not sequence.finish_reason}
-        if living:
-            names = prefix_names(request.salt, request.prompt_token_ids, self.prefill_chunk)
-            self._waiting[request.id] = Group(living, names if self.prefix_cache.slots else ())
+        names = prefix_names(request.salt, request.prompt_token_ids, self.prefill_chunk) if living else ()
+        side_by_side = self.kv.num_pages // pages(max((s.num_tokens + 1 for s in living.values()), default=1))
+        while living:
+            some = {index: living.pop(index) for index in list(islice(living, side_by_side))}
+            self._waiting.append(self._group(self._num_arrived, some, names if self.prefix_cache.slots else ()))
+            self._num_arrived += 1
+
+    def _group(self, number: int, sequences: dict[int, Sequence], prefix: tuple[str, ...]) -> Group:
+        group = Group(number, sequences, prefix)
+        self._group_of |= {sequence.key: group for sequence in sequences.values()}
+        return group
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         sampling = request.sampling
         eos = frozenset() if sampling.ignore_eos else self.model.eos_token_ids
         params = Params.of(sampling, index, eos | frozenset(sampling.stop_token_ids))
         drawn = list(request.continued_token_ids(index))
+        guesses = self.num_speculative_tokens and sampling.speculative and not params.is_penalized
         return Sequence(request.id, index, request.prompt_token_ids, sampling, params, drawn,
-                        num_reprefilled_tokens=0 if self.replays_exactly(len(drawn)) else len(drawn))
+                        num_reprefilled_tokens=0 if self.replays_exactly(len(drawn)) else len(drawn),
+                        drafter=Drafter(self.num_speculative_tokens) if guesses else None)
 
     def replays_exactly(self, num_tokens: int) -> bool:
         """Whether what others drew of a choice is decoded again, bit for bit; else it is prefilled."""
@@ -102,38 +102,98 @@ class Engine:
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Frees the slots at once. Unknown requests and choices are no error: they may just have ended."""
-        group = self._waiting.get(request_id) or self._running.get(request_id)
-        for sequence in list(group.sequences.values()) if group else []:
-            if index in (None, sequence.index):
-                self._retire(sequence)
+        for key in [key for key in self._group_of if key[0] == request_id and index in (None, key[1])]:
+            self._retire(self._group_of[key].sequences[key[1]])
 
     def step(self) -> list[Output]:
         self._admit()
         self._reuse()
-        plan = schedule([_progress(sequence) for group in self._running.values() for sequence in group.computing],
-                        max_rows=self.model.max_rows, prefill_chunk=self.prefill_chunk)
+        self._secure_memory()
+        self._guess()
+        plan = schedule([_progress(sequence) for group in self._running for sequence in group.computing],
+                        max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
+                        min_chunk_cost=MIN_CHUNK_COST if self.is_exact else 0)
         outputs, self._ended = self._ended, []
+        if not self.is_exact:
+            return outputs + self._step_together(plan)
         for spans in plan.decodes:
             outputs += self._sample(*self.runner.decode(spans, self._by_slot))
         for span in plan.prefills:
-            outputs += self._prefill(span)
+            outputs += self._prefilled(span, self.runner.prefill(span, self._by_slot[span.slot]))
+        return outputs
+
+    def _step_together(self, plan: Plan) -> list[Output]:
+        decodes = [span for spans in plan.decodes for span in spans]
+        if not decodes and not plan.prefills:
+            return []
+        sequences, logits, of_prompts = self.runner.together(decodes, plan.prefills, self._by_slot)
+        outputs = self._sample(sequences, logits)
+        for row, span in enumerate(plan.prefills):
+            outputs += self._prefilled(span, of_prompts[row:row + 1])
         return outputs
 
     def _admit(self) -> None:
         """First come, first served: a request of many choices is not overtaken."""
         while self._waiting:
-            request_id, group = next(iter(self._waiting.items()))
-            if len(group.sequences) > self.kv.num_free:
+            group = self._waiting[0]
+            num_pages = sum(pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
+            if len(group.sequences) > self.kv.num_free or not self._make_room(num_pages):
                 return
-            self._running[request_id] = self._waiting.pop(request_id)
+            self._running.append(self._waiting.popleft())
             for sequence in group.sequences.values():
                 sequence.slot = self.kv.reserve()
+                self.kv.grow(sequence.slot, sequence.num_tokens + 1)
                 self._by_slot[sequence.slot] = sequence
+
+    def _make_room(self, num_pages: int) -> bool:
+        """At the cost of what is kept for others, never of what runs."""
+        if self.num_available_pages < num_pages:
+            return False
+        while self.kv.num_free_pages < num_pages:
+            self._evict()
+        return True
+
+    def _evict(self, index: int | None = None) -> None:
+        index, slot = self.prefix_cache.evict(index)
+        self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
+
+    def _secure_memory(self) -> None:
+        """For the next token of all; the oldest has the first word."""
+        for group in sorted(self._running, key=lambda group: group.number):
+            for sequence in list(group.sequences.values()):
+                while sequence.slot != WAITING and self.kv.num_missing_pages(sequence.slot, sequence.num_tokens):
+                    if self._make_room(1):
+                        self.kv.grow(sequence.slot, sequence.num_tokens)
+                    else:
+                        youngest = max(self._running, key=lambda group: group.number)
+                        self._preempt(list(youngest.sequences.values())[-1])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """It prefills its prompt and replays what it has drawn, before anyone younger is admitted."""
+        group = self._group_of[sequence.key]
+        self._remove(sequence)
+        sequence.restart()
+        if not self.is_exact:
+            sequence.num_reprefilled_tokens = len(sequence.output_token_ids)
+        self._waiting.appendleft(self._group(group.number, {sequence.index: sequence}, group.prefix))
+        self.num_preempted += 1
+
+    def _guess(self) -> None:
+        """Where one forward has room for all: a guess never costs a forward of its own."""
+        running = [sequence for group in self._running for sequence in group.computing]
+        num_spare = self.max_rows - sum(sequence.num_uncomputed_tokens for sequence in running
+                                              if sequence.num_computed_tokens >= sequence.num_prefill_tokens)
+        for sequence in running:
+            if num_spare <= 0:
+                return
+            if sequence.num_uncomputed_tokens == 1 and sequence.output_token_ids:
+                sequence.draft(min(num_spare, self.kv.num_owned_tokens(sequence.slot) - sequence.num_tokens))
+                num_spare -= len(sequence.draft_token_ids)
 
     def _reuse(self) -> None:
         """Copies what was computed before, also by a neighbour a step ago: chunks on the grid have the same bits."""
         chunk = self.prefill_chunk
-        for group in self._running.values():
+        for group in self._running:
             leader = group.leader
             for index in range(leader.num_computed_tokens // chunk, len(group.prefix)):
                 slot = self.prefix_cache.find(index, group.prefix[index])
@@ -142,11 +202,12 @@ class Engine:
                 self.kv.copy(slot, leader.slot, index * chunk, (index + 1) * chunk)
                 leader.num_computed_tokens += chunk
                 leader.num_cached_tokens += chunk
+                self.prefix_cache.use(group.prefix[:index + 1])
 
-    def _prefill(self, span: Span) -> list[Output]:
+    def _prefilled(self, span: Span, logits: Tensor) -> list[Output]:
+        """What to do when a chunk was computed: keep it, or draw the first token of every choice."""
         sequence = self._by_slot[span.slot]
-        group = self._running[sequence.request_id]
-        logits = self.runner.prefill(span, sequence)
+        group = self._group_of[sequence.key]
         if span.end < sequence.num_prompt_tokens:
             self._keep(span, group.prefix)
             return []
@@ -156,7 +217,14 @@ class Engine:
 
     def _keep(self, span: Span, prefix: tuple[str, ...]) -> None:
         index = span.begin // self.prefill_chunk
-        if index < len(prefix) and (slot := self.prefix_cache.place(index, prefix[index])) is not None:
+        if index >= len(prefix) or self.prefix_cache.find(index, prefix[index]) is not None:
+            return
+        if self.prefix_cache.is_full(index):
+            self._evict(index)
+        if self._make_room(pages(self.prefill_chunk)):
+            slot = self.prefix_cache.place(index, prefix[index])
+            self.prefix_cache.use(prefix[:index + 1])
+            self.kv.hold(slot, span.begin, span.end)
             self.kv.copy(span.slot, slot, span.begin, span.end)
 
     def _share_prompt(self, group: Group) -> list[Sequence]:
@@ -171,34 +239,54 @@ class Engine:
         return sequences
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:
+        """Neighbouring rows of one sequence are its next token, and what would come behind its guesses."""
         if not sequences:
             return []
-        rows = [Row(sequence.slot, len(sequence.output_token_ids)) for sequence in sequences]
-        draws = self.sampler.sample(logits, rows)
-        return [self._accept(sequence, draw) for sequence, draw in zip(sequences, draws, strict=True)]
+        rows = [Row(sequence.slot, len(sequence.output_token_ids) + offset)
+                for sequence, same in groupby(sequences) for offset, _ in enumerate(same)]
+        draws = iter(self.sampler.sample(logits, rows))
+        return [self._accept(sequence, [next(draws) for _ in same]) for sequence, same in groupby(sequences)]
 
-    def _accept(self, sequence: Sequence, draw: Draw) -> Output:
-        if not draw.is_valid:
-            self.kv.wipe(sequence.slot, sequence.num_computed_tokens)
-            self.prefix_cache.forget(self._running[sequence.request_id].prefix)
-            self._retire(sequence)
-            return Output(sequence.request_id, sequence.index, (), (), "error")
-        sequence.output_token_ids.append(draw.token_id)
-        logprobs = (draw.logprobs,) if draw.logprobs else ()
+    def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
+        """The tokens up to the first one that was not guessed: what stands behind it was computed in vain."""
+        guesses, sequence.draft_token_ids = sequence.draft_token_ids, []
+        num_before = len(sequence.output_token_ids)
+        taken: list[Draw] = []
+        for draw, guess in zip_longest(draws, guesses):
+            if not draw.is_valid:
+                return self._fail(sequence)
+            taken.append(draw)
+            sequence.output_token_ids.append(draw.token_id)
+            if draw.token_id != guess or sequence.finish_reason:
+                break
+            sequence.num_computed_tokens += 1
+        if sequence.drafter and guesses:
+            sequence.drafter.learn(len(guesses), len(taken) - 1)
+            self.num_guessed_tokens += len(guesses)
+            self.num_right_tokens += len(taken) - 1
         if sequence.finish_reason:
             self._retire(sequence)
-        is_first = len(sequence.output_token_ids) == 1
-        return Output(sequence.request_id, sequence.index, (draw.token_id,), logprobs, sequence.finish_reason,
-                      sequence.num_cached_tokens if is_first else 0)
+        return Output(sequence.request_id, sequence.index, tuple(draw.token_id for draw in taken),
+                      tuple(draw.logprobs for draw in taken if draw.logprobs), sequence.finish_reason,
+                      0 if num_before else sequence.num_cached_tokens)
+
+    def _fail(self, sequence: Sequence) -> Output:
+        self.kv.wipe(sequence.slot, sequence.num_computed_tokens)
+        self.prefix_cache.forget(self._group_of[sequence.key].prefix)
+        self._retire(sequence)
+        return Output(sequence.request_id, sequence.index, (), (), "error")
 
     def _retire(self, sequence: Sequence) -> None:
-        groups = self._waiting if sequence.slot == WAITING else self._running
-        group = groups[sequence.request_id]
+        self._remove(sequence)
+        del self._group_of[sequence.key]
+
+    def _remove(self, sequence: Sequence) -> None:
+        group = self._group_of[sequence.key]
         if sequence is group.leader and not group.is_prefilled and len(group.sequences) > 1:
             self._hand_over(sequence, list(group.sequences.values())[1])
         del group.sequences[sequence.index]
         if not group.sequences:
-            del groups[sequence.request_id]
+            (self._waiting if sequence.slot == WAITING else self._running).remove(group)
         if sequence.slot != WAITING:
             self.sampler.leave(sequence.slot)
             del self._by_slot[sequence.slot]
@@ -218,12 +306,17 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(group.sequences) for group in self._waiting.values())
+        return sum(len(group.sequences) for group in self._waiting)
 
     @property
     def num_free_seqs(self) -> int:
-        """Choices that could be admitted at once."""
-        return max(0, self.kv.num_free - self.num_waiting)
+        """Choices that could be admitted at once; none while some wait for a slot, or for memory."""
+        return 0 if self._waiting else min(self.kv.num_free, self.num_available_pages)
+
+    @property
+    def num_available_pages(self) -> int:
+        """That no sequence owns; what is kept for others can go."""
+        return self.kv.num_pages - self.kv.num_owned_pages
 
     @property
     def has_work(self) -> bool:
@@ -231,16 +324,17 @@ class Engine:
 
     @property
     def numerics_id(self) -> str:
-        """Of the model and of the grid on which prompts are cut."""
-        return hashlib.sha256(f"{self.model.numerics_id} {self.prefill_chunk}".encode()).hexdigest()[:32]
+        """Of the model, of the grid on which prompts are cut, and of what shares a forward."""
+        mode = "" if self.is_exact else " fast"
+        return hashlib.sha256(f"{self.model.numerics_id} {self.prefill_chunk}{mode}".encode()).hexdigest()[:32]
 
     def check(self) -> None:
         """Every slot is free or held by one running choice; an idle engine holds none."""
         self.kv.check()
-        held = {sequence.slot for group in self._running.values() for sequence in group.sequences.values()}
+        held = {sequence.slot for group in self._running for sequence in group.sequences.values()}
         assert held == set(self._by_slot) and len(held) == self.kv.num_held, f"{self!r} lost count of its slots"
         assert all(self.sampler.params[slot] is None or slot in held for slot in range(self.kv.num_slots))
-        assert self.has_work or self.kv.num_held == 0, f"{self!r} is idle and holds slots"
+        assert self.has_work or (not self.kv.num_held and not self._group_of), f"{self!r} is idle and holds slots"
 
     def __repr__(self) -> str:
         return (f"<Engine {self.num_running} running, {self.num_waiting} waiting, "
@@ -248,4 +342,5 @@ class Engine:
 
 
 def _progress(sequence: Sequence) -> Progress:
-    return Progress(sequence.slot, sequence.num_prefill_tokens, sequence.num_computed_tokens, sequence.num_tokens)
+    return Progress(sequence.slot, sequence.num_prefill_tokens, sequence.num_computed_tokens, sequence.num_tokens,
+                    len(sequence.draft_token_ids))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from worker.engine.kv import KVSlots
 from worker.engine.scheduler import Span
 from worker.engine.sequence import Sequence
-from worker.model.attention import DecodeRows, PrefillChunk
+from worker.model.attention import Context, DecodeRows, PrefillChunk, Together
 from worker.model.model import Model
 
 
@@ -23,17 +24,12 @@ class Runner:
     kv: KVSlots
 
     def decode(self, spans: list[Span], sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor]:
-        """One forward. The sequences whose last known token it computed, and their logits."""
-        slots = [span.slot for span in spans for _ in range(span.begin, span.end)]
-        positions = [position for span in spans for position in range(span.begin, span.end)]
-        token_ids = [sequences[slot].token_id(position) for slot, position in zip(slots, positions, strict=True)]
-        ends = [row for row, (slot, position) in enumerate(zip(slots, positions, strict=True))
-                if position + 1 == sequences[slot].num_tokens]
-        context = DecodeRows(self.kv.layers, slots, positions)
-        logits = self.model.decode(token_ids, context, positions, ends or [0])
-        for span in spans:
-            sequences[span.slot].num_computed_tokens = span.end
-        return [sequences[slots[row]] for row in ends], logits[:len(ends)]
+        """One forward. For each row at or behind a sequence's last known token: the sequence, and the logits."""
+        rows = _Rows.of(spans, sequences)
+        context = DecodeRows(self.kv.layers, rows.slots, rows.positions)
+        logits = self.model.decode(rows.token_ids, context, rows.positions, rows.ends or [0])
+        _advance(spans, sequences)
+        return [sequences[rows.slots[row]] for row in rows.ends], logits[:len(rows.ends)]
 
     def prefill(self, span: Span, sequence: Sequence) -> Tensor:
         """One chunk in a forward of its own: the logits of its last token, [1, vocab_size]."""
@@ -42,3 +38,44 @@ class Runner:
         logits = self.model.prefill(token_ids, context, range(span.begin, span.end))
         sequence.num_computed_tokens = span.end
         return logits
+
+    def together(self, decodes: list[Span], prefills: list[Span], sequences: Mapping[int, Sequence]
+                 ) -> tuple[list[Sequence], Tensor, Tensor]:
+        """As `decode` and several times `prefill`, in one forward, whose rows may round as others do not."""
+        rows = _Rows.of(decodes, sequences)
+        parts: list[tuple[Context, int]] = []
+        if decodes:
+            parts.append((DecodeRows(self.kv.layers, rows.slots, rows.positions), len(rows.slots)))
+        token_ids, positions, kept = [*rows.token_ids], [*rows.positions], [*rows.ends]
+        for span in prefills:
+            parts.append((PrefillChunk(self.kv.layers, *span), span.end - span.begin))
+            token_ids += sequences[span.slot].token_ids(span.begin, span.end)
+            positions += range(span.begin, span.end)
+            kept.append(len(token_ids) - 1)
+        logits = self.model.forward(token_ids, positions, Together(parts), kept)
+        _advance([*decodes, *prefills], sequences)
+        return [sequences[rows.slots[row]] for row in rows.ends], *logits.split([len(rows.ends), len(prefills)])
+
+
+class _Rows(NamedTuple):
+    """Of decode spans, one for each token."""
+
+    slots: list[int]
+    positions: list[int]
+    token_ids: list[int]
+    ends: list[int]                 # the rows at or behind a sequence's last known token
+
+    @classmethod
+    def of(cls, spans: list[Span], sequences: Mapping[int, Sequence]) -> _Rows:
+        slots = [span.slot for span in spans for _ in range(span.begin, span.end)]
+        positions = [position for span in spans for position in range(span.begin, span.end)]
+        token_ids = [sequences[slot].token_id(position) for slot, position in zip(slots, positions, strict=True)]
+        ends = [row for row, (slot, position) in enumerate(zip(slots, positions, strict=True))
+                if position + 1 >= sequences[slot].num_tokens]
+        return cls(slots, positions, token_ids, ends)
+
+
+def _advance(spans: list[Span], sequences: Mapping[int, Sequence]) -> None:
+    for span in spans:
+        sequence = sequences[span.slot]
+        sequence.num_computed_tokens = min(span.end, sequence.num_tokens)

@@ -20,6 +20,7 @@ class Progress(NamedTuple):
     num_prefill_tokens: int         # computed in chunks; what follows, in decode rows
     num_computed_tokens: int
     num_tokens: int
+    num_guessed: int = 0            # rows behind the last known token; only where one forward has room for all
 
 
 class Span(NamedTuple):
@@ -35,13 +36,15 @@ class Plan(NamedTuple):
     prefills: list[Span]            # one forward each
 
 
-def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int) -> Plan:
+def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
+             min_chunk_cost: int = MIN_CHUNK_COST) -> Plan:
     """`progress` comes in order of arrival, which is the order of prefill and of replay."""
     prefilling = [p for p in progress if p.num_computed_tokens < p.num_prefill_tokens]
     computing = [p for p in progress if p.num_computed_tokens >= p.num_prefill_tokens]
-    decoding = sorted(_next(p, 1) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
+    decoding = sorted(_next(p, 1 + p.num_guessed) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
     replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1), max_rows)
-    return Plan(list(_split([*decoding, *replaying], max_rows)), _take_prefills(prefilling, prefill_chunk))
+    return Plan(list(_split([*decoding, *replaying], max_rows)),
+                _take_prefills(prefilling, prefill_chunk, min_chunk_cost))
 
 
 def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span]:
@@ -53,13 +56,13 @@ def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span
         yield span
 
 
-def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int) -> list[Span]:
+def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, min_cost: int) -> list[Span]:
     spans: list[Span] = []
     cost = 0
     for p in prefilling:
         to_grid = prefill_chunk - p.num_computed_tokens % prefill_chunk
         num_tokens = min(to_grid, p.num_prefill_tokens - p.num_computed_tokens)
-        cost += max(num_tokens, MIN_CHUNK_COST)
+        cost += max(num_tokens, min_cost)
         if spans and cost > prefill_chunk:
             break
         spans.append(_next(p, num_tokens))

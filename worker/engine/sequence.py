@@ -1,10 +1,15 @@
-"""One choice of a request, from its slot to its last token. It knows its counts; what to do next, others decide."""
+"""One choice of a request, from its slot to its last token, and those of one request that go side by side.
+
+They know their counts; what to do next, others decide.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from worker.engine.draft import Drafter
 from worker.engine.sampler import Params
 
 if TYPE_CHECKING:
@@ -28,6 +33,12 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0                          # of the prompt, copied and not computed
     num_reprefilled_tokens: int = 0                     # drawn by others, and too many to be replayed
+    drafter: Drafter | None = None
+    draft_token_ids: list[int] = field(default_factory=list)        # guesses that the next step computes too
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.index
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -53,8 +64,23 @@ class Sequence:
         return [*self.prompt_token_ids[begin:end], *drawn]
 
     def token_id(self, position: int) -> int:
-        beyond = position - len(self.prompt_token_ids)
-        return self.output_token_ids[beyond] if beyond >= 0 else self.prompt_token_ids[position]
+        """Also of the guesses that stand behind what is known."""
+        if (beyond := position - len(self.prompt_token_ids)) < 0:
+            return self.prompt_token_ids[position]
+        if (guess := beyond - len(self.output_token_ids)) >= 0:
+            return self.draft_token_ids[guess]
+        return self.output_token_ids[beyond]
+
+    def draft(self, most: int) -> None:
+        """Guesses at most so many tokens; the last one that may come needs no guess behind it."""
+        if self.drafter:
+            num_left = self.sampling.max_tokens - len(self.output_token_ids) - 1
+            known = (self.prompt_token_ids, self.output_token_ids)
+            self.draft_token_ids = self.drafter.propose(*known, min(most, num_left))
+
+    def restart(self) -> None:
+        """Without a slot, as if it had just come, with all that it has drawn."""
+        self.slot, self.num_computed_tokens, self.num_cached_tokens = WAITING, 0, 0
 
     @property
     def finish_reason(self) -> str | None:
@@ -67,3 +93,24 @@ class Sequence:
     def __repr__(self) -> str:
         return (f"<Sequence {self.request_id}/{self.index} slot {self.slot}, "
                 f"{self.num_computed_tokens}/{self.num_tokens} computed>")
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The first of its choices computes the prompt for all."""
+
+    number: int                                         # in order of arrival: the youngest gives way to older ones
+    sequences: dict[int, Sequence]
+    prefix: tuple[str, ...]                             # names of the prompt's whole chunks (shared/prefix.py)
+
+    @property
+    def leader(self) -> Sequence:
+        return next(iter(self.sequences.values()))
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.leader.num_computed_tokens >= self.leader.num_prompt_tokens
+
+    @property
+    def computing(self) -> Iterator[Sequence]:
+        return iter(self.sequences.values() if self.is_prefilled else [self.leader])

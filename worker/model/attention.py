@@ -11,6 +11,7 @@ product reads it without a copy. A row of a decode forward is computed page by p
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "baton"
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 PAGE_LEN = 256              # tokens: smaller ones cost more calls, larger ones more padding
 MAX_SPREAD = 2              # times as many slots may be read as are needed: a copy reads and writes, and is read again
 
@@ -75,8 +78,17 @@ def allocate(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: 
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize)
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize,
+                       flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def give_back(block: Tensor) -> None:
+    """The memory of a dense part of what was allocated, to the system. It reads as zeros then, and costs nothing."""
+    begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
+    begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        _madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
 
 def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
@@ -203,6 +215,19 @@ class PrefillChunk:
             mask = causal_mask(torch.arange(self.begin, self.end), kv_len, window, dtype)
             self._masks[window, group] = mask.repeat(group, 1)[None, None]
         return self._masks[window, group]
+
+
+@dataclass(slots=True)
+class Together:
+    """One forward of several parts, each with its rows, in order. Their products share the weights that are read."""
+
+    parts: Sequence[tuple[Context, int]]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        sizes = [num_rows for _, num_rows in self.parts]
+        split = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+        return torch.cat([context.attend(layer, q, k, v, scores)
+                          for (context, _), q, k, v in zip(self.parts, *split, strict=True)], dim=1)
 
 
 @dataclass(slots=True)

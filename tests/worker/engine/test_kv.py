@@ -14,7 +14,7 @@ SHAPES = [KVShape(num_kv_heads=2, head_dim=4, num_query_heads=4),
 
 @pytest.fixture
 def kv() -> KVSlots:
-    return KVSlots(allocate(SHAPES, 4, 2 * PAGE_LEN + 1, torch.bfloat16), 4)
+    return KVSlots(allocate(SHAPES, 4, 2 * PAGE_LEN + 1, torch.bfloat16), 4, 6)
 
 
 def test_the_lowest_free_slot_is_taken_and_sums_stay_true(kv: KVSlots) -> None:
@@ -59,3 +59,38 @@ def test_a_copy_is_equal_and_a_wiped_slot_is_zero(kv: KVSlots) -> None:
         assert torch.equal(new[2, 3], old[2, 3])
         assert torch.equal(new[:, 1:3], old[:, 1:3])
         assert not new[0, 0].any()
+
+
+def test_pages_are_counted_and_what_is_idle_is_given_back_when_others_need_it(kv: KVSlots) -> None:
+    """Memory for six pages. Of what was filled and left, as much as is needed reads as fresh again."""
+    slots = [kv.reserve() for _ in range(4)]
+    for slot in slots[:2]:
+        kv.grow(slot, 2 * PAGE_LEN + 1)
+    assert (kv.num_free_pages, kv.num_owned_tokens(0)) == (0, 3 * PAGE_LEN)
+    with pytest.raises(AssertionError, match="full"):
+        kv.grow(slots[2], 1)
+    for layer in kv.layers:
+        for cache in layer:
+            cache[:, :2] = 7
+    kv.release(0)
+    kv.check()
+    assert (kv.num_free_pages, kv.num_missing_pages(2, PAGE_LEN + 1)) == (3, 2)
+    kv.grow(2, PAGE_LEN + 1)
+    kv.hold(3, 0, PAGE_LEN)
+    kv.check()
+    for cache in (cache for layer in kv.layers for cache in layer):
+        assert not cache[:, 0].any()
+        assert bool((cache[:, 1] == 7).all())
+    kv.drop(3, 0, PAGE_LEN)
+    assert kv.num_free_pages == 1
+
+
+def test_two_chunks_of_one_page_hold_it_together(kv: KVSlots) -> None:
+    kv.hold(3, 0, PAGE_LEN // 2)
+    kv.hold(3, PAGE_LEN // 2, PAGE_LEN)
+    assert kv.num_free_pages == 5
+    kv.drop(3, 0, PAGE_LEN // 2)
+    assert kv.num_free_pages == 5
+    kv.drop(3, PAGE_LEN // 2, PAGE_LEN)
+    assert kv.num_free_pages == 6
+    kv.check()

@@ -81,13 +81,17 @@ def test_a_continued_answer_finds_its_prompt_too(engine: Engine) -> None:
 def test_the_least_recently_used_chunk_goes_first() -> None:
     cache = PrefixCache(range(8, 10))
     assert [cache.place(0, "a"), cache.place(0, "b"), cache.place(1, "c")] == [8, 9, 8]
-    assert cache.place(0, "a") is None, "it is kept already"
+    assert cache.is_full(0) and not cache.is_full(1)
     assert cache.find(0, "a") == 8
+    cache.use(["a", "c"])
+    assert cache.evict(0) == (0, 9)
     assert cache.place(0, "d") == 9
     assert (cache.find(0, "b"), cache.find(0, "a"), cache.find(0, "d")) == (None, 8, 9)
-    cache.forget(["d", "c"])
-    assert (cache.find(0, "d"), cache.find(1, "c")) == (None, None)
-    assert cache.place(0, "e") == 9, "what was forgotten goes before what is older"
+    cache.forget(["d"])
+    assert cache.find(0, "d") is None
+    assert cache.evict() == (0, 9), "what was forgotten goes before what is older"
+    assert [cache.evict(), cache.evict()] == [(1, 8), (0, 8)], "without its predecessor a chunk is worth nothing"
+    assert cache.num_chunks == 0
 
 
 def test_names_are_equal_exactly_when_all_before_is() -> None:
