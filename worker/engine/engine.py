@@ -29,6 +29,7 @@ from worker.model.model import Model
 __all__ = ["Engine", "Output", "Request"]
 
 GIB = 2**30
+MAX_GUESS_ROWS = 8      # of a forward with guesses: it takes little longer than one of a single row
 
 
 class Engine:
@@ -179,10 +180,11 @@ class Engine:
         self.num_preempted += 1
 
     def _guess(self) -> None:
-        """Where one forward has room for all: a guess never costs a forward of its own."""
+        """Where one forward has room for all, and is small: more rows are not free, and guesses are often wrong."""
         running = [sequence for group in self._running for sequence in group.computing]
-        num_spare = self.max_rows - sum(sequence.num_uncomputed_tokens for sequence in running
-                                              if sequence.num_computed_tokens >= sequence.num_prefill_tokens)
+        num_rows = sum(sequence.num_uncomputed_tokens for sequence in running
+                       if sequence.num_computed_tokens >= sequence.num_prefill_tokens)
+        num_spare = min(self.max_rows, MAX_GUESS_ROWS) - num_rows
         for sequence in running:
             if num_spare <= 0:
                 return

@@ -92,7 +92,7 @@ def test_an_answer_with_guesses_is_the_answer_without(engines: tuple[Engine, Eng
         key: flat(outputs) for key, outputs in without.items()}
     for request in REQUESTS:
         assert alone(guessing, request) == alone(plain, request)
-    assert guessing.num_guessed_tokens > guessing.num_right_tokens > 70
+    assert guessing.num_guessed_tokens > guessing.num_right_tokens > 40
     assert plain.num_guessed_tokens == 0
 
 

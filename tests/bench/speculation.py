@@ -1,0 +1,74 @@
+"""What guessed tokens bring, and what they cost where nothing repeats: `python -m tests.bench.speculation`.
+
+The engine alone on the built-in model, with guesses and without in turn, on the same held-out questions, greedily. CPU
+time of the steps that decode, since other tenants of the hardware take wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.job import Sampling
+from shared.settings import Settings
+from shared.tokenizer import Tokenizer
+from worker.announce import make_card
+from worker.build import build
+from worker.engine.engine import Engine, Request
+from worker.serve import BUILT_IN, model_folder
+from worker.tiny.skills import held_out
+
+SKILLS = {"tool_call": "copies from the prompt", "json_schema": "copies some of it", "unknown": "does not repeat",
+          "listing": "does not repeat"}
+CONCURRENCIES = (1, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=24, help="of each skill (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each, in turn (%(default)s)")
+    args = parser.parse_args()
+    settings = Settings(enable_prefix_caching=False)
+    engine = build(settings, model_folder(settings))
+    tokenizer = Tokenizer(make_card(BUILT_IN, engine))
+    table = Table(title=f"CPU time of decoding, {args.requests} requests, the best of {args.rounds} rounds")
+    for column in ("skill", "", "streams", "ms/token without", "with", "ratio", "guessed", "right"):
+        table.add_column(column, justify="right")
+    for skill, kind in SKILLS.items():
+        prompts = [tuple(tokenizer.encode_chat(q.messages, q.tools)) for q in held_out(skill, args.requests)]
+        for streams in CONCURRENCIES:
+            guessed, right = engine.num_guessed_tokens, engine.num_right_tokens
+            without, guessing = (min(times) for times in zip(*(
+                [decode_s(engine, prompts, streams, speculative) for speculative in (False, True)]
+                for _ in range(args.rounds)), strict=True))
+            table.add_row(skill, kind, str(streams), f"{1000 * without:.2f}", f"{1000 * guessing:.2f}",
+                          f"{without / guessing:.2f}", str((engine.num_guessed_tokens - guessed) // args.rounds),
+                          str((engine.num_right_tokens - right) // args.rounds))
+    Console(width=110).print(table)
+
+
+def decode_s(engine: Engine, prompts: Sequence[tuple[int, ...]], streams: int, speculative: bool) -> float:
+    """CPU seconds for each token behind the first, in a closed loop of so many streams."""
+    sampling = Sampling(max_tokens=160, temperature=0.0, speculative=speculative)
+    waiting = [Request(str(i), prompt, sampling) for i, prompt in enumerate(prompts)]
+    took_s, num_tokens = 0.0, 0
+    in_prefill: set[str] = set()
+    while waiting or engine.has_work:
+        while waiting and engine.num_running + engine.num_waiting < streams:
+            in_prefill.add(waiting[-1].id)
+            engine.add(waiting.pop())
+        began_s = time.process_time()
+        outputs = engine.step()
+        if not in_prefill:
+            took_s += time.process_time() - began_s
+            num_tokens += sum(len(output.token_ids) for output in outputs)
+        in_prefill -= {output.request_id for output in outputs}
+    return took_s / num_tokens
+
+
+if __name__ == "__main__":
+    main()
