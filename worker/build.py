@@ -12,6 +12,7 @@ import torch
 from shared.job import Sampling
 from shared.settings import Settings
 from worker.engine.engine import Engine, Request
+from worker.model.folder import ModelRefused
 from worker.model.loading import load
 
 log = logging.getLogger(__name__)
@@ -26,11 +27,14 @@ def build(settings: Settings, folder: Path) -> Engine:
     began_s = time.monotonic()
     log.info("loading %s", folder)
     model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len)
-    engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
-                    prefill_chunk=settings.prefill_chunk_tokens, kv_cache_bytes=settings.kv_cache_bytes,
-                    enable_prefix_caching=settings.enable_prefix_caching,
-                    exact_replay_max_tokens=settings.exact_replay_max_tokens,
-                    num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics)
+    try:
+        engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
+                        prefill_chunk=settings.prefill_chunk_tokens, kv_cache_bytes=settings.kv_cache_bytes,
+                        enable_prefix_caching=settings.enable_prefix_caching,
+                        exact_replay_max_tokens=settings.exact_replay_max_tokens,
+                        num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics)
+    except ValueError as error:
+        raise ModelRefused(f"{folder}: {error}") from None
     engine.prefill_chunk = fit_chunk(settings.prefill_chunk_tokens, _time_chunk(engine), settings.lease_s / 4)
     log.info("loaded in %.1f s: %r, prefill in chunks of %d", time.monotonic() - began_s, engine, engine.prefill_chunk)
     return engine

@@ -8,18 +8,32 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
+    OlmoeConfig,
+    OPTConfig,
     Phi3Config,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 VOCAB_SIZE = 199
@@ -46,12 +60,32 @@ FAMILIES: dict[str, Any] = {
                        eos_token_id=1),
     "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
 }
+TWO_KINDS = ["sliding_attention", "full_attention"]
+MORE_FAMILIES: dict[str, Any] = {
+    "cohere": CohereConfig(**SMALL),
+    "cohere2": Cohere2Config(**SMALL, sliding_window=WINDOW, layer_types=TWO_KINDS),
+    "exaone4": Exaone4Config(**SMALL, sliding_window=WINDOW, layer_types=TWO_KINDS),
+    "gemma": GemmaConfig(**SMALL, head_dim=16),
+    "glm4": Glm4Config(**SMALL, head_dim=16),
+    "gpt_oss": GptOssConfig(**SMALL, head_dim=16, sliding_window=WINDOW, layer_types=TWO_KINDS, num_local_experts=4,
+                            num_experts_per_tok=2),
+    "olmo3": Olmo3Config(**SMALL, sliding_window=WINDOW, layer_types=TWO_KINDS),
+    "olmoe": OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
+    "opt": OPTConfig(vocab_size=VOCAB_SIZE, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
+                     word_embed_proj_dim=64, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
+                     pad_token_id=1),
+    "phi": PhiConfig(**SMALL),
+    "qwen3_moe": Qwen3MoeConfig(**SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48),
+    "seed_oss": SeedOssConfig(**SMALL, head_dim=16),
+    "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
+    "starcoder2": Starcoder2Config(**SMALL),
+}
 
 
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A folder as save_pretrained writes it, its weights drawn anew but always the same."""
     torch.manual_seed(7)
-    module = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    module = AutoModelForCausalLM.from_config((FAMILIES | MORE_FAMILIES)[family], dtype=torch.float32)
     with torch.no_grad():
         for parameter in module.parameters():           # the usual start is so flat that it says one token for ever
             if parameter.dim() > 1:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from shared.settings import Settings
-from worker.build import MIN_CHUNK_TOKENS, fit_chunk
-from worker.serve import serve, served_names
+from worker.build import MIN_CHUNK_TOKENS, build, fit_chunk
+from worker.model.folder import ModelRefused
+from worker.serve import model_folder, serve, served_names
 from worker.worker import Worker
 
 
@@ -39,6 +40,13 @@ async def test_steps_take_as_many_threads_as_the_setting_says(
     monkeypatch.setattr(Worker, "run", run)
     await serve(Settings(redis_url=redis_url, allow_no_aof=True, threads=3))
     assert seen == [3]
+
+
+@pytest.mark.usefixtures("threads")
+def test_too_little_memory_is_refused_in_one_line() -> None:
+    settings = Settings(kv_cache_bytes=1 << 16)
+    with pytest.raises(ModelRefused, match=r"kv_cache_bytes 65536 is less than .*: lower max_model_len"):
+        build(settings, model_folder(settings))
 
 
 def test_names() -> None:

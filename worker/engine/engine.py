@@ -273,7 +273,7 @@ class Engine:
                       0 if num_before else sequence.num_cached_tokens)
 
     def _fail(self, sequence: Sequence) -> Output:
-        self.kv.wipe(sequence.slot, sequence.num_computed_tokens)
+        self.kv.wipe(sequence.slot, self.kv.num_owned_tokens(sequence.slot))
         self.prefix_cache.forget(self._group_of[sequence.key].prefix)
         self._retire(sequence)
         return Output(sequence.request_id, sequence.index, (), (), "error")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "baton"
+NO_RESERVE = 0x4000 if sys.platform == "linux" else 0       # MAP_NORESERVE; mmap names it from Python 3.13 on
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 PAGE_LEN = 256              # tokens: smaller ones cost more calls, larger ones more padding
@@ -78,8 +80,11 @@ def allocate(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: 
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize,
-                       flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    num_bytes = prod(shape) * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    except OSError as error:
+        raise ValueError(f"no address space for {num_bytes} bytes: lower max_num_seqs or max_model_len") from error
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

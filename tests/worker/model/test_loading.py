@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AttentionInterface,
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from tests.worker.families import save
 from worker.model import attention, check
@@ -93,7 +101,9 @@ def test_too_long_a_context(folder: Path) -> None:
 @pytest.mark.parametrize("module", [
     lambda: BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=2)),
     lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)),
-], ids=["bloom", "mamba"])
+    lambda: StableLmForCausalLM(StableLmConfig(vocab_size=99, hidden_size=32, intermediate_size=48,
+                                               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)),
+], ids=["bloom", "mamba", "stablelm"])
 def test_another_kind_of_attention(module: Any, tmp_path: Path) -> None:
     module().save_pretrained(tmp_path)
     assert "not supported" in refusal(tmp_path)
