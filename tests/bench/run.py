@@ -1,7 +1,7 @@
 """`make bench`: what the service does, and what the queue and the API add to the engine alone.
 
-The same requests go first to an engine in a process of its own, then through HTTP, Redis and a worker, at each
-concurrency in turn. Times of this machine mean little by themselves; the difference of one run does.
+The same requests go through HTTP, Redis and a worker, and to an engine in a process of its own, in turn, at each
+concurrency. Times of this machine mean little by themselves; the difference of one run does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ from tests.system import MODEL, System
 
 CONCURRENCIES = (1, 8, 32)
 WARM_UP = 8                                             # requests before each measurement
+MAX_ROUNDS = 8                                          # in which the sides take turns
+MIN_FILLS = 3                                           # times that the concurrency is filled in each round
 
 
 def main() -> None:
@@ -38,53 +45,85 @@ def main() -> None:
     parser.add_argument("--prompt-chars", type=int, default=100, help="of the system's message (%(default)s)")
     parser.add_argument("--tokens", type=int, default=96, help="of each answer (%(default)s)")
     parser.add_argument("--url", help="measure a service that runs, and not one of our own")
-    parser.add_argument("--engine-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.engine_only:
-        print(json.dumps(measure_engine(args)))
-        return
-    engine: dict[str, Any] = {} if args.url else json.loads(subprocess.run(
-        [sys.executable, "-m", "tests.bench.run", "--engine-only", *sys.argv[1:]], check=True, capture_output=True,
-        text=True).stdout.splitlines()[-1])
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
-        show(args, measure_service(args, Path(folder)), engine)
+    if args.engine:
+        answer(args)
+    elif args.url:
+        show(args, measure(args, {"service": partial(through_http, args, args.url)}))
+    else:
+        with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder, alone() as engine, \
+                service(args, Path(folder)) as url:
+            show(args, measure(args, {"service": partial(through_http, args, url), "engine alone": engine}))
 
 
-def bodies(args: argparse.Namespace, model: str, number: int) -> list[dict[str, Any]]:
+Side = Callable[[range, int], tuple[list[Timing], float]]
+"""Runs some of the requests at a concurrency: their timings, and the seconds that they took together."""
+
+
+def measure(args: argparse.Namespace, sides: dict[str, Side]) -> dict[int, dict[str, dict[str, float]]]:
+    """By concurrency, of each side. They take turns, for the machine is not the same from one minute to the next."""
+    results = {}
+    for concurrency in CONCURRENCIES:
+        for side in sides.values():
+            side(range(max(WARM_UP, concurrency)), concurrency)
+        num_rounds = max(1, min(MAX_ROUNDS, args.requests // (MIN_FILLS * concurrency)))
+        borders = [args.requests * i // num_rounds for i in range(num_rounds + 1)]
+        parts = [{name: side(range(begin, end), concurrency) for name, side in sides.items()}
+                 for begin, end in pairwise(borders)]
+        results[concurrency] = {
+            name: summary([timing for part in parts for timing in part[name][0]], sum(part[name][1] for part in parts))
+            for name in sides}
+    return results
+
+
+def body(args: argparse.Namespace, model: str, number: int) -> dict[str, Any]:
     """Requests that differ, so that no cache helps, and that all take the same work: long counts, which always show."""
     draw = random.Random(number)
     words = ["count", "spell", "reverse", "add", "seven", "apple", "river", "window", "yellow", "basket"]
-
-    def messages() -> list[dict[str, str]]:
-        filler = " ".join(draw.choices(words, k=args.prompt_chars))[:args.prompt_chars]
-        return [{"role": "system", "content": filler},
-                {"role": "user", "content": f"Count from {draw.randint(1, 60)} to 100."}]
-
-    return [{"model": model, "max_tokens": args.tokens, "ignore_eos": True, "temperature": 0, "messages": messages()}
-            for _ in range(number)]
+    filler = " ".join(draw.choices(words, k=args.prompt_chars))[:args.prompt_chars]
+    return {"model": model, "max_tokens": args.tokens, "ignore_eos": True, "temperature": 0,
+            "messages": [{"role": "system", "content": filler},
+                         {"role": "user", "content": f"Count from {draw.randint(1, 60)} to 100."}]}
 
 
-def measure_service(args: argparse.Namespace, folder: Path) -> dict[int, dict[str, float]]:
-    if args.url:
-        return {c: _through_http(args, args.url, c) for c in CONCURRENCIES}
+@contextmanager
+def service(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     redis = RedisServer(folder / "redis").start()
     system = System(folder, redis.url, **({"model": args.model, "served_model_name": MODEL} if args.model else {}))
     try:
-        url = system.start_all(1)
-        return {c: _through_http(args, url, c) for c in CONCURRENCIES}
+        yield system.start_all(1)
     finally:
         system.stop()
         redis.stop()
 
 
-def _through_http(args: argparse.Namespace, url: str, concurrency: int) -> dict[str, float]:
-    asyncio.run(client.run(url, bodies(args, MODEL, max(WARM_UP, concurrency)), concurrency))
-    timings, took_s = asyncio.run(client.run(url, bodies(args, MODEL, args.requests), concurrency))
-    return summary(timings, took_s)
+def through_http(args: argparse.Namespace, url: str, numbers: range, concurrency: int) -> tuple[list[Timing], float]:
+    return asyncio.run(client.run(url, [body(args, MODEL, number) for number in numbers], concurrency))
 
 
-def measure_engine(args: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """The engine alone, in the worker's own build: token ids in, token ids out."""
+@contextmanager
+def alone() -> Iterator[Side]:
+    """The engine in a process of its own, with the worker's own build: token ids in, token ids out."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.bench.run", "--engine", *sys.argv[1:]],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin and process.stdout
+
+    def run(numbers: range, concurrency: int) -> tuple[list[Timing], float]:
+        assert process.stdin and process.stdout
+        print(numbers.start, numbers.stop, concurrency, file=process.stdin, flush=True)
+        timings, took_s = json.loads(process.stdout.readline())
+        return [Timing(**timing) for timing in timings], took_s
+
+    try:
+        yield run
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def answer(args: argparse.Namespace) -> None:
+    """What `alone` speaks to, until nobody asks any more."""
     from api.submit import resolve_sampling
     from api.wire.request import ChatRequest
     from shared.settings import Settings
@@ -99,23 +138,20 @@ def measure_engine(args: argparse.Namespace) -> dict[int, dict[str, float]]:
     card = make_card(MODEL, engine)
     tokenizer = Tokenizer(card)
 
-    def requests(number: int) -> list[Request]:
-        made = []
-        for i, body in enumerate(bodies(args, MODEL, number)):
-            prompt = tokenizer.encode_chat(body["messages"])
-            sampling = resolve_sampling(ChatRequest.model_validate(body), card, len(prompt))
-            made.append(Request(str(i), tuple(prompt), sampling))
-        return made
+    def request(number: int) -> Request:
+        asked = body(args, MODEL, number)
+        prompt = tokenizer.encode_chat(asked["messages"])
+        sampling = resolve_sampling(ChatRequest.model_validate(asked), card, len(prompt))
+        return Request(str(number), tuple(prompt), sampling)
 
-    def run(number: int, concurrency: int) -> tuple[list[Timing], float]:
-        waiting, ended = list(reversed(requests(number))), []
+    def run(requests: list[Request], concurrency: int) -> tuple[list[Timing], float]:
+        ended: list[Timing] = []
         timings: dict[str, Timing] = {}
         began_s = time.perf_counter()
-        while waiting or timings:
-            while waiting and len(timings) < concurrency:
-                request = waiting.pop()
-                engine.add(request)
-                timings[request.id] = Timing(time.perf_counter())
+        while requests or timings:
+            while requests and len(timings) < concurrency:
+                engine.add(requests[-1])
+                timings[requests.pop().id] = Timing(time.perf_counter())
             for output in engine.step():
                 timings[output.request_id].arrive()
                 timings[output.request_id].num_tokens += len(output.token_ids)
@@ -123,11 +159,10 @@ def measure_engine(args: argparse.Namespace) -> dict[int, dict[str, float]]:
                     ended.append(timings.pop(output.request_id))
         return ended, time.perf_counter() - began_s
 
-    results = {}
-    for concurrency in CONCURRENCIES:
-        run(max(WARM_UP, concurrency), concurrency)
-        results[concurrency] = summary(*run(args.requests, concurrency))
-    return results
+    for line in sys.stdin:
+        begin, end, concurrency = map(int, line.split())
+        timings, took_s = run([request(number) for number in range(begin, end)], concurrency)
+        print(json.dumps([[asdict(timing) for timing in timings], took_s]), flush=True)
 
 
 def summary(timings: list[Timing], took_s: float) -> dict[str, float]:
@@ -143,16 +178,17 @@ def _percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
-def show(args: argparse.Namespace, service: dict[int, dict[str, float]], engine: dict[str, dict[str, float]]) -> None:
+def show(args: argparse.Namespace, results: dict[int, dict[str, dict[str, float]]]) -> None:
     table = Table(title=f"{args.model or MODEL}: {args.requests} requests of {args.tokens} tokens at each concurrency, "
                         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     for column in ("streams", "", "tok/s", "TTFT p50", "p99", "per token", "gap p50", "p99"):
         table.add_column(column, justify="right")
-    for concurrency, measured in service.items():
-        table.add_row(str(concurrency), "service", *map(_cell, measured.values()))
-        if alone := engine.get(str(concurrency)):
-            table.add_row("", "engine alone", *map(_cell, alone.values()), style="dim")
-            added = [measured[name] - alone[name] for name in ("ttft_p50_ms", "ttft_p99_ms", "per_token_ms")]
+    for concurrency, measured in results.items():
+        for name, of_side in measured.items():
+            table.add_row(str(concurrency) if name == "service" else "", name, *map(_cell, of_side.values()))
+        if engine := measured.get("engine alone"):
+            names = ("ttft_p50_ms", "ttft_p99_ms", "per_token_ms")
+            added = [measured["service"][name] - engine[name] for name in names]
             table.add_row("", "queue + API add", "", *map(_cell, added), style="bold", end_section=True)
     Console(width=110).print(table, "times in ms; tokens faster than flush_s arrive several at a time", sep="\n")
 
