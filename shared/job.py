@@ -42,7 +42,7 @@ class Sampling:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()                          # texts; matched by worker/output, not by the engine
     stop_token_ids: tuple[int, ...] = ()
-    speculative: bool = True                            # tokens may be guessed ahead; the answer is the same
+    speculative: bool = True                            # tokens may be drafted; the answer is the same
 
 
 @dataclass(frozen=True, slots=True)

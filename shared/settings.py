@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(256, ge=16, description="of a prompt per forward; a slow machine takes fewer")
     exact_replay_max_tokens: int = Field(
         4096, ge=0, description="longer answers continue from a prefill: valid, not exact")
-    num_speculative_tokens: int = Field(8, ge=0, le=31, description="most tokens guessed ahead of a step; 0: none")
+    num_speculative_tokens: int = Field(8, ge=0, le=31, description="most draft tokens of an answer in a step; 0: none")
     numerics: Literal["exact", "fast"] = Field(
         "exact", description="fast: prompts and answers share a forward; no answer is promised to be the same again")
     flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")

@@ -304,8 +304,8 @@ class Worker:
         step_ms = sorted(1000 * step_s for step_s in self._step_s) or [0.0]
         return {"name": self.name, "model": self._names[0], "host": socket.gethostname(), "pid": os.getpid(),
                 "num_running": self.engine.num_running, "num_waiting": self.engine.num_waiting,
-                "num_preempted": self.engine.num_preempted, "num_guessed_tokens": self.engine.num_guessed_tokens,
-                "num_right_tokens": self.engine.num_right_tokens, "num_jobs": len(self._answers),
+                "num_preempted": self.engine.num_preempted, "num_draft_tokens": self.engine.num_draft_tokens,
+                "num_accepted_tokens": self.engine.num_accepted_tokens, "num_jobs": len(self._answers),
                 "tokens_per_s": round(tokens_per_s, 1),
                 "step_p50_ms": round(step_ms[len(step_ms) // 2], 2),
                 "step_p99_ms": round(step_ms[int(len(step_ms) * 0.99)], 2),

@@ -150,7 +150,7 @@ class ChatRequest(_Model):
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     min_tokens: Count | None = Field(None, ge=0)
     ignore_eos: bool | None = None
-    speculative: bool | None = Field(None, description="false: guess no tokens ahead; the answer is the same")
+    speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None

@@ -1,6 +1,6 @@
-"""What guessed tokens bring, and what they cost where nothing repeats: `python -m tests.bench.speculation`.
+"""What draft tokens bring, and what they cost where nothing repeats: `python -m tests.bench.speculation`.
 
-The engine alone on the built-in model, with guesses and without in turn, on the same held-out questions, greedily. CPU
+The engine alone on the built-in model, with drafts and without in turn, on the same held-out questions, greedily. CPU
 time of the steps that decode, since other tenants of the hardware take wall time.
 """
 
@@ -36,18 +36,18 @@ def main() -> None:
     engine = build(settings, model_folder(settings))
     tokenizer = Tokenizer(make_card(BUILT_IN, engine))
     table = Table(title=f"CPU time of decoding, {args.requests} requests, the best of {args.rounds} rounds")
-    for column in ("skill", "", "streams", "ms/token without", "with", "ratio", "guessed", "right"):
+    for column in ("skill", "", "streams", "ms/token without", "with", "ratio", "drafted", "accepted"):
         table.add_column(column, justify="right")
     for skill, kind in SKILLS.items():
         prompts = [tuple(tokenizer.encode_chat(q.messages, q.tools)) for q in held_out(skill, args.requests)]
         for streams in CONCURRENCIES:
-            guessed, right = engine.num_guessed_tokens, engine.num_right_tokens
-            without, guessing = (min(times) for times in zip(*(
+            drafted, accepted = engine.num_draft_tokens, engine.num_accepted_tokens
+            without, drafting = (min(times) for times in zip(*(
                 [decode_s(engine, prompts, streams, speculative) for speculative in (False, True)]
                 for _ in range(args.rounds)), strict=True))
-            table.add_row(skill, kind, str(streams), f"{1000 * without:.2f}", f"{1000 * guessing:.2f}",
-                          f"{without / guessing:.2f}", str((engine.num_guessed_tokens - guessed) // args.rounds),
-                          str((engine.num_right_tokens - right) // args.rounds))
+            table.add_row(skill, kind, str(streams), f"{1000 * without:.2f}", f"{1000 * drafting:.2f}",
+                          f"{without / drafting:.2f}", str((engine.num_draft_tokens - drafted) // args.rounds),
+                          str((engine.num_accepted_tokens - accepted) // args.rounds))
     Console(width=110).print(table)
 
 

@@ -1,8 +1,8 @@
-"""Guesses of what comes next: what followed the same few tokens before, in the prompt or in the answer.
+"""Drafts of what comes next: what followed the same few tokens before, in the prompt or in the answer.
 
-A guess is computed as one more row of a forward, and kept where it is what would have been drawn anyway: it never
-changes an answer. Whoever guesses wrong guesses less, and pauses. Prompt lookup decoding, as vLLM's n-gram method has
-it. It knows token ids alone.
+A draft token is computed as one more row of a forward, and accepted where it is what is drawn anyway: it never changes
+an answer. Who drafts in vain drafts less, and pauses. This is prompt lookup decoding, as vLLM's n-gram method has it.
+It knows token ids alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 NGRAM_TOKENS = 3
-FIRST_TOKENS = 2                                        # of a guess by who has not guessed yet
+FIRST_TOKENS = 2                                        # of the first draft
 MAX_PAUSE_STEPS = 64
 
 
@@ -19,7 +19,7 @@ MAX_PAUSE_STEPS = 64
 class Drafter:
     """For one sequence."""
 
-    max_tokens: int                                     # of one guess
+    max_tokens: int                                     # of one draft
     _history: list[int] = field(init=False, default_factory=list)
     _behind: dict[tuple[int, ...], int] = field(init=False, default_factory=dict)   # n-gram → where it ended last
     _num_tokens: int = field(init=False, default=FIRST_TOKENS)
@@ -50,10 +50,10 @@ class Drafter:
                 self._behind[tuple(history[-NGRAM_TOKENS:])] = len(history)
             history.append(token_id)
 
-    def learn(self, num_guessed: int, num_right: int) -> None:
-        """What became of the last guess."""
-        self._num_tokens = 2 * num_guessed if num_right == num_guessed else max(1, num_right)
-        if num_right:
+    def learn(self, num_drafted: int, num_accepted: int) -> None:
+        """What became of the last draft."""
+        self._num_tokens = 2 * num_drafted if num_accepted == num_drafted else max(1, num_accepted)
+        if num_accepted:
             self._next_pause_steps = 1
         else:
             self._pause_steps = self._next_pause_steps

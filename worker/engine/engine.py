@@ -1,6 +1,6 @@
 """Continuous batching on token ids: requests join and leave at any step, and no answer depends on its neighbours.
 
-One step: admit, secure memory, guess, plan, decode in forwards of few rows, then prefill a little. When memory runs out
+One step: admit, secure memory, draft, plan, decode in forwards of few rows, then prefill a little. When memory runs out
 the youngest sequence gives way, and goes on later as one of a dead worker does. It knows token ids and slots. It knows
 nothing of text, jobs or Redis.
 """
@@ -29,7 +29,7 @@ from worker.model.model import Model
 __all__ = ["Engine", "Output", "Request"]
 
 GIB = 2**30
-MAX_GUESS_ROWS = 8      # of a forward with guesses: it takes little longer than one of a single row
+MAX_DRAFT_ROWS = 8      # of a forward with drafts: it takes little longer than one of a single row
 
 
 class Engine:
@@ -56,7 +56,7 @@ class Engine:
         self.runner = Runner(model, self.kv)
         self.sampler = Sampler(max_num_seqs, model.vocab_size)
         self.num_preempted = 0
-        self.num_guessed_tokens = self.num_right_tokens = 0
+        self.num_draft_tokens = self.num_accepted_tokens = 0
         self._num_arrived = 0
         self._waiting: deque[Group] = deque()       # in order of arrival
         self._running: list[Group] = []             # every sequence has a slot
@@ -92,10 +92,10 @@ class Engine:
         eos = frozenset() if sampling.ignore_eos else self.model.eos_token_ids
         params = Params.of(sampling, index, eos | frozenset(sampling.stop_token_ids))
         drawn = list(request.continued_token_ids(index))
-        guesses = self.num_speculative_tokens and sampling.speculative and not params.is_penalized
+        drafts = self.num_speculative_tokens and sampling.speculative and not params.is_penalized
         return Sequence(request.id, index, request.prompt_token_ids, sampling, params, drawn,
                         num_reprefilled_tokens=0 if self.replays_exactly(len(drawn)) else len(drawn),
-                        drafter=Drafter(self.num_speculative_tokens) if guesses else None)
+                        drafter=Drafter(self.num_speculative_tokens) if drafts else None)
 
     def replays_exactly(self, num_tokens: int) -> bool:
         """Whether what others drew of a choice is decoded again, bit for bit; else it is prefilled."""
@@ -110,7 +110,7 @@ class Engine:
         self._admit()
         self._reuse()
         self._secure_memory()
-        self._guess()
+        self._draft()
         plan = schedule([_progress(sequence) for group in self._running for sequence in group.computing],
                         max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
                         min_chunk_cost=MIN_CHUNK_COST if self.is_exact else 0)
@@ -179,12 +179,12 @@ class Engine:
         self._waiting.appendleft(self._group(group.number, {sequence.index: sequence}, group.prefix))
         self.num_preempted += 1
 
-    def _guess(self) -> None:
-        """Where one forward has room for all, and is small: more rows are not free, and guesses are often wrong."""
+    def _draft(self) -> None:
+        """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
         running = [sequence for group in self._running for sequence in group.computing]
         num_rows = sum(sequence.num_uncomputed_tokens for sequence in running
                        if sequence.num_computed_tokens >= sequence.num_prefill_tokens)
-        num_spare = min(self.max_rows, MAX_GUESS_ROWS) - num_rows
+        num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - num_rows
         for sequence in running:
             if num_spare <= 0:
                 return
@@ -241,7 +241,7 @@ class Engine:
         return sequences
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:
-        """Neighbouring rows of one sequence are its next token, and what would come behind its guesses."""
+        """Neighbouring rows of one sequence are its next token, and what would come behind its draft."""
         if not sequences:
             return []
         rows = [Row(sequence.slot, len(sequence.output_token_ids) + offset)
@@ -250,22 +250,22 @@ class Engine:
         return [self._accept(sequence, [next(draws) for _ in same]) for sequence, same in groupby(sequences)]
 
     def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
-        """The tokens up to the first one that was not guessed: what stands behind it was computed in vain."""
-        guesses, sequence.draft_token_ids = sequence.draft_token_ids, []
+        """The draft as far as it is what was drawn, and one token more: what stands behind was computed in vain."""
+        draft, sequence.draft_token_ids = sequence.draft_token_ids, []
         num_before = len(sequence.output_token_ids)
         taken: list[Draw] = []
-        for draw, guess in zip_longest(draws, guesses):
+        for draw, expected in zip_longest(draws, draft):
             if not draw.is_valid:
                 return self._fail(sequence)
             taken.append(draw)
             sequence.output_token_ids.append(draw.token_id)
-            if draw.token_id != guess or sequence.finish_reason:
+            if draw.token_id != expected or sequence.finish_reason:
                 break
             sequence.num_computed_tokens += 1
-        if sequence.drafter and guesses:
-            sequence.drafter.learn(len(guesses), len(taken) - 1)
-            self.num_guessed_tokens += len(guesses)
-            self.num_right_tokens += len(taken) - 1
+        if sequence.drafter and draft:
+            sequence.drafter.learn(len(draft), len(taken) - 1)
+            self.num_draft_tokens += len(draft)
+            self.num_accepted_tokens += len(taken) - 1
         if sequence.finish_reason:
             self._retire(sequence)
         return Output(sequence.request_id, sequence.index, tuple(draw.token_id for draw in taken),

@@ -20,7 +20,7 @@ class Progress(NamedTuple):
     num_prefill_tokens: int         # computed in chunks; what follows, in decode rows
     num_computed_tokens: int
     num_tokens: int
-    num_guessed: int = 0            # rows behind the last known token; only where one forward has room for all
+    num_drafted: int = 0            # rows behind the last known token; only where one forward has room for all
 
 
 class Span(NamedTuple):
@@ -41,7 +41,7 @@ def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
     """`progress` comes in order of arrival, which is the order of prefill and of replay."""
     prefilling = [p for p in progress if p.num_computed_tokens < p.num_prefill_tokens]
     computing = [p for p in progress if p.num_computed_tokens >= p.num_prefill_tokens]
-    decoding = sorted(_next(p, 1 + p.num_guessed) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
+    decoding = sorted(_next(p, 1 + p.num_drafted) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
     replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1), max_rows)
     return Plan(list(_split([*decoding, *replaying], max_rows)),
                 _take_prefills(prefilling, prefill_chunk, min_chunk_cost))

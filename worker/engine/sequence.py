@@ -34,7 +34,7 @@ class Sequence:
     num_cached_tokens: int = 0                          # of the prompt, copied and not computed
     num_reprefilled_tokens: int = 0                     # drawn by others, and too many to be replayed
     drafter: Drafter | None = None
-    draft_token_ids: list[int] = field(default_factory=list)        # guesses that the next step computes too
+    draft_token_ids: list[int] = field(default_factory=list)        # that the next step verifies
 
     @property
     def key(self) -> tuple[str, int]:
@@ -64,15 +64,15 @@ class Sequence:
         return [*self.prompt_token_ids[begin:end], *drawn]
 
     def token_id(self, position: int) -> int:
-        """Also of the guesses that stand behind what is known."""
+        """Also of the draft that stands behind what is known."""
         if (beyond := position - len(self.prompt_token_ids)) < 0:
             return self.prompt_token_ids[position]
-        if (guess := beyond - len(self.output_token_ids)) >= 0:
-            return self.draft_token_ids[guess]
+        if (place := beyond - len(self.output_token_ids)) >= 0:
+            return self.draft_token_ids[place]
         return self.output_token_ids[beyond]
 
     def draft(self, most: int) -> None:
-        """Guesses at most so many tokens; the last one that may come needs no guess behind it."""
+        """At most so many tokens; behind the last one that may come there is nothing to draft."""
         if self.drafter:
             num_left = self.sampling.max_tokens - len(self.output_token_ids) - 1
             known = (self.prompt_token_ids, self.output_token_ids)

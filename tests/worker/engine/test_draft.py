@@ -1,4 +1,4 @@
-"""Guesses: what followed the same tokens before, fewer after a miss, and never a change of the answer."""
+"""Drafts: what followed the same tokens before, fewer after a miss, and never a change of the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worker.model.loading import load
 from worker.model.model import Model
 
 
-def test_what_followed_last_time_is_guessed() -> None:
+def test_what_followed_last_time_is_drafted() -> None:
     drafter = Drafter(max_tokens=8)
     prompt = (1, 2, 3, 4, 5, 6, 1, 2, 3, 7, 8, 9)
     assert drafter.propose(prompt, [0], 8) == []
@@ -44,7 +44,7 @@ def test_a_miss_makes_it_pause_ever_longer_and_a_hit_ends_that() -> None:
         pauses.append(num_steps)
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 64, 64]
     assert pauses[-1] == MAX_PAUSE_STEPS
-    assert drafter.propose(prompt, drawn, 8) == [1], "and guess one token at first"
+    assert drafter.propose(prompt, drawn, 8) == [1], "and draft one token at first"
     drafter.learn(1, 1)
     drafter.learn(2, 0)
     assert drafter.propose(prompt, drawn, 8) == []
@@ -54,12 +54,12 @@ def test_a_miss_makes_it_pause_ever_longer_and_a_hit_ends_that() -> None:
 @pytest.fixture(scope="module", params=[("llama", "float32"), ("mixtral", "bfloat16"), ("gemma2", "bfloat16")],
                 ids="-".join)
 def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
-    """One that guesses, and one that does not."""
+    """One that drafts, and one that does not."""
     family, dtype = request.param
     folder: Path = save(family, tmp_path_factory.mktemp("m"))
-    guessing, plain = (Engine(load(str(folder), dtype=dtype), max_num_seqs=12, prefill_chunk=32,
+    drafting, plain = (Engine(load(str(folder), dtype=dtype), max_num_seqs=12, prefill_chunk=32,
                               num_speculative_tokens=number) for number in (8, 0))
-    return guessing, plain
+    return drafting, plain
 
 
 def repeating(seed: int) -> tuple[int, ...]:
@@ -83,31 +83,31 @@ def flat(outputs: list[Output]) -> tuple[list[int], list[Logprobs], str | None]:
     return token_ids(outputs), [entry for output in outputs for entry in output.logprobs], outputs[-1].finish_reason
 
 
-def test_an_answer_with_guesses_is_the_answer_without(engines: tuple[Engine, Engine]) -> None:
+def test_an_answer_with_drafts_is_the_answer_without(engines: tuple[Engine, Engine]) -> None:
     """Together, joining midway, and each alone: the same tokens and log probabilities to the bit, in fewer steps."""
-    guessing, plain = engines
+    drafting, plain = engines
     arrivals = {0: REQUESTS[:3], 7: REQUESTS[3:6], 20: REQUESTS[6:]}
-    with_guesses, without = run(guessing, arrivals), run(plain, arrivals)
-    assert {key: flat(outputs) for key, outputs in with_guesses.items()} == {
+    with_drafts, without = run(drafting, arrivals), run(plain, arrivals)
+    assert {key: flat(outputs) for key, outputs in with_drafts.items()} == {
         key: flat(outputs) for key, outputs in without.items()}
     for request in REQUESTS:
-        assert alone(guessing, request) == alone(plain, request)
-    assert guessing.num_guessed_tokens > guessing.num_right_tokens > 40
-    assert plain.num_guessed_tokens == 0
+        assert alone(drafting, request) == alone(plain, request)
+    assert drafting.num_draft_tokens > drafting.num_accepted_tokens > 40
+    assert plain.num_draft_tokens == 0
 
 
-def test_who_does_not_want_guesses_gets_tokens_one_by_one(engines: tuple[Engine, Engine]) -> None:
-    guessing, _ = engines
+def test_who_does_not_want_drafts_gets_tokens_one_by_one(engines: tuple[Engine, Engine]) -> None:
+    drafting, _ = engines
     for speculative in (False, True):
         sampling = greedy(20, logit_bias=((7, 99.0),), speculative=speculative)
-        outputs = run(guessing, {0: [Request("it", repeating(0), sampling)]})["it", 0]
+        outputs = run(drafting, {0: [Request("it", repeating(0), sampling)]})["it", 0]
         assert any(len(output.token_ids) > 1 for output in outputs) is speculative
 
 
-def test_guesses_never_make_a_forward_of_their_own(engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+def test_drafts_never_make_a_forward_of_their_own(engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
                                                    ) -> None:
-    """They fill up one that is computed anyway, and where there are two already nobody guesses."""
-    guessing, _ = engines
+    """They fill up one that is computed anyway, and where there are two already nobody drafts."""
+    drafting, _ = engines
     num_rows: list[int] = []
     decode = Model.decode
 
@@ -116,15 +116,15 @@ def test_guesses_never_make_a_forward_of_their_own(engines: tuple[Engine, Engine
         return decode(self, token_ids, *rest)
 
     monkeypatch.setattr(Model, "decode", noting)
-    monkeypatch.setattr(guessing, "max_rows", 6)
+    monkeypatch.setattr(drafting, "max_rows", 6)
     num_forwards = []
     for speculative in (False, True):
         num_rows.clear()
         sampling = greedy(40, logit_bias=((7, 99.0),), speculative=speculative)
-        run(guessing, {0: [Request(str(i), repeating(i), sampling) for i in range(7)]})
+        run(drafting, {0: [Request(str(i), repeating(i), sampling) for i in range(7)]})
         assert max(num_rows) == 6
         num_forwards.append(len(num_rows))
     assert num_forwards[1] <= num_forwards[0]
     num_rows.clear()
-    run(guessing, {0: [Request(str(i), repeating(i), sampling) for i in range(3)]})
+    run(drafting, {0: [Request(str(i), repeating(i), sampling) for i in range(3)]})
     assert len(num_rows) < 39 and max(num_rows) == 6
