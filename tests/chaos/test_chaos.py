@@ -14,7 +14,7 @@ from tests.chaos.schedule import GAP_S, KINDS, MAX_GAP, schedule
 from tests.nursery import Nursery
 
 SEED = 1
-DURATION_S = 32.0
+DURATION_S = 40.0
 MIN_LIVE_HITS = 12                                      # of some 29 faults: only those that hit live streams count
 
 
