@@ -181,14 +181,13 @@ class Engine:
 
     def _draft(self) -> None:
         """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
-        running = [sequence for group in self._running for sequence in group.computing]
-        num_rows = sum(sequence.num_uncomputed_tokens for sequence in running
-                       if sequence.num_computed_tokens >= sequence.num_prefill_tokens)
-        num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - num_rows
-        for sequence in running:
+        decoding = [sequence for group in self._running for sequence in group.computing
+                    if sequence.num_computed_tokens >= sequence.num_prefill_tokens]
+        num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - sum(sequence.num_uncomputed_tokens for sequence in decoding)
+        for sequence in decoding:
             if num_spare <= 0:
                 return
-            if sequence.num_uncomputed_tokens == 1 and sequence.output_token_ids:
+            if sequence.num_uncomputed_tokens == 1:
                 sequence.draft(min(num_spare, self.kv.num_owned_tokens(sequence.slot) - sequence.num_tokens))
                 num_spare -= len(sequence.draft_token_ids)
 

@@ -49,6 +49,15 @@ def test_a_started_answer_goes_on_from_a_prefill(engines: tuple[Engine, Engine])
     assert token_ids(run(fast, {0: [continued]})["it", 0]) == whole[17:]
 
 
+def test_a_prefill_that_ends_with_one_token_drafts_nothing(engines: tuple[Engine, Engine]) -> None:
+    """The last chunk of a continued answer may be as short as a decode row, and is none."""
+    fast, exact = engines
+    sampling = greedy(60, logit_bias=((7, 99.0),))      # always the same token: a draft would be right
+    request = Request("it", prompt(45, 2), sampling, continued=((7,) * (65 - 45),))
+    assert (len(request.prompt_token_ids) + len(request.continued[0])) % fast.prefill_chunk == 1
+    assert token_ids(run(fast, {0: [request]})["it", 0]) == token_ids(run(exact, {0: [request]})["it", 0]) == [7] * 40
+
+
 def test_who_has_to_wait_goes_on_from_a_prefill(engines: tuple[Engine, Engine]) -> None:
     fast, exact = engines
     tight = Engine(fast.model, max_num_seqs=8, prefill_chunk=64, numerics="fast",
