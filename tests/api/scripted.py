@@ -118,7 +118,8 @@ class Script:
     async def _write(self, kind: Kind, data: str) -> None:
         self._position += 1
         write = Write(self.job.id, self._epoch, self._position, self._num_tokens, kind, data)
-        assert await self.worker.queue.publish("scripted-1", [write]) == ["ok"]
+        [outcome] = await self.worker.queue.publish("scripted-1", [write])
+        assert outcome == "ok", outcome
 
     async def outcome(self) -> str:
         """How the job ended, once it has."""
