@@ -105,14 +105,14 @@ def _api(args: argparse.Namespace) -> None:
         uvloop.run(serve(read, listening))
 
 
-def _worker(args: argparse.Namespace) -> None:
+def _worker(args: argparse.Namespace) -> int:
     read = _settings(args)
     log.configure("worker", read.log_level)
     from worker.model.folder import ModelRefused
     from worker.serve import serve
 
     try:
-        asyncio.run(serve(read))
+        return asyncio.run(serve(read))
     except ModelRefused as error:
         raise BrokenEnvironment(str(error)) from None
 

@@ -215,18 +215,13 @@ class Cancelled(JobEnded):
     text = "The request was cancelled."
 
 
-class GenerationFailed(JobEnded):
-    code = "generation_failed"
-    text = "The model did not produce usable numbers for this request."
-
-
 class StreamLost(JobEnded):
     code = "stream_lost"
     text = "The log of this answer is gone. Please send the request again."
 
 
 JOB_ERRORS: dict[str, type[JobEnded]] = {
-    error.code: error for error in (JobFailed, DeadlineExceeded, Cancelled, GenerationFailed, StreamLost) if error.code
+    error.code: error for error in (JobFailed, DeadlineExceeded, Cancelled, StreamLost) if error.code
 }
 
 

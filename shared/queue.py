@@ -186,9 +186,13 @@ class Queue:
             rows: Any = await self.redis.xrange(self.shard.key(f"out:{job_id}"), begin, "+", count=limit)
         return [_entry(entry_id, fields) for entry_id, fields in rows]
 
-    async def release(self, worker: str, job_ids: Sequence[str] = ()) -> int:
-        """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends."""
-        return int(await self._run("release", worker, self.settings.max_attempts, self.settings.max_claims, *job_ids))
+    async def release(self, worker: str, job_ids: Sequence[str] = (), *, has_failed: bool = False) -> int:
+        """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends.
+
+        At those that it has failed at, as one that dies does, others may try `max_attempts` times in all.
+        """
+        return int(await self._run("release", worker, self.settings.max_attempts, self.settings.max_claims,
+                                   int(has_failed), *job_ids))
 
     async def reap(self) -> Reaped:
         """Requeues what expired leases held, and ends what is past its deadline or has no readers any more."""

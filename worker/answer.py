@@ -97,11 +97,11 @@ class Answer:
         self.flushed_s = now_s
         self.num_tokens += sum(len(delta.token_ids) for delta in deltas)
         writes = [self._write("delta", encode_deltas(deltas))] if deltas else []
-        return [*writes, self.terminal()] if self.ended else writes
+        return [*writes, self._terminal()] if self.ended else writes
 
-    def terminal(self, error: str | None = None) -> Write:
+    def _terminal(self) -> Write:
         usage = Usage(len(self.job.prompt_token_ids), self.num_tokens, self.num_cached_tokens)
-        return self._write("end", Finish(usage, error).encode())
+        return self._write("end", Finish(usage).encode())
 
     def _write(self, kind: str, data: str) -> Write:
         self.position += 1

@@ -32,8 +32,11 @@ def model_folder(settings: Settings) -> Path:
     return find_folder(settings.model or str(tiny.MODEL_FOLDER), settings.revision)
 
 
-async def serve(settings: Settings) -> None:
-    """Until SIGTERM or SIGINT. Raises ModelRefused, or BrokenEnvironment when Redis is none that we can use."""
+async def serve(settings: Settings) -> int:
+    """Until SIGTERM or SIGINT, or until the worker is broken: the exit code.
+
+    Raises ModelRefused, or BrokenEnvironment when Redis is none that we can use.
+    """
     redis = connection.connect(settings.redis_url)
     await connection.check(redis, allow_no_aof=settings.allow_no_aof)
     stopping = asyncio.Event()
@@ -53,6 +56,7 @@ async def serve(settings: Settings) -> None:
     await worker.run()
     stop.cancel()
     await redis.aclose()
+    return int(worker.is_broken)
 
 
 async def _stop_when(stopping: asyncio.Event, worker: Worker) -> None:

@@ -32,6 +32,7 @@ from shared.reaper import reap
 from shared.settings import Settings
 from worker.answer import Answer
 from worker.engine.engine import Engine, Output
+from worker.engine.request import FAILURES, NOT_A_NUMBER
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Worker:
         self._card_hash, self._card_bytes = card.pack()
         self._tokenizer = Tokenizer.from_str(card.tokenizer_json)
         self._answers: dict[str, Answer] = {}
+        self.is_broken = False                          # its model gave no numbers: another process must load it again
         self._alone = False                             # the one answer here must run by itself
         self._claim_sequence = 1
         self._claim_at_s = self._renewed_s = self._announced_s = float("-inf")
@@ -74,7 +76,7 @@ class Worker:
         self._wake.set()
 
     async def run(self) -> None:
-        """Until `stop()`."""
+        """Until `stop()`, or until it is broken."""
         chores = [asyncio.create_task(self._listen()), asyncio.create_task(reap(lambda: [self.queue], self.settings))]
         log.info("%s serves %s", self.name, ", ".join(self._names))
         try:
@@ -100,6 +102,8 @@ class Worker:
         writes = self._collect(outputs)
         if writes or time.monotonic() - self._renewed_s >= self.settings.lease_s / 4:
             self._publishing = asyncio.create_task(self._publish(writes))
+        if failures := [output for output in outputs if output.finish_reason in FAILURES]:
+            await self._give_up(failures)
         for _ in range(LOOP_TURNS):
             await asyncio.sleep(0)                      # lets out what was drawn, and in what arrived: jobs, signals
 
@@ -178,23 +182,37 @@ class Worker:
     def _collect(self, outputs: Sequence[Output]) -> list[Write]:
         """This step's log entries, from what the engine drew."""
         self._num_tokens += sum(len(output.token_ids) for output in outputs)
-        failed: dict[str, Answer] = {}
         for output in outputs:
             answer = self._answers.get(output.request_id)
-            if answer is None:
-                continue
-            if output.finish_reason == "error":
-                failed[output.request_id] = answer
-            elif answer.take(output):
+            if answer and output.finish_reason not in FAILURES and answer.take(output):
                 self.engine.abort(output.request_id, output.index)
         now_s = time.monotonic()
         flush_s = self.settings.flush_s
-        writes = [write for answer in self._answers.values() if answer.ended or answer.is_due(now_s, flush_s)
-                  for write in answer.flush(now_s)]
-        for job_id, answer in failed.items():
-            writes.append(answer.terminal("generation_failed"))
-            self.engine.abort(job_id)
-        return writes
+        return [write for answer in self._answers.values() if answer.ended or answer.is_due(now_s, flush_s)
+                for write in answer.flush(now_s)]
+
+    async def _give_up(self, failures: Sequence[Output]) -> None:
+        """Others try, as when a worker dies of a job. A worker that computes no numbers leaves, with all it holds."""
+        await self._settle()
+        job_ids = {output.request_id: output.finish_reason for output in failures
+                   if output.request_id in self._answers}
+        for job_id, why in job_ids.items():
+            log.error("job %s fails here: %s", job_id, why)
+            self._drop(job_id)
+        if NOT_A_NUMBER in job_ids.values():
+            log.error("logits that are not numbers: weights or device are broken, or a request breaks them. "
+                      "%s ends, its jobs go to others", self.name)
+            self.is_broken = True
+            self.stop()
+        while job_ids:
+            try:
+                await self.queue.release(self.name, list(job_ids), has_failed=True)
+                return
+            except AWAY as error:
+                log.warning("release: Redis is away (%s)", type(error).__name__)
+                if self._stopping.is_set():
+                    raise
+                await asyncio.sleep(connection.RECONNECT_S)
 
     async def _settle(self) -> None:
         """Waits until Redis has said what became of the last publish."""

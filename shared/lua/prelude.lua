@@ -101,7 +101,7 @@ end
 
 -- Puts a claimed job back at the head of its line, under a fence that silences whoever held it.
 -- -> 'ready', or 'dead' when it has used up its attempts
-local function requeue(job, lost_lease, max_attempts, max_claims)
+local function requeue(job, has_failed, max_attempts, max_claims)
   local hash = key('job:' .. job)
   local f = redis.call('HMGET', hash, 'state', 'attempts', 'claims', 'claim_position', 'worker', 'entry', 'priority')
   if f[1] ~= 'running' then return nil end
@@ -109,7 +109,7 @@ local function requeue(job, lost_lease, max_attempts, max_claims)
   local epoch, position, tokens = last(job)
   if not epoch then retire(job, 'lost') return 'lost' end
   local attempts = tonumber(f[2])
-  if position > tonumber(f[4]) then attempts = 0 elseif lost_lease then attempts = attempts + 1 end
+  if position > tonumber(f[4]) then attempts = 0 elseif has_failed then attempts = attempts + 1 end
   if attempts >= max_attempts or tonumber(f[3]) >= max_claims then
     redis.call('XADD', key('dead'), 'MAXLEN', '~', 10000, '*', 'job', job, 'worker', f[5], 'attempts', attempts,
                'claims', f[3], 'position', position, 'request', redis.call('HGET', hash, 'request'),

@@ -108,6 +108,26 @@ def hang_at(step: int) -> None:
     Engine.step = hanging  # type: ignore[method-assign]
 
 
+def go_bad_at(step: int) -> None:
+    """From the engine's nth step on the model gives no numbers, in this process."""
+    import torch
+
+    from worker.engine.engine import Engine
+
+    left, take_step = step, Engine.step
+
+    def going_bad(self: Engine) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            with torch.inference_mode():
+                for weight in self.model.module.parameters():
+                    weight.fill_(float("nan"))
+        return take_step(self)
+
+    Engine.step = going_bad  # type: ignore[method-assign]
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -2,8 +2,8 @@
 
 `BATON_TEST_SABOTAGE` takes a part of the protocol out (sabotage.py), `BATON_TEST_CRASH` has the process kill itself at
 a step of it (crash_points.py), `BATON_TEST_POISON` when it begins a job of that seed; at the engine's step
-`BATON_TEST_HANG` it hangs. Production code holds no such switch: everything is patched from here, before the command
-begins.
+`BATON_TEST_HANG` it hangs, from `BATON_TEST_NAN` on its weights are no numbers. Production code holds no such switch:
+everything is patched from here, before the command begins.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         crash_points.die_of(int(seed))
     if step := environment.get("BATON_TEST_HANG"):
         crash_points.hang_at(int(step))
+    if step := environment.get("BATON_TEST_NAN"):
+        crash_points.go_bad_at(int(step))
     return cli.main(arguments)
 
 

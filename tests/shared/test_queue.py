@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -191,7 +191,19 @@ async def test_a_released_job_is_the_next_and_loses_no_attempt(queue: Queue) -> 
     assert await queue.redis.zscore(SHARD.key("leases"), "w1") is None
 
 
-async def test_a_poison_job_runs_alone_and_is_given_up_after_three_workers(queue: Queue) -> None:
+async def die(queue: Queue, _: str, __: Job) -> None:
+    await lose_lease(queue)
+    await queue.reap()
+
+
+async def give_up(queue: Queue, worker: str, job: Job) -> None:
+    await queue.release(worker, [job.id], has_failed=True)
+    await queue.release(worker)
+
+
+@pytest.mark.parametrize("fail", [die, give_up])
+async def test_a_poison_job_runs_alone_and_is_given_up_after_three_workers(
+        queue: Queue, fail: Callable[[Queue, str, Job], Awaitable[None]]) -> None:
     poison = await submit(queue)
     for attempt in range(3):
         other = await submit(queue)
@@ -201,8 +213,7 @@ async def test_a_poison_job_runs_alone_and_is_given_up_after_three_workers(queue
         if attempt:
             assert len(claims) == 1
         await queue.cancel(other.id)
-        await lose_lease(queue)
-        await queue.reap()
+        await fail(queue, f"w{attempt}", poison)
     last = (await queue.read(poison.id))[-1]
     assert (last.kind, last.finish.error) == ("end", "job_failed")
     letters: Any = await queue.redis.xrange(SHARD.key("dead"))

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -141,15 +140,6 @@ def test_what_was_found_computed_is_charged_once_whoever_ends_the_answer() -> No
     assert [(d.num_cached_tokens, d.is_exact) for e in log[:-1] for d in e.deltas] == [
         (2, True), (0, False), (0, False)]
     assert log[-1].finish == Finish(Usage(3, 4, num_cached_tokens=2))
-
-
-@pytest.mark.parametrize("error", ["generation_failed", "job_failed"])
-def test_an_error_ends_the_log_where_it_stands(error: str) -> None:
-    answer = Answer(claim(), TOKENIZER)
-    answer.take(draw(0, ids("a")[0]))
-    log = entries([*answer.flush(0.0), answer.terminal(error)])
-    assert log[-1].finish == Finish(Usage(3, 1), error)
-    assert [entry.position for entry in log] == [1, 2]
 
 
 def test_what_was_drawn_behind_a_stop_string_is_not_part_of_the_answer() -> None:

@@ -38,7 +38,7 @@ async def test_steps_take_as_many_threads_as_the_setting_says(
         seen.append(torch.get_num_threads())
 
     monkeypatch.setattr(Worker, "run", run)
-    await serve(Settings(redis_url=redis_url, allow_no_aof=True, threads=3))
+    assert await serve(Settings(redis_url=redis_url, allow_no_aof=True, threads=3)) == 0
     assert seen == [3]
 
 

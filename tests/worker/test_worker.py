@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -155,6 +156,38 @@ async def test_an_answer_that_lacks_only_its_terminal_gets_it(engine: Engine, se
     running = asyncio.create_task(heir.run())
     entries = await read_until(heir, job, ended)
     assert entries[-1].finish == Finish(Usage(2, 2))
+    heir.stop()
+    await running
+    await redis.aclose()
+
+
+def spoil(poison: int, _: Any, args: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+    return embedded.masked_fill((args[0] == poison)[..., None], float("nan"))
+
+
+async def test_a_worker_without_numbers_hands_its_jobs_over(
+        worker: Worker, server: RedisServer, expected: list[int]) -> None:
+    """Only the one that met them has used up an attempt; with whole weights both are what they would have been."""
+    model = load(str(tiny.MODEL_FOLDER))
+    poison = next(i for i in range(model.vocab_size) if i not in (*expected, *PROMPT))
+    model.module.get_input_embeddings().register_forward_hook(partial(spoil, poison))
+    healthy, sick = make_job(worker, sampling=SAMPLED), make_job(worker, prompt_token_ids=(72, poison))
+    worker.stop()
+    engine, redis = Engine(model, max_num_seqs=4), connection.connect(server.url)
+    broken = Worker(worker.settings, redis, engine, make_card("m", engine), ("m",))
+    running = asyncio.create_task(broken.run())
+    await ask(broken, healthy)
+    await read_until(broken, healthy, partial(has_grown, 4))
+    await ask(broken, sick)
+    async with asyncio.timeout(WAIT_S):
+        await running
+    assert broken.is_broken
+    states = [await broken.queue.describe(job.id) for job in (healthy, sick)]
+    assert [(state["state"], state["attempts"]) for state in states] == [("queued", "0"), ("queued", "1")]
+    heir = Worker(worker.settings, redis, worker.engine, worker.card, ("m",))
+    running = asyncio.create_task(heir.run())
+    assert token_ids(await read_until(heir, healthy, ended)) == expected
+    assert len(token_ids(await read_until(heir, sick, ended))) == 40
     heir.stop()
     await running
     await redis.aclose()

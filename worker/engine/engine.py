@@ -1,8 +1,8 @@
 """Continuous batching on token ids: requests join and leave at any step, and no answer depends on its neighbours.
 
-One step: admit, secure memory, draft, plan, decode in forwards of few rows, then prefill a little. When memory runs out
-the youngest sequence gives way, and goes on later as one of a dead worker does. It knows token ids and slots. It knows
-nothing of text, jobs or Redis.
+One step: admit, secure memory, draft, plan, decode in forwards of few rows, then prefill a little. When pages run out
+the youngest sequence gives way, and goes on later as one of a dead worker does; when a step itself finds no memory, all
+do, and fewer run from then on. It knows token ids and slots. It knows nothing of text, jobs or Redis.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections import deque
 from itertools import groupby, islice, zip_longest
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from shared.prefix import prefix_names
 from worker.engine.draft import Drafter
 from worker.engine.kv import KVSlots, pages
 from worker.engine.prefix import PrefixCache
-from worker.engine.request import Output, Request, validate
+from worker.engine.request import NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Params, Row, Sampler
-from worker.engine.scheduler import MIN_CHUNK_COST, Plan, Progress, Span, schedule
+from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Plan, Progress, Span, schedule
 from worker.engine.sequence import WAITING, Group, Sequence
 from worker.model.attention import PAGE_LEN, allocate
 from worker.model.model import Model
@@ -55,6 +56,7 @@ class Engine:
         self.prefix_cache = PrefixCache(range(max_num_seqs, num_slots))
         self.runner = Runner(model, self.kv)
         self.sampler = Sampler(max_num_seqs, model.vocab_size)
+        self.batch_limit = BatchLimit(max_num_seqs)
         self.num_preempted = 0
         self.num_draft_tokens = self.num_accepted_tokens = 0
         self._num_arrived = 0
@@ -62,7 +64,7 @@ class Engine:
         self._running: list[Group] = []             # every sequence has a slot
         self._group_of: dict[tuple[str, int], Group] = {}
         self._by_slot: dict[int, Sequence] = {}
-        self._ended: list[Output] = []              # continued choices that had nothing left to draw
+        self._outputs: list[Output] = []            # that the next step returns, whatever becomes of it
 
     def add(self, request: Request) -> None:
         """Raises ValueError when the request could harm a batch."""
@@ -73,7 +75,7 @@ class Engine:
         sequences = [self._sequence(request, index) for index in request.live_choices]
         for sequence in sequences:
             if sequence.finish_reason:
-                self._ended.append(Output(request.id, sequence.index, (), (), sequence.finish_reason))
+                self._outputs.append(Output(request.id, sequence.index, (), (), sequence.finish_reason))
         living = {sequence.index: sequence for sequence in sequences if not sequence.finish_reason}
         names = prefix_names(request.salt, request.prompt_token_ids, self.prefill_chunk) if living else ()
         side_by_side = self.kv.num_pages // pages(max((s.num_tokens + 1 for s in living.values()), default=1))
@@ -107,6 +109,17 @@ class Engine:
             self._retire(self._group_of[key].sequences[key[1]])
 
     def step(self) -> list[Output]:
+        try:
+            self._compute()
+            self.batch_limit.note_calm()
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._shrink()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _compute(self) -> None:
         self._admit()
         self._reuse()
         self._secure_memory()
@@ -114,31 +127,43 @@ class Engine:
         plan = schedule([_progress(sequence) for group in self._running for sequence in group.computing],
                         max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
                         min_chunk_cost=MIN_CHUNK_COST if self.is_exact else 0)
-        outputs, self._ended = self._ended, []
         if not self.is_exact:
-            return outputs + self._step_together(plan)
+            return self._compute_together(plan)
         for spans in plan.decodes:
-            outputs += self._sample(*self.runner.decode(spans, self._by_slot))
+            self._sample(*self.runner.decode(spans, self._by_slot))
         for span in plan.prefills:
-            outputs += self._prefilled(span, self.runner.prefill(span, self._by_slot[span.slot]))
-        return outputs
+            self._prefilled(span, self.runner.prefill(span, self._by_slot[span.slot]))
 
-    def _step_together(self, plan: Plan) -> list[Output]:
+    def _compute_together(self, plan: Plan) -> None:
         decodes = [span for spans in plan.decodes for span in spans]
         if not decodes and not plan.prefills:
-            return []
+            return
         sequences, logits, of_prompts = self.runner.together(decodes, plan.prefills, self._by_slot)
-        outputs = self._sample(sequences, logits)
+        self._sample(sequences, logits)
         for row, span in enumerate(plan.prefills):
-            outputs += self._prefilled(span, of_prompts[row:row + 1])
-        return outputs
+            self._prefilled(span, of_prompts[row:row + 1])
+
+    def _shrink(self) -> None:
+        """What runs gives way and replays, half as much at a time; what is kept for others goes."""
+        running = [sequence for group in sorted(self._running, key=lambda group: group.number)
+                   for sequence in group.sequences.values()]
+        if len(running) == 1:
+            self._outputs.append(self._fail(running[0], OUT_OF_MEMORY))
+        else:
+            self.batch_limit.halve(len(running))
+            for sequence in reversed(running):
+                self._preempt(sequence)
+        while self.prefix_cache.num_chunks:
+            self._evict()
+        self.kv.give_back_idle()
 
     def _admit(self) -> None:
         """First come, first served: a request of many choices is not overtaken."""
         while self._waiting:
             group = self._waiting[0]
             num_pages = sum(pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
-            if len(group.sequences) > self.kv.num_free or not self._make_room(num_pages):
+            if len(group.sequences) > self.kv.num_free or not self.batch_limit.admits(
+                    self.num_running, len(group.sequences)) or not self._make_room(num_pages):
                 return
             self._running.append(self._waiting.popleft())
             for sequence in group.sequences.values():
@@ -205,16 +230,16 @@ class Engine:
                 leader.num_cached_tokens += chunk
                 self.prefix_cache.use(group.prefix[:index + 1])
 
-    def _prefilled(self, span: Span, logits: Tensor) -> list[Output]:
+    def _prefilled(self, span: Span, logits: Tensor) -> None:
         """What to do when a chunk was computed: keep it, or draw the first token of every choice."""
         sequence = self._by_slot[span.slot]
         group = self._group_of[sequence.key]
         if span.end < sequence.num_prompt_tokens:
             self._keep(span, group.prefix)
-            return []
+            return
         fresh = self._share_prompt(group) if span.end == sequence.num_prompt_tokens else [sequence]
         fresh = [sequence for sequence in fresh if sequence.num_uncomputed_tokens == 0]
-        return self._sample(fresh, logits.expand(len(fresh), -1))
+        self._sample(fresh, logits.expand(len(fresh), -1))
 
     def _keep(self, span: Span, prefix: tuple[str, ...]) -> None:
         index = span.begin // self.prefill_chunk
@@ -239,14 +264,15 @@ class Engine:
             self.sampler.join(sequence.slot, sequence.params, sequence.prompt_token_ids, sequence.output_token_ids)
         return sequences
 
-    def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[Output]:
+    def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Neighbouring rows of one sequence are its next token, and what would come behind its draft."""
         if not sequences:
-            return []
+            return
         rows = [Row(sequence.slot, len(sequence.output_token_ids) + offset)
                 for sequence, same in groupby(sequences) for offset, _ in enumerate(same)]
         draws = iter(self.sampler.sample(logits, rows))
-        return [self._accept(sequence, [next(draws) for _ in same]) for sequence, same in groupby(sequences)]
+        for sequence, same in groupby(sequences):
+            self._outputs.append(self._accept(sequence, [next(draws) for _ in same]))
 
     def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
         """The draft as far as it is what was drawn, and one token more: what stands behind was computed in vain."""
@@ -255,7 +281,7 @@ class Engine:
         taken: list[Draw] = []
         for draw, expected in zip_longest(draws, draft):
             if not draw.is_valid:
-                return self._fail(sequence)
+                return self._fail(sequence, NOT_A_NUMBER)
             taken.append(draw)
             sequence.output_token_ids.append(draw.token_id)
             if draw.token_id != expected or sequence.finish_reason:
@@ -271,11 +297,11 @@ class Engine:
                       tuple(draw.logprobs for draw in taken if draw.logprobs), sequence.finish_reason,
                       0 if num_before else sequence.num_cached_tokens)
 
-    def _fail(self, sequence: Sequence) -> Output:
+    def _fail(self, sequence: Sequence, why: str) -> Output:
         self.kv.wipe(sequence.slot, self.kv.num_owned_tokens(sequence.slot))
         self.prefix_cache.forget(self._group_of[sequence.key].prefix)
         self._retire(sequence)
-        return Output(sequence.request_id, sequence.index, (), (), "error")
+        return Output(sequence.request_id, sequence.index, (), (), why)
 
     def _retire(self, sequence: Sequence) -> None:
         self._remove(sequence)
@@ -312,7 +338,8 @@ class Engine:
     @property
     def num_free_seqs(self) -> int:
         """Choices that could be admitted at once; none while some wait for a slot, or for memory."""
-        return 0 if self._waiting else min(self.kv.num_free, self.num_available_pages)
+        limit = max(0, self.batch_limit.num_seqs - self.num_running)
+        return 0 if self._waiting else min(self.kv.num_free, self.num_available_pages, limit)
 
     @property
     def num_available_pages(self) -> int:
@@ -321,7 +348,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._ended)
+        return bool(self._waiting or self._running or self._outputs)
 
     @property
     def numerics_id(self) -> str:
@@ -340,6 +367,11 @@ class Engine:
     def __repr__(self) -> str:
         return (f"<Engine {self.num_running} running, {self.num_waiting} waiting, "
                 f"slots {self.kv.num_held}/{self.kv.num_slots}>")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for devices alone; its allocator of the CPU raises a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _progress(sequence: Sequence) -> Progress:

@@ -84,6 +84,10 @@ class KVSlots:
             del self._holders[block]
             self._idle[block] = None
 
+    def give_back_idle(self) -> None:
+        for block in list(self._idle):
+            self._give_back(block)
+
     def _give_back(self, block: Block) -> None:
         del self._idle[block]
         for cache in (cache for layer in self.layers for cache in layer):

@@ -15,6 +15,10 @@ from worker.engine.sampler import Logprobs
 if TYPE_CHECKING:
     from shared.job import Sampling
 
+NOT_A_NUMBER = "not a number"                       # failures: its logits were none,
+OUT_OF_MEMORY = "out of memory"                     # or a step had no room for it alone
+FAILURES = (NOT_A_NUMBER, OUT_OF_MEMORY)
+
 MAX_LOGPROBS = 64
 MAX_BIAS = 65_536
 MAX_PENALTY = 1e4
@@ -46,7 +50,7 @@ class Output:
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]                  # one for each token id, when asked for
-    finish_reason: str | None                       # "stop" (its token is in token_ids), "length", "error", or not yet
+    finish_reason: str | None                       # "stop" (its token is in token_ids), "length", a failure; not yet
     num_cached_tokens: int = 0                      # of the prompt, found computed; on a choice's first output
 
 

@@ -10,9 +10,11 @@ from the prompt's start, so that the same prompt is always computed in the same 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MIN_CHUNK_COST = 32     # tokens: a shorter chunk costs no less, for the weights are read all the same
+CALM_STEPS = 1000       # a minute or so: memory that others took may be free again
 
 
 class Progress(NamedTuple):
@@ -29,6 +31,30 @@ class Span(NamedTuple):
     slot: int
     begin: int
     end: int
+
+
+@dataclass(slots=True)
+class BatchLimit:
+    """How many sequences may run: halved when a step ran out of memory, one more after every `CALM_STEPS` without."""
+
+    max_num_seqs: int
+    num_seqs: int = field(init=False)
+    _num_calm_steps: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.num_seqs = self.max_num_seqs
+
+    def halve(self, num_running: int) -> None:
+        self.num_seqs, self._num_calm_steps = max(1, num_running // 2), 0
+
+    def note_calm(self) -> None:
+        self._num_calm_steps += 1
+        if self._num_calm_steps >= CALM_STEPS and self.num_seqs < self.max_num_seqs:
+            self.num_seqs, self._num_calm_steps = self.num_seqs + 1, 0
+
+    def admits(self, num_running: int, num_more: int) -> bool:
+        """What comes first is admitted in any case: what is too large alone, only a step can tell."""
+        return not num_running or num_running + num_more <= self.num_seqs
 
 
 class Plan(NamedTuple):

@@ -81,6 +81,7 @@ class Sequence:
     def restart(self) -> None:
         """Without a slot, as if it had just come, with all that it has drawn."""
         self.slot, self.num_computed_tokens, self.num_cached_tokens = WAITING, 0, 0
+        self.draft_token_ids = []
 
     @property
     def finish_reason(self) -> str | None:

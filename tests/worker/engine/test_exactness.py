@@ -14,6 +14,7 @@ from shared.job import Sampling
 from tests.worker.engine.driver import alone, greedy, run, seeded, token_ids
 from tests.worker.families import VOCAB_SIZE, save
 from worker.engine.engine import Engine, Output, Request
+from worker.engine.request import NOT_A_NUMBER
 from worker.model.loading import load
 
 CHUNK = 32
@@ -217,5 +218,5 @@ def test_numbers_that_are_none_end_their_request_alone(tmp_path: Path) -> None:
     with torch.no_grad():
         model.module.model.embed_tokens.weight[poison] = float("nan")
     outputs = run(engine, {0: [healthy], 3: [Request("sick", (3, poison, 4), greedy(30))]})
-    assert [output.finish_reason for output in outputs["sick", 0]] == ["error"]
+    assert [output.finish_reason for output in outputs["sick", 0]] == [NOT_A_NUMBER]
     assert token_ids(outputs["healthy", 0]) == expected

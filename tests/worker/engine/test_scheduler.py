@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.scheduler import MIN_CHUNK_COST, Progress, schedule
+from worker.engine.scheduler import CALM_STEPS, MIN_CHUNK_COST, BatchLimit, Progress, schedule
 
 MAX_ROWS, CHUNK = 8, 64
 
@@ -65,3 +65,17 @@ def test_the_first_to_come_is_served(batch: list[Progress]) -> None:
     prefilling = [p.slot for p in batch if p.num_computed_tokens < p.num_prefill_tokens]
     assert [span.slot for span in plan.prefills] == prefilling[:len(plan.prefills)]
     assert bool(prefilling) == bool(plan.prefills)
+
+
+def test_fewer_run_after_a_lack_of_memory_and_slowly_more() -> None:
+    limit = BatchLimit(8)
+    limit.halve(6)
+    assert limit.admits(2, 1) and not limit.admits(2, 2)
+    assert limit.admits(0, 4), "who is first is tried, however large"
+    for num_seqs in (4, 5, 6, 7, 8, 8):
+        for _ in range(CALM_STEPS):
+            limit.note_calm()
+        assert limit.num_seqs == num_seqs
+    for num_running in (8, 4, 2, 1, 1):
+        limit.halve(num_running)
+    assert limit.num_seqs == 1
