@@ -23,6 +23,7 @@ from tests.system import MODEL, Start, System, eventually, start
 
 RETAIN_S = 1                                            # of finished logs
 PASSING = ("*:out:*", "*:job:*")                        # keys that are kept for so long
+STANDING = ("*:leases", "*:worker:*", "*:card:*")       # of a worker that lives; one that was starved may lack them
 CLIENTS = 32
 TIMEOUT_S = 120.0
 MAX_REDIS_GROWTH_BYTES = 1 << 20
@@ -99,10 +100,11 @@ async def ask(url: str, number: int) -> None:
 
 
 def at_rest(system: System) -> Footprint:
-    def expired() -> bool:
-        return not any(next(system.redis.scan_iter(pattern, count=1000), None) for pattern in PASSING)
+    def holds(pattern: str) -> bool:
+        return next(system.redis.scan_iter(pattern, count=1000), None) is not None
 
-    eventually("what is kept for a while has expired", expired, 60.0)
+    eventually("what is kept for a while has expired, and the worker is there",
+               lambda: not any(map(holds, PASSING)) and all(map(holds, STANDING)), 60.0)
     (pod,), (worker,) = system.pods.values(), system.workers
     pod_bytes, worker_bytes = (psutil.Process(process.popen.pid).memory_info().rss for process in (pod, worker))
     return Footprint(system.redis.dbsize(), system.redis.info("memory")["used_memory"], pod_bytes, worker_bytes)
