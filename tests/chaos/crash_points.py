@@ -94,38 +94,37 @@ def die_of(seed: int) -> None:
 
 def hang_at(step: int) -> None:
     """The engine's nth step does not end, in this process."""
-    from worker.engine.engine import Engine
+    def hang(_: Any) -> None:
+        time.sleep(HANG_S)
 
-    left, take_step = step, Engine.step
-
-    def hanging(self: Engine) -> Any:
-        nonlocal left
-        left -= 1
-        if not left:
-            time.sleep(HANG_S)
-        return take_step(self)
-
-    Engine.step = hanging  # type: ignore[method-assign]
+    _before_step(step, hang)
 
 
 def go_bad_at(step: int) -> None:
     """From the engine's nth step on the model gives no numbers, in this process."""
     import torch
 
+    def go_bad(engine: Any) -> None:
+        with torch.inference_mode():
+            for weight in engine.model.module.parameters():
+                weight.fill_(float("nan"))
+
+    _before_step(step, go_bad)
+
+
+def _before_step(step: int, deed: Callable[[Any], None]) -> None:
     from worker.engine.engine import Engine
 
     left, take_step = step, Engine.step
 
-    def going_bad(self: Engine) -> Any:
+    def after_deed(self: Engine) -> Any:
         nonlocal left
         left -= 1
         if not left:
-            with torch.inference_mode():
-                for weight in self.model.module.parameters():
-                    weight.fill_(float("nan"))
+            deed(self)
         return take_step(self)
 
-    Engine.step = going_bad  # type: ignore[method-assign]
+    Engine.step = after_deed  # type: ignore[method-assign]
 
 
 def die() -> None:
