@@ -8,6 +8,7 @@ do, and fewer run from then on. It knows token ids and slots. It knows nothing o
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from itertools import groupby, islice, zip_longest
 from typing import Literal
@@ -28,6 +29,8 @@ from worker.model.attention import PAGE_LEN, allocate
 from worker.model.model import Model
 
 __all__ = ["Engine", "Output", "Request"]
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 MAX_DRAFT_ROWS = 8      # of a forward with drafts: it takes little longer than one of a single row
@@ -151,6 +154,7 @@ class Engine:
             self._outputs.append(self._fail(running[0], OUT_OF_MEMORY))
         else:
             self.batch_limit.halve(len(running))
+            log.warning("no memory for a step of %d sequences: %d at a time", len(running), self.batch_limit.num_seqs)
             for sequence in reversed(running):
                 self._preempt(sequence)
         while self.prefix_cache.num_chunks:

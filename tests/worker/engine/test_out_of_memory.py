@@ -50,12 +50,14 @@ def starve(engine: Engine, kind: type, room: int) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "numerics"), [(DecodeRows, "exact"), (PrefillChunk, "exact"), (Together, "fast")])
-def test_fewer_run_and_say_what_they_would_have_said(folder: Path, kind: type, numerics: str) -> None:
+def test_fewer_run_and_say_what_they_would_have_said(
+        folder: Path, caplog: pytest.LogCaptureFixture, kind: type, numerics: str) -> None:
     """Also where the decode of a step had drawn tokens before its prefill failed. Fast answers round otherwise."""
     expected, engine = run(build(folder, numerics), ARRIVALS), build(folder, numerics)
     starve(engine, kind, ROOM)
     found = run(engine, ARRIVALS)
     assert engine.num_preempted > ROOM and engine.batch_limit.num_seqs <= ROOM
+    assert "no memory for a step of" in caplog.text
     assert {key: len(token_ids(outputs)) for key, outputs in found.items()} == {
         key: len(token_ids(outputs)) for key, outputs in expected.items()}
     if numerics == "exact":
