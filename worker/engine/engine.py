@@ -166,8 +166,8 @@ class Engine:
         while self._waiting:
             group = self._waiting[0]
             num_pages = sum(pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
-            if len(group.sequences) > self.kv.num_free or not self.batch_limit.admits(
-                    self.num_running, len(group.sequences)) or not self._make_room(num_pages):
+            num_free = min(self.kv.num_free, self.batch_limit.num_free(self.num_running))
+            if len(group.sequences) > num_free or not self._make_room(num_pages):
                 return
             self._running.append(self._waiting.popleft())
             for sequence in group.sequences.values():
@@ -342,8 +342,8 @@ class Engine:
     @property
     def num_free_seqs(self) -> int:
         """Choices that could be admitted at once; none while some wait for a slot, or for memory."""
-        limit = max(0, self.batch_limit.num_seqs - self.num_running)
-        return 0 if self._waiting else min(self.kv.num_free, self.num_available_pages, limit)
+        num_free = self.batch_limit.num_free(self.num_running)
+        return 0 if self._waiting else min(self.kv.num_free, self.num_available_pages, num_free)
 
     @property
     def num_available_pages(self) -> int:

@@ -52,9 +52,9 @@ class BatchLimit:
         if self._num_calm_steps >= CALM_STEPS and self.num_seqs < self.max_num_seqs:
             self.num_seqs, self._num_calm_steps = self.num_seqs + 1, 0
 
-    def admits(self, num_running: int, num_more: int) -> bool:
-        """What comes first is admitted in any case: what is too large alone, only a step can tell."""
-        return not num_running or num_running + num_more <= self.num_seqs
+    def num_free(self, num_running: int) -> int:
+        """Where nothing runs all: a request of many choices may be the only one, and an idle engine makes no step."""
+        return max(0, self.num_seqs - num_running) if num_running else self.max_num_seqs
 
 
 class Plan(NamedTuple):

@@ -70,8 +70,8 @@ def test_the_first_to_come_is_served(batch: list[Progress]) -> None:
 def test_fewer_run_after_a_lack_of_memory_and_slowly_more() -> None:
     limit = BatchLimit(8)
     limit.halve(6)
-    assert limit.admits(2, 1) and not limit.admits(2, 2)
-    assert limit.admits(0, 4), "who is first is tried, however large"
+    assert [limit.num_free(num_running) for num_running in (1, 2, 3, 6)] == [2, 1, 0, 0]
+    assert limit.num_free(0) == 8, "who is first is tried, however large"
     for num_seqs in (4, 5, 6, 7, 8, 8):
         for _ in range(CALM_STEPS):
             limit.note_calm()
