@@ -13,20 +13,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.job import Sampling
 from shared.settings import Settings
+from tests.bench.models import save_random
 from worker.build import build
 from worker.engine.engine import Engine, Request
 from worker.serve import model_folder
 
-SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096,
-         "tie_word_embeddings": True}
 NUM_BEHIND = 16             # tokens behind what is found: the last one's logits are always computed
 
 
@@ -39,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of each, in turn (%(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(model=args.model or str(save_random(Path(folder))), num_speculative_tokens=0)
+        settings = Settings(model=args.model or str(save_random("5m", Path(folder))), num_speculative_tokens=0)
         engine = build(settings, model_folder(settings))
     draw = random.Random(0)
     asked = [ask_twice(engine, prompt(engine, draw, args.found_tokens + NUM_BEHIND)) for _ in range(1 + args.rounds)]
@@ -55,12 +51,6 @@ def main() -> None:
         p50_s, p99_s = statistics.median(seconds), statistics.quantiles(seconds, n=100)[98]
         table.add_row(name, f"{1000 * p50_s:.1f} ms", f"{1000 * p99_s:.1f} ms")
     Console(width=110).print(table)
-
-
-def save_random(folder: Path) -> Path:
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
-    return folder
 
 
 def prompt(engine: Engine, draw: random.Random, num_tokens: int) -> tuple[int, ...]:
