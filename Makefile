@@ -5,7 +5,7 @@
 #   TORCH_INDEX=… the index that torch is taken from; otherwise the build that fits this machine
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench chaos tiny lock clean tools static
+.PHONY: help serve test check bench bench-peers chaos tiny lock clean tools static
 
 BIN := .venv/bin
 PYTHONS := $(or $(PYTHON),$(BIN)/python python3 python3.14 python3.13 python3.12 python3.11)
@@ -20,7 +20,7 @@ echo 'Baton needs Python 3.11, 3.12, 3.13 or 3.14, and $(or $(PYTHON),none on th
 endef
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 serve: ## a whole Baton on this machine: Redis, API, worker (ARGS: baton serve --help)
 	$(call install,serve)
@@ -35,6 +35,10 @@ check: tools static ## what takes seconds: lint, types, compose, Dockerfiles, ng
 bench: ## measure (ARGS: python -m tests.bench.run --help)
 	$(call install,test)
 	@$(BIN)/python -m tests.bench.run $(ARGS)
+
+bench-peers: ## measure beside vLLM and transformers serve, in environments of their own (ARGS: python -m tests.bench.peers --help)
+	$(call install,test)
+	@$(BIN)/python -m tests.bench.peers $(ARGS)
 
 chaos: ## streams under a seeded rain of faults, every answer judged (ARGS: python -m tests.chaos.run --help)
 	$(call install,test)
