@@ -52,7 +52,7 @@ lock: ## pin again what pyproject.toml asks for (ARGS=--upgrade: in the newest v
 	@tool=$$(mktemp -d) && trap 'rm -rf "$$tool"' EXIT && $(or $(PYTHON),python3) -m venv "$$tool" && \
 	"$$tool/bin/pip" install --quiet --disable-pip-version-check uv && \
 	"$$tool/bin/uv" pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate \
-	    --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(ARGS) \
+	    --no-emit-index-url --no-emit-find-links --no-emit-package triton --custom-compile-command 'make lock' $(ARGS) \
 	    pyproject.toml --output-file requirements.lock
 
 clean: ## remove .venv and every cache

@@ -40,6 +40,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 # Before torch is loaded: two teams of threads on the same cores collapse, and the tests share them with much else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# And before Triton is: it runs kernels on a CPU only in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,8 @@ def test_the_lock_pins_one_version_of_each_package_and_names_no_place() -> None:
 def test_the_lock_holds_what_the_project_asks_for() -> None:
     asked = [*PROJECT["dependencies"], *(line for group in PROJECT["optional-dependencies"].values() for line in group)]
     for requirement in map(Requirement, asked):
+        if requirement.name == "triton":                # a CUDA build of torch says which
+            continue
         pinned = Requirement(LOCK[requirement.name.replace("_", "-")])
         (pin,) = pinned.specifier
         assert requirement.specifier.contains(pin.version), f"{requirement} is locked as {pin}: make lock"

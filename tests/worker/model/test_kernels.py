@@ -1,0 +1,125 @@
+"""The kernels of paged attention against plain torch, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.system import REPOSITORY
+
+pytest.importorskip("triton")
+from worker.model import kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAGE_LEN = 16
+NUM_TOKENS = 2 * kernels.SPLIT_LEN + 40
+POSITIONS = (0, 15, 16, kernels.SPLIT_LEN - 1, kernels.SPLIT_LEN, NUM_TOKENS - 1, -1, NUM_TOKENS - 2)
+SHAPES = {                                              # heads, heads of keys, head_dim, window, softcap, sinks
+    "grouped": (4, 2, 16, None, None, False),
+    "one head of keys, width no power of two, window within a page": (8, 1, 80, 9, None, True),
+    "three heads, softcap": (3, 3, 64, None, 3.0, False),
+    "window over splits": (4, 2, 32, kernels.SPLIT_LEN + 10, 5.0, True),
+}
+
+
+class Pool:
+    """One sequence in scattered pages; what is not written is no number."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int):
+        generator = torch.Generator().manual_seed(0)
+        shape = (NUM_TOKENS, num_kv_heads, head_dim)
+        self.new_keys, self.new_values = (torch.randn(shape, generator=generator).to(DEVICE) for _ in "kv")
+        num_pages = -(-NUM_TOKENS // PAGE_LEN)
+        self.table = torch.randperm(2 * num_pages, generator=generator)[:num_pages].int().to(DEVICE)
+        self.keys, self.values = (torch.full((2 * num_pages, num_kv_heads, PAGE_LEN, head_dim), float("nan"),
+                                             device=DEVICE) for _ in "kv")
+        tokens = torch.arange(NUM_TOKENS, device=DEVICE)
+        pages, places = self.table.long()[tokens // PAGE_LEN], tokens % PAGE_LEN
+        self.keys[pages, :, places], self.values[pages, :, places] = self.new_keys, self.new_values
+
+    def rows(self, number: int) -> Tensor:
+        return self.table.expand(number, -1)
+
+
+def plain(query: Tensor, pool: Pool, position: int, window: int | None, softcap: float | None, sinks: Tensor | None
+          ) -> Tensor:
+    """[num_heads, head_dim] in float64: every score of one row."""
+    group = len(query) // pool.keys.shape[1]
+    keys, values = (x[:position + 1].double().repeat_interleave(group, dim=1) for x in (pool.new_keys, pool.new_values))
+    logits = torch.einsum("hd,thd->ht", query.double(), keys) * query.shape[-1] ** -0.5
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if window:
+        logits[:, :max(0, position + 1 - window)] = float("-inf")
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double()[:, None]], dim=1)
+    return torch.einsum("ht,thd->hd", logits.softmax(dim=1)[:, :position + 1], values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_over_pages_are_what_plain_attention_is(shape: str) -> None:
+    """Of every length about the borders of pages and splits; a row that is none is zero, and no row reads padding."""
+    num_heads, num_kv_heads, head_dim, window, softcap, has_sinks = SHAPES[shape]
+    pool = Pool(num_kv_heads, head_dim)
+    query = torch.randn(len(POSITIONS), num_heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    sinks = torch.linspace(-1, 1, num_heads, device=DEVICE) if has_sinks else None
+    positions = torch.tensor(POSITIONS, dtype=torch.int32, device=DEVICE)
+    scores = {"scaling": head_dim ** -0.5, "window": window, "softcap": softcap, "sinks": sinks}
+    out = kernels.attend(query, pool.keys, pool.values, pool.rows(len(POSITIONS)), positions, **scores)
+    for row, position in enumerate(POSITIONS):
+        expected = torch.zeros(num_heads, head_dim, dtype=torch.float64, device=DEVICE)
+        if position >= 0:
+            expected = plain(query[row], pool, position, window, softcap, sinks)
+        torch.testing.assert_close(out[row].double(), expected, rtol=0, atol=1e-5)
+    narrow = pool.rows(2)[:, :1]                        # another table, fewer neighbours, another place in the batch
+    again = kernels.attend(query[:2].flip(0), pool.keys, pool.values, narrow, positions[:2].flip(0), **scores)
+    assert torch.equal(again.flip(0), out[:2]), "bits do not depend on neighbours"
+
+
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(2, 16), (3, 80)])
+def test_what_is_written_lies_at_its_place_and_nothing_else_changes(num_kv_heads: int, head_dim: int) -> None:
+    pool = Pool(num_kv_heads, head_dim)
+    positions = (3, 0, -1, 17, NUM_TOKENS - 1)
+    new = torch.randn(2, num_kv_heads, len(positions), head_dim).to(DEVICE).transpose(1, 2)     # as layers have them
+    expected = pool.keys.clone(), pool.values.clone()
+    for row, position in enumerate(positions):
+        for cache, rows in zip(expected, new, strict=True):
+            if position >= 0:
+                cache[int(pool.table[position // PAGE_LEN]), :, position % PAGE_LEN] = rows[row]
+    kernels.store(pool.keys, pool.values, new[0], new[1], pool.rows(len(positions)),
+                  torch.tensor(positions, dtype=torch.int32, device=DEVICE))
+    for cache, wanted in zip((pool.keys, pool.values), expected, strict=True):
+        torch.testing.assert_close(cache, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from worker.model import kernels
+SIZES = {"PAGE_LEN": 16, "NUM_HEADS": 6, "BLOCK_HEADS": 8, "HEAD_DIM": 80, "BLOCK_DIM": 128, "GROUP": 4,
+         "BLOCK_GROUP": 16, "SPLIT_LEN": kernels.SPLIT_LEN, "BLOCK_LEN": kernels.BLOCK_LEN}
+POINTERS = {"table": "*i32", "positions": "*i32", "parts": "*fp32", "peaks": "*fp32", "sums": "*fp32", "sinks": "*fp32"}
+for capability, has, dtype in (80, True, "*bf16"), (90, False, "*bf16"), (90, True, "*fp32"):
+    tensors = dict.fromkeys(("keys", "values", "new_keys", "new_values", "query", "out"), dtype) | POINTERS
+    flags = dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS"), has)
+    for kernel in (kernels._store, kernels._attend_split, kernels._sum_splits):
+        constants = {name: value for name, value in (SIZES | flags).items() if name in kernel.arg_names}
+        kinds = dict.fromkeys(kernel.arg_names, "i32") | {"scaling": "fp32", "softcap": "fp32"} | tensors
+        signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+"""
+
+
+def test_they_compile_for_gpus() -> None:
+    """To machine code, of two generations and both types: the interpreter forgives what the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=REPOSITORY, env=environment, capture_output=True,
+                          text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,147 @@
+"""The Triton kernels of paged attention: keys and values into pages, and queries over them.
+
+A pool of keys, or of values, is [num_pages, num_kv_heads, page_len, head_dim]; row r finds the pages of its sequence in
+`table[r]`. Position p of a row is the token's place in its sequence: it sees [0, p]; -1 marks a row that is none, which
+writes nothing and comes out as zeros. The keys of a row are cut into splits of fixed length, each reduced by a program
+of its own, and the splits are summed in their order: a row's bits depend neither on its neighbours nor on their
+lengths. Grids depend on shapes alone, so that a CUDA graph can replay them. (Flash-decoding, Dao et al. 2023.)
+They know tensors. They know nothing of layers, slots or schedules.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLIT_LEN = 256             # tokens that one program reduces
+BLOCK_LEN = 64              # of them that it reads at a time
+MIN_DOT = 16                # the least rows and columns of a product on tensor cores
+
+def store(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, table: Tensor, positions: Tensor) -> None:
+    """Writes new keys and values of [rows, num_kv_heads, head_dim] at their rows' positions."""
+    num_rows, num_kv_heads, head_dim = new_keys.shape
+    _store[(num_rows,)](
+        keys, values, new_keys, new_values, table, positions, *keys.stride()[:3], *new_keys.stride()[:2],
+        *new_values.stride()[:2], table.stride(0), PAGE_LEN=keys.shape[2], NUM_HEADS=num_kv_heads,
+        BLOCK_HEADS=triton.next_power_of_2(num_kv_heads), HEAD_DIM=head_dim, BLOCK_DIM=_block(head_dim))
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor, *, scaling: float,
+           window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    """Queries of [rows, num_heads, head_dim] over their rows' pages; the same shape, weighted values."""
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, page_len = keys.shape[1:3]
+    num_splits = triton.cdiv(table.shape[1] * page_len, SPLIT_LEN)
+    parts = query.new_empty(num_rows, num_heads, num_splits, head_dim, dtype=torch.float32)
+    peaks = query.new_empty(num_rows, num_heads, num_splits, dtype=torch.float32)
+    sums = torch.empty_like(peaks)
+    group = num_heads // num_kv_heads
+    _attend_split[(num_rows, num_kv_heads, num_splits)](
+        query, keys, values, table, positions, parts, peaks, sums, *query.stride()[:2], *keys.stride()[:3],
+        table.stride(0), scaling, softcap or 0.0, window or 0, num_splits, GROUP=group, BLOCK_GROUP=_block(group),
+        PAGE_LEN=page_len, HEAD_DIM=head_dim, BLOCK_DIM=_block(head_dim), SPLIT_LEN=SPLIT_LEN, BLOCK_LEN=BLOCK_LEN,
+        HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _sum_splits[(num_rows, num_kv_heads)](
+        parts, peaks, sums, positions, peaks if sinks is None else sinks, out, num_splits, GROUP=group,
+        BLOCK_GROUP=_block(group), HEAD_DIM=head_dim, BLOCK_DIM=_block(head_dim), SPLIT_LEN=SPLIT_LEN,
+        HAS_SINKS=sinks is not None)
+    return out
+
+
+def _block(size: int) -> int:
+    return max(MIN_DOT, int(triton.next_power_of_2(size)))
+
+
+@triton.jit
+def _store(keys, values, new_keys, new_values, table, positions, page_stride, head_stride, token_stride,
+           key_row_stride, key_head_stride, value_row_stride, value_head_stride, table_stride,
+           PAGE_LEN: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+           BLOCK_DIM: tl.constexpr):
+    row = tl.program_id(0)
+    position = tl.load(positions + row)
+    if position >= 0:
+        page = tl.load(table + row * table_stride + position // PAGE_LEN).to(tl.int64)
+        heads, dims = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
+        is_there = (heads < NUM_HEADS) & (dims < HEAD_DIM)
+        places = page * page_stride + heads * head_stride + position % PAGE_LEN * token_stride + dims
+        key = tl.load(new_keys + row * key_row_stride + heads * key_head_stride + dims, mask=is_there)
+        value = tl.load(new_values + row * value_row_stride + heads * value_head_stride + dims, mask=is_there)
+        tl.store(keys + places, key, mask=is_there)
+        tl.store(values + places, value, mask=is_there)
+
+
+@triton.jit
+def _attend_split(query, keys, values, table, positions, parts, peaks, sums, row_stride, query_head_stride,
+                  page_stride, head_stride, token_stride, table_stride, scaling, softcap, window, num_splits,
+                  GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, PAGE_LEN: tl.constexpr, HEAD_DIM: tl.constexpr,
+                  BLOCK_DIM: tl.constexpr, SPLIT_LEN: tl.constexpr, BLOCK_LEN: tl.constexpr,
+                  HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + row)
+    begin, end = split * SPLIT_LEN, tl.minimum(split * SPLIT_LEN + SPLIT_LEN, position + 1)
+    if begin < end:                                     # else the sum does not look at this split
+        heads, dims = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+        is_head, is_dim = heads < GROUP, dims < HEAD_DIM
+        query_heads = kv_head * GROUP + heads
+        q = tl.load(query + row * row_stride + query_heads[:, None] * query_head_stride + dims[None, :],
+                    mask=is_head[:, None] & is_dim[None, :], other=0.0)
+        peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_GROUP], tl.float32)
+        part = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        for start in range(begin, end, BLOCK_LEN):
+            tokens = start + tl.arange(0, BLOCK_LEN)
+            is_token = tokens < end
+            if HAS_WINDOW:
+                is_token &= position - tokens < window
+            pages = tl.load(table + row * table_stride + tokens // PAGE_LEN, mask=is_token, other=0).to(tl.int64)
+            places = pages * page_stride + kv_head * head_stride + tokens % PAGE_LEN * token_stride
+            is_there = is_token[:, None] & is_dim[None, :]
+            k = tl.load(keys + places[:, None] + dims[None, :], mask=is_there, other=0.0)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+            if HAS_SOFTCAP:
+                logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)              # its tanh
+            logits = tl.where(is_token[None, :], logits, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)       # nothing seen yet: no -inf less -inf
+            weights = tl.exp(logits - base[:, None])
+            shrink = tl.exp(peak - base)
+            v = tl.load(values + places[:, None] + dims[None, :], mask=is_there, other=0.0)
+            part = part * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            total = total * shrink + tl.sum(weights, axis=1)
+            peak = new_peak
+        at = (row * tl.num_programs(1) * GROUP + query_heads) * num_splits + split
+        tl.store(parts + at[:, None] * HEAD_DIM + dims[None, :], part, mask=is_head[:, None] & is_dim[None, :])
+        tl.store(peaks + at, peak, mask=is_head)
+        tl.store(sums + at, total, mask=is_head)
+
+
+@triton.jit
+def _sum_splits(parts, peaks, sums, positions, sinks, out, num_splits, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr,
+                HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLIT_LEN: tl.constexpr, HAS_SINKS: tl.constexpr):
+    row, kv_head = tl.program_id(0), tl.program_id(1)
+    heads, dims = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+    is_head = heads < GROUP
+    is_there = is_head[:, None] & (dims < HEAD_DIM)[None, :]
+    query_heads = kv_head * GROUP + heads
+    at_head = row * tl.num_programs(1) * GROUP + query_heads
+    peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    if HAS_SINKS:                                       # one more key, without a value
+        peak = tl.load(sinks + query_heads, mask=is_head, other=0.0).to(tl.float32)
+        total += 1.0
+    result = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for split in range(tl.cdiv(tl.load(positions + row) + 1, SPLIT_LEN)):
+        at = at_head * num_splits + split
+        part_peak = tl.load(peaks + at, mask=is_head, other=float("-inf"))
+        new_peak = tl.maximum(peak, part_peak)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink, grow = tl.exp(peak - base), tl.exp(part_peak - base)
+        part = tl.load(parts + at[:, None] * HEAD_DIM + dims[None, :], mask=is_there, other=0.0)
+        result = result * shrink[:, None] + part * grow[:, None]
+        total = total * shrink + tl.load(sums + at, mask=is_head, other=0.0) * grow
+        peak = new_peak
+    result = result / tl.where(total == 0, 1.0, total)[:, None]             # of a row that is none: zero
+    tl.store(out + at_head[:, None] * HEAD_DIM + dims[None, :], result.to(out.dtype.element_ty), mask=is_there)
