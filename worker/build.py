@@ -26,7 +26,7 @@ def build(settings: Settings, folder: Path) -> Engine:
     torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     began_s = time.monotonic()
     log.info("loading %s", folder)
-    model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len)
+    model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len, device=settings.device)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
                         prefill_chunk=settings.prefill_chunk_tokens, kv_cache_bytes=settings.kv_cache_bytes,

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from shared.prefix import prefix_names
 from worker.engine.draft import Drafter
-from worker.engine.kv import KVSlots, pages
 from worker.engine.prefix import PrefixCache
 from worker.engine.request import NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Params, Row, Sampler
 from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Plan, Progress, Span, schedule
 from worker.engine.sequence import WAITING, Group, Sequence
-from worker.model.attention import PAGE_LEN, allocate
+from worker.engine.store import make_store
 from worker.model.model import Model
 
 __all__ = ["Engine", "Output", "Request"]
@@ -48,17 +47,12 @@ class Engine:
         self.max_rows = model.max_rows if self.is_exact else max_num_seqs * (1 + num_speculative_tokens)
         self.exact_replay_max_tokens = exact_replay_max_tokens if self.is_exact else 0
         self.num_speculative_tokens = num_speculative_tokens
-        page_bytes = PAGE_LEN * model.kv_bytes_per_token
-        num_pages, num_needed = kv_cache_bytes // page_bytes, pages(self.max_model_len)
-        if num_pages < num_needed:
-            raise ValueError(f"kv_cache_bytes {kv_cache_bytes} is less than the {num_needed * page_bytes} of one "
-                             f"sequence of {self.max_model_len} tokens: lower max_model_len")
         num_slots = max_num_seqs * (2 if enable_prefix_caching else 1)
-        layers = allocate(model.kv_shapes, num_slots, self.max_model_len, model.dtype)
-        self.kv = KVSlots(layers, max_num_seqs, num_pages)
+        self.kv = make_store(model, max_num_seqs=max_num_seqs, num_slots=num_slots, max_model_len=self.max_model_len,
+                             num_bytes=kv_cache_bytes)
         self.prefix_cache = PrefixCache(range(max_num_seqs, num_slots))
-        self.runner = Runner(model, self.kv)
-        self.sampler = Sampler(max_num_seqs, model.vocab_size)
+        self.runner = Runner.of(model, self.kv, is_exact=self.is_exact)
+        self.sampler = Sampler(max_num_seqs, model.vocab_size, model.device)
         self.batch_limit = BatchLimit(max_num_seqs)
         self.num_preempted = 0
         self.num_draft_tokens = self.num_accepted_tokens = 0
@@ -81,7 +75,7 @@ class Engine:
                 self._outputs.append(Output(request.id, sequence.index, (), (), sequence.finish_reason))
         living = {sequence.index: sequence for sequence in sequences if not sequence.finish_reason}
         names = prefix_names(request.salt, request.prompt_token_ids, self.prefill_chunk) if living else ()
-        side_by_side = self.kv.num_pages // pages(max((s.num_tokens + 1 for s in living.values()), default=1))
+        side_by_side = self.kv.num_pages // self._pages(max((s.num_tokens + 1 for s in living.values()), default=1))
         while living:
             some = {index: living.pop(index) for index in list(islice(living, side_by_side))}
             self._waiting.append(self._group(self._num_arrived, some, names if self.prefix_cache.slots else ()))
@@ -165,7 +159,7 @@ class Engine:
         """First come, first served: a request of many choices is not overtaken."""
         while self._waiting:
             group = self._waiting[0]
-            num_pages = sum(pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
+            num_pages = sum(self._pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
             num_free = min(self.kv.num_free, self.batch_limit.num_free(self.num_running))
             if len(group.sequences) > num_free or not self._make_room(num_pages):
                 return
@@ -182,6 +176,9 @@ class Engine:
         while self.kv.num_free_pages < num_pages:
             self._evict()
         return True
+
+    def _pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.kv.page_len)
 
     def _evict(self, index: int | None = None) -> None:
         index, slot = self.prefix_cache.evict(index)
@@ -251,7 +248,7 @@ class Engine:
             return
         if self.prefix_cache.is_full(index):
             self._evict(index)
-        if self._make_room(pages(self.prefill_chunk)):
+        if self._make_room(self._pages(self.prefill_chunk)):
             slot = self.prefix_cache.place(index, prefix[index])
             self.prefix_cache.use(prefix[:index + 1])
             self.kv.hold(slot, span.begin, span.end)

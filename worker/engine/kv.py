@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from worker.model.attention import PAGE_LEN, KVLayer, give_back, places
+from worker.model.attention import PAGE_LEN, KVLayer, SlotMemory, give_back, places
 
 Block = tuple[int, int]                                 # page, slot
 
@@ -26,12 +26,15 @@ class KVSlots:
     layers: list[KVLayer]
     num_slots: int                                      # that sequences may own
     num_pages: int                                      # of memory, that all slots together may fill
+    memory: SlotMemory = field(init=False)
+    page_len: int = field(init=False, default=PAGE_LEN)
     _free: list[int] = field(init=False)
     _owned: dict[int, int] = field(init=False, default_factory=dict)                # slot → its pages
     _holders: Counter[Block] = field(init=False, default_factory=Counter)
     _idle: dict[Block, None] = field(init=False, default_factory=dict)              # touched, and held no more
 
     def __post_init__(self) -> None:
+        self.memory = SlotMemory(self.layers)
         self._free = list(range(self.num_slots))
         heapify(self._free)
 

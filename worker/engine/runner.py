@@ -7,33 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from worker.engine.kv import KVSlots
 from worker.engine.scheduler import Span
 from worker.engine.sequence import Sequence
-from worker.model.attention import Context, DecodeRows, PrefillChunk, Together
+from worker.model.attention import Context, Together
 from worker.model.model import Model
+
+if TYPE_CHECKING:
+    from worker.engine.graphs import DecodeGraphs
+    from worker.engine.store import KV
 
 
 @dataclass(slots=True)
 class Runner:
     model: Model
-    kv: KVSlots
+    kv: KV
+    graphs: DecodeGraphs | None
+
+    @classmethod
+    def of(cls, model: Model, kv: KV, *, is_exact: bool) -> Runner:
+        """With graphs where the device has them, and forwards are alike: exactly so many rows."""
+        if model.device.type != "cuda" or not is_exact:
+            return cls(model, kv, None)
+        from worker.engine.graphs import capture  # needs Triton
+        from worker.model.paged import PagedMemory
+
+        assert isinstance(kv.memory, PagedMemory)
+        return cls(model, kv, capture(model, kv.memory))
 
     def decode(self, spans: list[Span], sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor]:
         """One forward. For each row at or behind a sequence's last known token: the sequence, and the logits."""
         rows = _Rows.of(spans, sequences)
-        context = DecodeRows(self.kv.layers, rows.slots, rows.positions)
-        logits = self.model.decode(rows.token_ids, context, rows.positions, rows.ends or [0])
+        if self.graphs:
+            logits = self.graphs.run(rows.token_ids, rows.slots, rows.positions)[rows.ends]
+        else:
+            context = self.kv.memory.rows(rows.slots, rows.positions)
+            logits = self.model.decode(rows.token_ids, context, rows.positions, rows.ends or [0])[:len(rows.ends)]
         _advance(spans, sequences)
-        return [sequences[rows.slots[row]] for row in rows.ends], logits[:len(rows.ends)]
+        return [sequences[rows.slots[row]] for row in rows.ends], logits
 
     def prefill(self, span: Span, sequence: Sequence) -> Tensor:
         """One chunk in a forward of its own: the logits of its last token, [1, vocab_size]."""
-        context = PrefillChunk(self.kv.layers, span.slot, span.begin, span.end)
+        context = self.kv.memory.chunk(*span)
         token_ids = sequence.token_ids(span.begin, span.end)
         logits = self.model.prefill(token_ids, context, range(span.begin, span.end))
         sequence.num_computed_tokens = span.end
@@ -45,10 +63,10 @@ class Runner:
         rows = _Rows.of(decodes, sequences)
         parts: list[tuple[Context, int]] = []
         if decodes:
-            parts.append((DecodeRows(self.kv.layers, rows.slots, rows.positions), len(rows.slots)))
+            parts.append((self.kv.memory.rows(rows.slots, rows.positions), len(rows.slots)))
         token_ids, positions, kept = [*rows.token_ids], [*rows.positions], [*rows.ends]
         for span in prefills:
-            parts.append((PrefillChunk(self.kv.layers, *span), span.end - span.begin))
+            parts.append((self.kv.memory.chunk(*span), span.end - span.begin))
             token_ids += sequences[span.slot].token_ids(span.begin, span.end)
             positions += range(span.begin, span.end)
             kept.append(len(token_ids) - 1)

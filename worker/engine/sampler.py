@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MIN_TEMPERATURE = 1e-5      # below: greedy
 NUM_CANDIDATES = 64
 BLOCK_TOKENS = 1 << 16      # of noise at a time
+CPU = torch.device("cpu")
 
 Logprobs = tuple[int, float, tuple[tuple[int, float], ...]]    # token id, its log probability, the likeliest
 
@@ -71,6 +72,7 @@ class Row(NamedTuple):
 class Sampler:
     num_slots: int
     vocab_size: int
+    device: torch.device = CPU
     params: list[Params | None] = field(init=False)
     _counts: Tensor | None = field(init=False, default=None)    # [slots, vocab]: how often each token was generated
     _seen: Tensor | None = field(init=False, default=None)      # [slots, vocab]: in the prompt or generated
@@ -78,19 +80,19 @@ class Sampler:
 
     def __post_init__(self) -> None:
         self.params = [None] * self.num_slots
-        self._token_ids = torch.arange(self.vocab_size, dtype=torch.int32)
+        self._token_ids = torch.arange(self.vocab_size, dtype=torch.int32, device=self.device)
 
     def join(self, slot: int, params: Params, prompt: Sequence[int], generated: Sequence[int]) -> None:
         self.params[slot] = params
         if not params.is_penalized:
             return
         if self._counts is None or self._seen is None:
-            self._counts = torch.zeros(self.num_slots, self.vocab_size)
-            self._seen = torch.zeros(self.num_slots, self.vocab_size, dtype=torch.bool)
-        drawn = torch.tensor(generated, dtype=torch.long)
+            self._counts = torch.zeros(self.num_slots, self.vocab_size, device=self.device)
+            self._seen = torch.zeros(self.num_slots, self.vocab_size, dtype=torch.bool, device=self.device)
+        drawn = torch.tensor(generated, dtype=torch.long, device=self.device)
         self._counts[slot] = torch.bincount(drawn, minlength=self.vocab_size)
         self._seen[slot] = False
-        self._seen[slot, torch.tensor(prompt)] = True
+        self._seen[slot, torch.tensor(prompt, device=self.device)] = True
         self._seen[slot, drawn] = True
 
     def leave(self, slot: int) -> None:
@@ -122,7 +124,7 @@ class Sampler:
         for i in biased:
             bias = params[i].bias
             assert bias is not None
-            logits[i, bias[0]] += bias[1]
+            logits[i, bias[0].to(self.device)] += bias[1].to(self.device)
         if penalized:
             logits[penalized] = self._penalized(_rows(logits, penalized), [rows[i].slot for i in penalized])
         for i in too_short:
@@ -133,33 +135,33 @@ class Sampler:
         assert self._counts is not None and self._seen is not None
         sampling = [self._params(slot).sampling for slot in slots]
         if any(s.repetition_penalty != 1 for s in sampling):
-            repetition = _column([s.repetition_penalty for s in sampling])
+            repetition = _column([s.repetition_penalty for s in sampling], self.device)
             scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
             logits = torch.where(self._seen[slots], scaled, logits)
         if any(s.frequency_penalty or s.presence_penalty for s in sampling):
             counts = self._counts[slots]
-            logits = logits - counts * _column([s.frequency_penalty for s in sampling])
-            logits -= counts.clamp_(max=1) * _column([s.presence_penalty for s in sampling])
+            logits = logits - counts * _column([s.frequency_penalty for s in sampling], self.device)
+            logits -= counts.clamp_(max=1) * _column([s.presence_penalty for s in sampling], self.device)
         return logits
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
         random = [i for i, p in enumerate(params) if not p.is_greedy]
         if not random:
             return logits.argmax(dim=-1)
-        token_ids = torch.empty(len(rows), dtype=torch.long)
+        token_ids = torch.empty(len(rows), dtype=torch.long, device=self.device)
         greedy = [i for i, p in enumerate(params) if p.is_greedy]
         if greedy:
             token_ids[greedy] = _rows(logits, greedy).argmax(dim=-1)
-        scaled = _rows(logits, random) / _column([params[i].sampling.temperature for i in random])
+        scaled = _rows(logits, random) / _column([params[i].sampling.temperature for i in random], self.device)
         keys = [rng.row_key(params[i].key, rows[i].position) for i in random]
         token_ids[random] = self._draw_random(scaled, keys, [params[i] for i in random])
         return token_ids
 
     def _draw_random(self, logits: Tensor, keys: list[int], params: list[Params]) -> Tensor:
-        low, high = rng.split_keys(keys)
+        low, high = (half.to(self.device) for half in rng.split_keys(keys))
         truncated = [i for i, p in enumerate(params) if p.is_truncated]
         whole = [i for i, p in enumerate(params) if not p.is_truncated]
-        token_ids = torch.empty(len(params), dtype=torch.long)
+        token_ids = torch.empty(len(params), dtype=torch.long, device=self.device)
         if truncated:
             token_ids[truncated] = self._draw_truncated(
                 _rows(logits, truncated), _rows(low, truncated), _rows(high, truncated),
@@ -181,7 +183,7 @@ class Sampler:
         return (rng.gumbel(lows, highs, self._token_ids).add_(part) for part, lows, highs in parts)
 
     def _draw_truncated(self, logits: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
-        token_ids = torch.empty(len(logits), dtype=torch.long)
+        token_ids = torch.empty(len(logits), dtype=torch.long, device=self.device)
         log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
         pending = list(range(len(logits)))
         num_candidates = NUM_CANDIDATES
@@ -208,12 +210,12 @@ class Sampler:
 
         That is the argmax within the nucleus, whose borders nobody has to find: 1 / top_p tries on average at most.
         """
-        token_ids = torch.empty(len(logits), dtype=torch.long)
+        token_ids = torch.empty(len(logits), dtype=torch.long, device=self.device)
         shares = torch.softmax(logits, dim=-1)
-        top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64)
+        top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64, device=self.device)
         noisy = _at_least(logits, logits.amax(dim=-1, keepdim=True), sampling)
         noisy = torch.cat(list(self._with_noise(noisy, low, high)))
-        pending = torch.arange(len(logits))
+        pending = torch.arange(len(logits), device=self.device)
         while len(pending):
             drawn = noisy[pending].argmax(dim=-1, keepdim=True)
             here = logits[pending]
@@ -230,7 +232,8 @@ class Sampler:
         penalized = [i for i, p in enumerate(params) if p.is_penalized]
         if penalized:
             assert self._counts is not None and self._seen is not None
-            slots, drawn = torch.tensor([rows[i].slot for i in penalized]), token_ids[penalized]
+            slots = torch.tensor([rows[i].slot for i in penalized], device=self.device)
+            drawn = token_ids[penalized]
             self._counts[slots, drawn] += 1
             self._seen[slots, drawn] = True
 
@@ -258,8 +261,8 @@ def _rows(x: Tensor, rows: list[int]) -> Tensor:
     return x if len(rows) == len(x) else x[rows]
 
 
-def _column(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)[:, None]
+def _column(values: list[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
 
 def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -274,13 +277,14 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor:
     """Which of the falling `values` top_k and, among those, top_p keep; the first one always."""
-    num_candidates = values.shape[1]
-    top_k = torch.tensor([s.top_k or num_candidates for s in sampling])[:, None]
-    top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64)[:, None]
-    keep = torch.arange(num_candidates) < top_k
+    num_candidates, device = values.shape[1], values.device
+    top_k = torch.tensor([s.top_k or num_candidates for s in sampling], device=device)[:, None]
+    top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64, device=device)[:, None]
+    keep = torch.arange(num_candidates, device=device) < top_k
     if any(s.top_p < 1 for s in sampling):
         of_kept = torch.logsumexp(values.masked_fill(~keep, float("-inf")), dim=-1, keepdim=True)
-        log_total = torch.where(torch.tensor([s.top_k > 0 for s in sampling])[:, None], of_kept, log_total)
+        has_top_k = torch.tensor([s.top_k > 0 for s in sampling], device=device)[:, None]
+        log_total = torch.where(has_top_k, of_kept, log_total)
         mass = torch.exp(values - log_total).double()
         keep &= (mass.cumsum(dim=-1) - mass < top_p) | (top_p >= 1)
         keep[:, 0] = True
@@ -289,5 +293,5 @@ def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor
 
 def _at_least(logits: Tensor, largest: Tensor, sampling: list[Sampling]) -> Tensor:
     """min_p: nothing less likely than that share of the likeliest."""
-    floors = _column([log(s.min_p) if s.min_p > 0 else float("-inf") for s in sampling])
+    floors = _column([log(s.min_p) if s.min_p > 0 else float("-inf") for s in sampling], logits.device)
     return logits.masked_fill(logits < largest + floors, float("-inf"))

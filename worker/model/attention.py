@@ -223,6 +223,19 @@ class PrefillChunk:
 
 
 @dataclass(slots=True)
+class SlotMemory:
+    """Makes the contexts of forwards over what `allocate` gave."""
+
+    layers: list[KVLayer]
+
+    def rows(self, slots: Sequence[int], positions: Sequence[int]) -> DecodeRows:
+        return DecodeRows(self.layers, slots, positions)
+
+    def chunk(self, slot: int, begin: int, end: int) -> PrefillChunk:
+        return PrefillChunk(self.layers, slot, begin, end)
+
+
+@dataclass(slots=True)
 class Together:
     """One forward of several parts, each with its rows, in order. Their products share the weights that are read."""
 
@@ -252,9 +265,9 @@ class Recorder:
 
 def causal_mask(positions: Tensor, kv_len: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """A float mask of [rows, kv_len], which the kernels take without a conversion of their own."""
-    ages = positions[:, None] - torch.arange(kv_len)
+    ages = positions[:, None] - torch.arange(kv_len, device=positions.device)
     hidden = ages < 0 if window is None else (ages < 0) | (ages >= window)
-    return torch.zeros(ages.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(ages.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
 
 
 def weigh_pages(query: Tensor, keys: Tensor, values: Tensor, reaches: Sequence[Reach], mask: Tensor, scores: Scores

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.model.attention import NAME, DecodeRows, PrefillChunk, Recorder, allocate
+from worker.model import memory
+from worker.model.attention import NAME, Recorder
 from worker.model.model import Model
 
 NUM_TOKENS = 24
 CHUNKS = (0, 11, 18)                                                # two chunks, then decode rows
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding alone stays ten times below
 MIN_ROWS, MAX_ROWS = 2, 32
+DEVICE_ROWS = 128           # of every forward on a GPU, where so few cost what one costs: reading the weights
 
 
 def random_token_ids(vocab_size: int, count: int) -> list[int]:
@@ -29,7 +31,7 @@ def plain_logits(module: Any, token_ids: list[int]) -> Tensor:
     """Of the model as transformers computes it, in one forward, with its own attention."""
     module.set_attn_implementation("eager")
     with torch.inference_mode():
-        logits: Tensor = module(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+        logits: Tensor = module(input_ids=torch.tensor([token_ids], device=module.device), use_cache=False).logits[0]
     module.set_attn_implementation(NAME)
     return logits
 
@@ -38,7 +40,9 @@ def record(module: Any) -> Recorder:
     """The shape of every layer's keys, learnt from a forward that attends to nothing."""
     recorder = Recorder()
     with torch.inference_mode():
-        module(input_ids=torch.tensor([[0, 0]]), position_ids=torch.tensor([[0, 1]]), use_cache=False, context=recorder)
+        device = module.device
+        module(input_ids=torch.tensor([[0, 0]], device=device), position_ids=torch.tensor([[0, 1]], device=device),
+               use_cache=False, context=recorder)
     return recorder
 
 
@@ -48,14 +52,14 @@ def relative_error(model: Model, expected: Tensor) -> float:
     The worst part counts, and in it the median row: in bfloat16 rounding alone may send a row to other experts.
     """
     token_ids = random_token_ids(model.vocab_size, NUM_TOKENS)
-    layers = allocate(model.kv_shapes, 1, NUM_TOKENS, model.dtype)
+    trial = memory.scratch(model.kv_shapes, 1, NUM_TOKENS, model.dtype, model.device)
     parts = []
     for begin, end in pairwise(CHUNKS):
-        chunk = PrefillChunk(layers, 0, begin, end)
+        chunk = trial.chunk(0, begin, end)
         parts.append(model.forward(token_ids[begin:end], range(begin, end), chunk, range(end - begin)))
     decoded = []
     for begin in range(CHUNKS[-1], NUM_TOKENS, 2):
-        rows = DecodeRows(layers, (0, 0), (begin, begin + 1))
+        rows = trial.rows((0, 0), (begin, begin + 1))
         decoded.append(model.decode(token_ids[begin:begin + 2], rows, (begin, begin + 1), (0, 1)))
     parts.append(torch.cat(decoded))
     split = expected[:, :model.vocab_size].float().split([len(part) for part in parts])
@@ -72,14 +76,17 @@ def probe_row_limit(model: Model) -> tuple[int, int]:
     """The least and the most rows of a decode forward whose logits do not depend on how many they are.
 
     Small and large products reduce in another order than those between. In bfloat16 that shows in so few places that a
-    probe may miss it: one row, a matrix-vector product, is the known case and never taken.
+    probe may miss it: one row, a matrix-vector product, is the known case and never taken. On a GPU nearly every number
+    of rows has a kernel of its own, so there all forwards have the same.
     """
+    if memory.is_paged(model.device):
+        return DEVICE_ROWS, DEVICE_ROWS
     num_usual = 8
     token_ids = random_token_ids(model.vocab_size, MAX_ROWS)
-    layers = allocate(model.kv_shapes, MAX_ROWS, 1, model.dtype)
+    trial = memory.scratch(model.kv_shapes, MAX_ROWS, 1, model.dtype, model.device)
 
     def logits(begin: int, end: int) -> Tensor:
-        context = DecodeRows(layers, range(begin, end), (0,) * (end - begin))
+        context = trial.rows(range(begin, end), (0,) * (end - begin))
         return model.forward(token_ids[begin:end], (0,) * (end - begin), context, range(end - begin))
 
     def is_usual(num_rows: int) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from worker.model.attention import Context, KVShape, PrefillChunk, Scores, allocate
+from worker.model.attention import Context, KVShape, Scores
 from worker.model.linear import agree
+from worker.model.memory import scratch
 
 
 class FusedMLP(nn.Module):
@@ -107,11 +108,11 @@ def _record(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShap
                     blocks.append(Block(parent, name, args, kwargs, out))
 
                 hooks.append(child.register_forward_hook(record, with_kwargs=True))
-    num_tokens = len(token_ids)
-    context = PrefillChunk(allocate(shapes, 1, num_tokens, next(module.parameters()).dtype), 0, 0, num_tokens)
+    num_tokens, weight = len(token_ids), next(module.parameters())
+    context = scratch(shapes, 1, num_tokens, weight.dtype, weight.device).chunk(0, 0, num_tokens)
     try:
-        module(input_ids=torch.tensor([token_ids]), position_ids=torch.arange(num_tokens)[None], use_cache=False,
-               context=context)
+        module(input_ids=torch.tensor([token_ids], device=weight.device),
+               position_ids=torch.arange(num_tokens, device=weight.device)[None], use_cache=False, context=context)
     finally:
         for hook in hooks:
             hook.remove()

@@ -38,10 +38,10 @@ def weights_id(folder: Path, config: dict[str, Any]) -> str:
     return digest.hexdigest()[:32]
 
 
-def numerics_id(parts: Iterable[object]) -> str:
-    """`parts` are what the model and the mode add to libraries, instruction set and threads."""
-    facts = [*parts, torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability(),
-             torch.get_num_threads(), *_processor()]
+def numerics_id(parts: Iterable[object], device: torch.device) -> str:
+    """`parts` are what the model and the mode add to libraries, and to the instruction set and threads, or the GPU."""
+    facts = [*parts, torch.__version__, transformers.__version__, *(_gpu(device) if device.type == "cuda" else [
+        torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *_processor()])]
     return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:32]
 
 
@@ -49,6 +49,10 @@ def _lasting(config: Any) -> Any:
     if isinstance(config, dict):
         return {key: _lasting(value) for key, value in config.items() if key not in VOLATILE}
     return config
+
+
+def _gpu(device: torch.device) -> list[object]:
+    return [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.version.cuda]
 
 
 def _processor() -> list[str]:

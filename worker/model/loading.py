@@ -6,6 +6,7 @@ Safetensors only, no remote code: nothing in a model's files is ever executed.
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +26,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-         max_model_len: int | None = None, revision: str | None = None) -> Model:
+         max_model_len: int | None = None, revision: str | None = None,
+         device: Literal["auto", "cpu", "cuda"] = "cpu") -> Model:
+    place = choose_device(device)
     folder = find_folder(folder_or_name, revision)
     config = read_config(folder)
-    chosen = choose_dtype(config, dtype)
-    module = load_module(folder, config, chosen)
+    chosen = choose_dtype(config, dtype, place)
+    module = load_module(folder, config, chosen, place)
     text_config = config.get_text_config(decoder=True)
     token_ids = check.random_token_ids(text_config.vocab_size, check.NUM_TOKENS)
     expected, recorder = try_plain(module, token_ids)
@@ -63,12 +66,22 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def choose_dtype(config: Any, wanted: str) -> torch.dtype:
-    """Half precision is served in bfloat16 where the processor computes it; elsewhere float32 is ten times faster."""
+def choose_device(wanted: str) -> torch.device:
+    """A GPU where there is one, and what its kernels need. Raises ModelRefused where it is asked for in vain."""
+    has_gpu, has_triton = torch.cuda.is_available(), find_spec("triton") is not None
+    if wanted == "cuda" and not (has_gpu and has_triton):
+        missing = "Triton (pip install triton)" if has_gpu else "a GPU that torch can use"
+        raise ModelRefused(f"device cuda needs {missing}; device cpu does without")
+    return torch.device("cuda" if wanted != "cpu" and has_gpu and has_triton else "cpu")
+
+
+def choose_dtype(config: Any, wanted: str, device: torch.device) -> torch.dtype:
+    """Half precision is served in bfloat16 where that is computed; elsewhere float32 is ten times faster."""
     if wanted != "auto":
         return DTYPES[wanted]
     is_full = config.get_text_config(decoder=True).dtype == torch.float32
-    return torch.float32 if is_full or not computes_bfloat16() else torch.bfloat16
+    is_slow = device.type == "cpu" and not computes_bfloat16()
+    return torch.float32 if is_full or is_slow else torch.bfloat16
 
 
 def computes_bfloat16() -> bool:
@@ -78,7 +91,7 @@ def computes_bfloat16() -> bool:
         return False
 
 
-def load_module(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     try:
         module = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
@@ -86,7 +99,10 @@ def load_module(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelRefused(f"{folder} does not load: {(str(error).splitlines() or [''])[0]}") from error
     module.set_experts_implementation(experts.NAME)
-    return module.eval().requires_grad_(False)
+    try:
+        return module.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError:
+        raise ModelRefused(f"{folder} has more weights than the device has memory") from None
 
 
 def try_plain(module: Any, token_ids: list[int]) -> tuple[Tensor, Recorder]:
@@ -146,4 +162,4 @@ def probe(model: Model, expected: Tensor) -> None:
     if error > check.MAX_RELATIVE_ERROR[model.dtype]:
         raise ModelRefused(f"{name} is not supported: its logits differ from the plain model's by {error:.2g}")
     model.numerics_id = identity.numerics_id([
-        model.weights_id, model.dtype, attention.PAGE_LEN, model.min_rows, model.max_rows])
+        model.weights_id, model.dtype, attention.PAGE_LEN, model.min_rows, model.max_rows], model.device)

@@ -34,9 +34,13 @@ class Model:
     def forward(self, token_ids: Sequence[int], positions: Sequence[int], context: Context, kept: Sequence[int]
                 ) -> Tensor:
         """Logits of the `kept` rows, [len(kept), vocab_size]; the head computes no others."""
+        return self.forward_tensors(self._tensor([token_ids]), self._tensor([positions]), context, self._tensor(kept))
+
+    def forward_tensors(self, token_ids: Tensor, positions: Tensor, context: Context, kept: Tensor) -> Tensor:
+        """Of [1, rows] each, on the model's device, and the numbers of rows whose logits are wanted."""
         with torch.inference_mode():
-            out = self.module(input_ids=torch.tensor([token_ids]), position_ids=torch.tensor([positions]),
-                              logits_to_keep=torch.tensor(kept), use_cache=False, context=context)
+            out = self.module(input_ids=token_ids, position_ids=positions, logits_to_keep=kept, use_cache=False,
+                              context=context)
         logits: Tensor = out.logits[0, :, :self.vocab_size]
         return logits
 
@@ -56,6 +60,14 @@ class Model:
               ) -> Tensor:
         padded = [*kept, *[kept[-1]] * (self.min_rows - len(kept))]
         return self.forward(token_ids, positions, context, padded)[:len(kept)]
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.module.device
+        return device
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -33,7 +33,7 @@ def test_what_is_fused(family: str, tmp_path: Path) -> None:
 
 def plain_llama(folder: Path) -> tuple[Any, list[int], Any]:
     save("llama", folder)
-    module = load_module(folder, read_config(folder), torch.float32)
+    module = load_module(folder, read_config(folder), torch.float32, torch.device("cpu"))
     token_ids = check.random_token_ids(VOCAB_SIZE, check.NUM_TOKENS)
     check.plain_logits(module, token_ids)               # which leaves our attention in place
     return module, token_ids, check.record(module)

@@ -1,0 +1,195 @@
+"""Keys and values in pages: what is shared is counted, and the engine over them says what it says over slots.
+
+Without a GPU the kernels run in Triton's interpreter, so that everything but CUDA's graphs is the real path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.worker.engine.driver import greedy, run, seeded, token_ids
+from tests.worker.families import save
+from worker.engine.engine import Engine, Request
+from worker.model import memory
+from worker.model.attention import KVShape
+from worker.model.loading import load
+
+pytest.importorskip("triton")
+from worker.engine.graphs import padded, widths
+from worker.engine.paged import KVPages
+from worker.model.paged import PAGE_LEN, PagedMemory
+
+CPU = torch.device("cpu")
+NUM_SLOTS, NUM_KEPT, NUM_PAGES, NUM_TOKENS = 3, 2, 12, 5 * PAGE_LEN
+
+
+class Store(RuleBasedStateMachine):
+    """Sequences and kept prefixes take, share and leave pages; each finds its own numbers, whatever others did."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.memory = PagedMemory.allocate([KVShape(1, 4, 1)], NUM_PAGES, NUM_SLOTS + NUM_KEPT, NUM_TOKENS,
+                                           torch.float32, CPU)
+        self.kv = KVPages(self.memory, NUM_SLOTS, NUM_PAGES)
+        self.written: dict[int, list[float]] = {}       # of each slot that is held: what its tokens hold
+        self.number = 0.0
+
+    @precondition(lambda self: self.kv.num_free)
+    @rule()
+    def reserve(self) -> None:
+        self.written[self.kv.reserve()] = []
+
+    @rule(data=st.data())
+    def write(self, data: st.DataObject) -> None:
+        slot = self._sequence(data)
+        if slot is None or len(self.written[slot]) == NUM_TOKENS:
+            return
+        num_tokens = data.draw(st.integers(len(self.written[slot]) + 1, NUM_TOKENS))
+        if self.kv.num_missing_pages(slot, num_tokens) > self.kv.num_free_pages:
+            return
+        self.kv.grow(slot, num_tokens)
+        for position in range(len(self.written[slot]), num_tokens):
+            self.number += 1
+            self._token(slot, position).fill_(self.number)
+            self.written[slot].append(self.number)
+
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        source, target = self._sequence(data), data.draw(st.integers(NUM_SLOTS, NUM_SLOTS + NUM_KEPT - 1))
+        if source is None or target in self.written:
+            return
+        num_tokens = data.draw(st.integers(0, len(self.written[source])))
+        if num_tokens and -(-num_tokens // PAGE_LEN) <= self.kv.num_free_pages:
+            self.kv.hold(target, 0, num_tokens)
+            self.kv.copy(source, target, 0, num_tokens)
+            self.written[target] = self.written[source][:num_tokens]
+
+    @rule(data=st.data())
+    def reuse(self, data: st.DataObject) -> None:
+        target = self._sequence(data)
+        sources = [slot for slot in self.written if slot != target and self.written[slot]]
+        if target is None or self.written[target] or not sources:
+            return
+        source = data.draw(st.sampled_from(sources))
+        num_tokens = len(self.written[source])
+        if self.kv.num_missing_pages(target, num_tokens) <= self.kv.num_free_pages:
+            self.kv.grow(target, num_tokens)
+            self.kv.copy(source, target, 0, num_tokens)
+            self.written[target] = list(self.written[source])
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        if self.written:
+            slot = data.draw(st.sampled_from(sorted(self.written)))
+            tokens = self.written.pop(slot)
+            if slot < NUM_SLOTS:
+                self.kv.release(slot)
+            else:
+                self.kv.drop(slot, 0, len(tokens))
+
+    @invariant()
+    def everyone_finds_what_is_theirs(self) -> None:
+        self.kv.check()
+        for slot, tokens in self.written.items():
+            found = [float(self._token(slot, position)[0]) for position in range(len(tokens))]
+            assert found == tokens
+
+    def _sequence(self, data: st.DataObject) -> int | None:
+        owned = sorted(slot for slot in self.written if slot < NUM_SLOTS)
+        return data.draw(st.sampled_from(owned)) if owned else None
+
+    def _token(self, slot: int, position: int) -> torch.Tensor:
+        page = self.memory.table[slot, position // PAGE_LEN]
+        return self.memory.layers[0].keys[page, 0, position % PAGE_LEN]
+
+
+TestStore = Store.TestCase
+TestStore.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_what_has_a_page_in_common_needs_it_once() -> None:
+    store = KVPages(PagedMemory.allocate([KVShape(1, 4, 1)], 4, 4, 3 * PAGE_LEN, torch.float32, CPU), 2, 4)
+    first, second = store.reserve(), store.reserve()
+    for slot in (first, second):
+        store.grow(slot, 2 * PAGE_LEN)
+    assert (store.num_free_pages, store.num_owned_pages) == (0, 4)
+    store.copy(first, second, 0, 2 * PAGE_LEN)
+    assert (store.num_free_pages, store.num_owned_pages) == (2, 2)
+    store.release(first)
+    assert (store.num_free_pages, store.num_owned_pages) == (2, 2)
+    store.check()
+    with pytest.raises(AssertionError, match="full"):
+        store.hold(2, 0, 3 * PAGE_LEN)
+
+
+def test_a_forward_is_filled_up_with_rows_that_are_none() -> None:
+    assert padded([7, 0], 4).tolist() == [7, 0, -1, -1]
+
+
+@pytest.mark.parametrize("num_pages", [1, 64, 65, 513, 8192])
+def test_a_graph_is_made_for_every_length_and_few_in_all(num_pages: int) -> None:
+    found = widths(num_pages)
+    assert found[-1] == num_pages and found == sorted(set(found))
+    assert len(found) <= 5
+
+
+@pytest.fixture
+def paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "is_paged", lambda device: True)
+
+
+CYCLE = tuple(range(10, 20))
+REQUESTS = [
+    Request("greedy", CYCLE * 2, greedy(6, num_logprobs=2)),
+    Request("choices", (*range(30, 50), 5), seeded(6, temperature=0.7, num_logprobs=1), n=2),
+    Request("shares a beginning", (*range(30, 48), 9), seeded(5, top_k=5, top_p=0.9)),
+    Request("penalized", tuple(range(80, 90)), greedy(5, frequency_penalty=0.4, logit_bias=((7, 2.0),))),
+    Request("one word", tuple(range(90, 100)), greedy(9, logit_bias=((7, 99.0),))),
+]
+ARRIVALS = {0: REQUESTS[:2], 7: REQUESTS[2:]}
+
+
+def answers(engine: Engine) -> dict[tuple[str, int], tuple[list[int], int]]:
+    return {key: (token_ids(outputs), outputs[0].num_cached_tokens) for key, outputs in run(engine, ARRIVALS).items()}
+
+
+def make_engine(folder: Path, num_bytes: int = 1 << 20, **options: Any) -> Engine:
+    return Engine(load(str(folder), dtype="float32"), max_num_seqs=6, prefill_chunk=16, kv_cache_bytes=num_bytes,
+                  **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_the_engine_says_over_pages_what_it_says_over_slots(family: str, tmp_path: Path, request: Any) -> None:
+    """Prompts in chunks, found beginnings, choices, drafts; windows and sinks."""
+    folder = save(family, tmp_path)
+    expected = answers(make_engine(folder))
+    request.getfixturevalue("paged")
+    engine = make_engine(folder)
+    assert isinstance(engine.kv, KVPages)
+    assert answers(engine) == expected
+    assert any(num_cached for _, num_cached in expected.values())
+    assert engine.num_accepted_tokens
+    assert engine.kv.num_owned_pages == 0
+
+
+def test_bits_do_not_depend_on_what_runs_beside(tmp_path: Path, paged: None) -> None:
+    """Alone, together, and short of memory, where the younger one gives way and replays."""
+    requests = [Request("greedy", tuple(range(10, 39)), greedy(5, num_logprobs=2)),
+                Request("seeded", tuple(range(40, 69)), seeded(5, num_logprobs=1))]
+    folder = save("llama", tmp_path)
+    roomy = make_engine(folder, num_speculative_tokens=0)
+    num_bytes = 4 * PAGE_LEN * roomy.model.kv_bytes_per_token       # two pages each, and both want a third
+    tight = make_engine(folder, num_bytes, num_speculative_tokens=0, max_model_len=3 * PAGE_LEN)
+    alone = {key: outputs for request in requests for key, outputs in run(roomy, {0: [request]}).items()}
+    for engine in (roomy, tight):
+        for key, outputs in run(engine, {0: requests}).items():
+            assert token_ids(outputs) == token_ids(alone[key])
+            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone[key]]
+    assert tight.num_preempted > 0 == roomy.num_preempted

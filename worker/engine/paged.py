@@ -1,0 +1,143 @@
+"""Which sequence owns which pages of keys and values, where they lie in one pool: what kv.py is for slots.
+
+Pages that several sequences have in common, a prompt's beginning, are shared and never written again; they are free
+when the last of them leaves. Slots from `num_slots` on are not given out: what they hold, others know (prefix.py). It
+knows slots and lengths, nothing of tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+
+from worker.model.paged import PAGE_LEN, PagedMemory, pages
+
+
+@dataclass(slots=True)
+class KVPages:
+    memory: PagedMemory
+    num_slots: int                                      # that sequences may own
+    num_pages: int
+    page_len: int = field(init=False, default=PAGE_LEN)
+    _free: list[int] = field(init=False)                # slots
+    _owned: dict[int, int] = field(init=False, default_factory=dict)                # slot → its pages
+    _holds: defaultdict[int, Counter[int]] = field(
+        init=False, default_factory=lambda: defaultdict(Counter))                   # slot of others → place → holds
+    _free_pages: list[int] = field(init=False)
+    _holders: Counter[int] = field(init=False, default_factory=Counter)             # page → slots that have it
+    _owners: Counter[int] = field(init=False, default_factory=Counter)              # page → sequences among them
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.num_slots))
+        heapify(self._free)
+        self._free_pages = list(reversed(range(self.num_pages)))
+
+    def reserve(self) -> int:
+        slot = heappop(self._free)
+        self._owned[slot] = 0
+        return slot
+
+    def num_missing_pages(self, slot: int, num_tokens: int) -> int:
+        """What an owned slot needs before it can hold so many tokens."""
+        return max(0, pages(num_tokens) - self._owned[slot])
+
+    def num_owned_tokens(self, slot: int) -> int:
+        """That an owned slot can hold."""
+        return self._owned[slot] * PAGE_LEN
+
+    def grow(self, slot: int, num_tokens: int) -> None:
+        """The pages must be free."""
+        for place in range(self._owned[slot], pages(num_tokens)):
+            self._put(slot, place, self._take())
+            self._owned[slot] += 1
+
+    def release(self, slot: int) -> None:
+        for place in range(self._owned[slot]):
+            self._leave(slot, place)
+        del self._owned[slot]
+        heappush(self._free, slot)
+
+    def hold(self, slot: int, begin: int, end: int) -> None:
+        """Tokens [begin, end) of a slot that nobody owns; until `drop`."""
+        for place, _, _ in _places(begin, end):
+            if not self._holds[slot][place]:
+                self._put(slot, place, self._take())
+            self._holds[slot][place] += 1
+
+    def drop(self, slot: int, begin: int, end: int) -> None:
+        for place, _, _ in _places(begin, end):
+            self._holds[slot][place] -= 1
+            if not self._holds[slot][place]:
+                self._leave(slot, place)
+
+    def copy(self, source: int, target: int, begin: int, end: int) -> None:
+        """Tokens [begin, end) of one slot to the same place in another: whole pages are shared."""
+        table = self.memory.table
+        for place, first, last in _places(begin, end):
+            if last - first == PAGE_LEN:
+                self._leave(target, place)
+                self._put(target, place, int(table[source, place]))
+            else:
+                for cache in (cache for layer in self.memory.layers for cache in layer):
+                    cache[table[target, place], :, first:last] = cache[table[source, place], :, first:last]
+
+    def _take(self) -> int:
+        assert self._free_pages, f"{self!r} is full"
+        return self._free_pages.pop()
+
+    def _put(self, slot: int, place: int, page: int) -> None:
+        self.memory.table[slot, place] = page
+        self._holders[page] += 1
+        if slot in self._owned:
+            self._owners[page] += 1
+
+    def _leave(self, slot: int, place: int) -> None:
+        page = int(self.memory.table[slot, place])
+        for counts in (self._holders, self._owners) if slot in self._owned else (self._holders,):
+            counts[page] -= 1
+            if not counts[page]:
+                del counts[page]
+        if page not in self._holders:
+            self._free_pages.append(page)
+
+    def wipe(self, slot: int, num_tokens: int) -> None:
+        """Nothing: what lies behind a sequence's end is never read."""
+
+    def give_back_idle(self) -> None:
+        """Nothing: the pool is this process' own."""
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_held(self) -> int:
+        return len(self._owned)
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free_pages)
+
+    @property
+    def num_owned_pages(self) -> int:
+        """What sequences share counts once."""
+        return len(self._owners)
+
+    def check(self) -> None:
+        table = self.memory.table
+        assert self.num_free + self.num_held == self.num_slots, f"{self!r} leaks"
+        assert self._owned.keys().isdisjoint(self._free) and len(set(self._free)) == self.num_free, f"{self!r} doubles"
+        owners = Counter(int(table[slot, place]) for slot, num in self._owned.items() for place in range(num))
+        keepers = Counter(int(table[slot, place]) for slot, holds in self._holds.items() for place in +holds)
+        assert owners == self._owners and owners + keepers == self._holders, f"{self!r} lost count of its pages"
+        assert sorted([*self._free_pages, *self._holders]) == list(range(self.num_pages)), f"{self!r} loses pages"
+
+    def __repr__(self) -> str:
+        return f"<KVPages {self.num_held}/{self.num_slots} owned, {len(self._holders)}/{self.num_pages} pages held>"
+
+
+def _places(begin: int, end: int) -> list[tuple[int, int, int]]:
+    """The places of a table over which tokens [begin, end) are spread, with the first and the last token in each."""
+    return [(place, max(begin - place * PAGE_LEN, 0), min(end - place * PAGE_LEN, PAGE_LEN))
+            for place in range(begin // PAGE_LEN, pages(end))]

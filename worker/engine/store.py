@@ -1,0 +1,37 @@
+"""The store of keys and values that fits the model's device, and how much memory it may fill."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from worker.engine.kv import KVSlots
+from worker.model import memory
+from worker.model.attention import PAGE_LEN, allocate
+from worker.model.model import Model
+
+if TYPE_CHECKING:
+    from worker.engine.paged import KVPages
+
+    KV = KVSlots | KVPages
+
+
+def make_store(model: Model, *, max_num_seqs: int, num_slots: int, max_model_len: int, num_bytes: int) -> KV:
+    """Of slots for so many sequences, and further ones for what is kept. Raises ValueError when it is too small."""
+    if not memory.is_paged(model.device):
+        num_pages = _num_pages(model, PAGE_LEN, max_model_len, num_bytes)
+        return KVSlots(allocate(model.kv_shapes, num_slots, max_model_len, model.dtype), max_num_seqs, num_pages)
+    from worker.engine.paged import KVPages  # needs Triton
+    from worker.model import paged
+
+    num_pages = _num_pages(model, paged.PAGE_LEN, max_model_len, min(num_bytes, memory.num_free_bytes(model.device)))
+    return KVPages(paged.PagedMemory.allocate(model.kv_shapes, num_pages, num_slots, max_model_len, model.dtype,
+                                              model.device), max_num_seqs, num_pages)
+
+
+def _num_pages(model: Model, page_len: int, max_model_len: int, num_bytes: int) -> int:
+    page_bytes = page_len * model.kv_bytes_per_token
+    num_pages, num_needed = num_bytes // page_bytes, -(-max_model_len // page_len)
+    if num_pages < num_needed:
+        raise ValueError(f"kv_cache_bytes {num_bytes} is less than the {num_needed * page_bytes} of one "
+                         f"sequence of {max_model_len} tokens: lower max_model_len")
+    return num_pages

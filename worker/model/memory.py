@@ -1,0 +1,50 @@
+"""Where a model keeps keys and values: in slots on a CPU, in pages on any other device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from worker.model.attention import Context, KVLayer, KVShape, SlotMemory, allocate
+
+FREE_SHARE = 0.85           # the rest is for activations and graphs
+
+
+class Memory(Protocol):
+    """What a forward attends to, by slots and positions."""
+
+    layers: list[KVLayer]
+
+    def rows(self, slots: Sequence[int], positions: Sequence[int]) -> Context:
+        """Decode rows: one token of a sequence each, several of one sequence in order."""
+
+    def chunk(self, slot: int, begin: int, end: int) -> Context:
+        """Consecutive tokens of one prompt, in a forward of their own."""
+
+
+def is_paged(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def num_free_bytes(device: torch.device) -> int:
+    """That keys and values may take of a device: what its weights have left, without what forwards need."""
+    if device.type != "cuda":
+        return sys.maxsize
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * FREE_SHARE)
+
+
+def scratch(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: torch.dtype, device: torch.device
+            ) -> Memory:
+    """Of which every slot may be used at once: for trials."""
+    if not is_paged(device):
+        return SlotMemory(allocate(shapes, num_slots, num_tokens, dtype))
+    from worker.model.paged import PagedMemory, pages  # its kernels need Triton, which a machine without a GPU may lack
+
+    memory = PagedMemory.allocate(shapes, num_slots * pages(num_tokens), num_slots, num_tokens, dtype, device)
+    memory.table[:] = np.arange(memory.table.size).reshape(memory.table.shape)
+    return memory

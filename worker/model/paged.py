@@ -1,0 +1,109 @@
+"""Keys and values in pages of one pool, as a GPU wants them: a slot is a row of a table of pages.
+
+Decode rows are computed by the kernels of kernels.py; a prompt's chunk gathers the pages of its slot, and attends as
+torch does. Nothing here needs a GPU: Triton's interpreter runs the kernels on tensors of the CPU, very slowly. It knows
+slots, pages and tensors. It knows nothing of requests, sampling or schedules, nor of who owns a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from worker.model import kernels
+from worker.model.attention import Context, KVLayer, KVShape, Scores, causal_mask, weigh_chunk
+
+PAGE_LEN = 16               # tokens: what a sequence wastes at its end, and what sequences may share
+NOBODY = -1                 # position of a row that fills a forward up
+
+
+def pages(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_LEN)
+
+
+@dataclass(slots=True)
+class PagedMemory:
+    layers: list[KVLayer]                               # each [num_pages, num_kv_heads, PAGE_LEN, head_dim]
+    table: npt.NDArray[np.int32]                        # [num_slots, pages of the longest sequence]
+
+    @classmethod
+    def allocate(cls, shapes: Sequence[KVShape], num_pages: int, num_slots: int, num_tokens: int, dtype: torch.dtype,
+                 device: torch.device) -> PagedMemory:
+        """Nothing in it is read before it is written, so nothing is zeroed."""
+        layers = [KVLayer(*(torch.empty(num_pages, shape.num_kv_heads, PAGE_LEN, shape.head_dim, dtype=dtype,
+                                        device=device) for _ in "kv")) for shape in shapes]
+        return cls(layers, np.zeros((num_slots, pages(num_tokens)), dtype=np.int32))
+
+    def rows(self, slots: Sequence[int], positions: Sequence[int]) -> PagedRows:
+        """Decode rows: one token of a sequence each, several of one sequence in order."""
+        table = self.table[list(slots), :pages(max(positions) + 1)]
+        return PagedRows(self.layers, self._on_device(table), self._on_device(np.array(positions, dtype=np.int32)))
+
+    def chunk(self, slot: int, begin: int, end: int) -> Context:
+        """Consecutive tokens of one prompt, in a forward of their own."""
+        rows = PagedRows(self.layers, self._on_device(self.table[slot, :pages(end)])[None].expand(end - begin, -1),
+                         self._on_device(np.arange(begin, end, dtype=np.int32)))
+        return PagedChunk(rows, begin, end)
+
+    def _on_device(self, array: npt.NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(array).to(self.layers[0].keys.device, non_blocking=True)
+
+
+@dataclass(slots=True)
+class PagedRows:
+    layers: list[KVLayer]
+    table: Tensor                                       # int32, [rows, pages]
+    positions: Tensor                                   # int32, [rows]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        num_rows = len(self.positions)
+        self.write(layer, key[:, :, :num_rows], value[:, :, :num_rows])
+        out = kernels.attend(query[0, :, :num_rows].transpose(0, 1), *self.layers[layer], self.table, self.positions,
+                             scaling=scores.scaling, window=scores.sliding_window, softcap=scores.softcap,
+                             sinks=scores.sinks)
+        num_filling = query.shape[2] - num_rows
+        return torch.cat([out, out.new_zeros(num_filling, *out.shape[1:])])[None] if num_filling else out[None]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        kernels.store(*self.layers[layer], key[0].transpose(0, 1), value[0].transpose(0, 1), self.table, self.positions)
+
+
+@dataclass(slots=True)
+class PagedChunk:
+    rows: PagedRows
+    begin: int
+    end: int
+    _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        self.rows.write(layer, key, value)
+        keys, values = (self._gather(cache) for cache in self.rows.layers[layer])
+        if scores.sliding_window is None and scores.softcap is None and scores.sinks is None:
+            num_rows = self.end - self.begin
+            out = scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(num_rows, self.end),
+                                               scale=scores.scaling, enable_gqa=True)
+            return out.transpose(1, 2)
+        return self._weigh(query, keys, values, scores).transpose(1, 2)
+
+    def _gather(self, cache: Tensor) -> Tensor:
+        """[1, num_kv_heads, tokens up to the chunk's end, head_dim]"""
+        return cache[self.rows.table[0]].transpose(0, 1).flatten(1, 2)[None, :, :self.end]
+
+    def _weigh(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+        """The query heads that share keys become rows, so that no key is repeated."""
+        num_kv_heads, group = keys.shape[1], query.shape[1] // keys.shape[1]
+        rows = query.reshape(1, num_kv_heads, -1, query.shape[-1])
+        return weigh_chunk(rows, keys, values, self._mask(scores.sliding_window, group, query), scores).view_as(query)
+
+    def _mask(self, window: int | None, group: int, query: Tensor) -> Tensor:
+        if (window, group) not in self._masks:
+            mask = causal_mask(self.rows.positions, self.end, window, query.dtype)
+            self._masks[window, group] = mask.repeat(group, 1)[None, None]
+        return self._masks[window, group]
