@@ -1,8 +1,9 @@
 """What no server can do better on this machine with a model's weights: `python -m tests.bench.floor FOLDER`.
 
-Every step reads all weights once, however many rows it has, and every token multiplies with each of them, once as part
-of a prompt or an answer. So the machine's read bandwidth and its matrix rate are the floor of the time; attention,
-sampling and all that serves come on top. It knows weights, rows and seconds. It knows nothing of servers.
+Every step reads all weights once, however many rows it has; every token of an answer multiplies with each of them, and
+every token of a prompt with all but those of the head, which only its last one needs. So the machine's read bandwidth
+and its matrix rate are the floor of the time; attention, sampling and all that serves come on top. It knows weights,
+rows and seconds. It knows nothing of servers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 SAVED_BYTES = 2                                         # of a weight in bfloat16, as tests.bench.models saves them
-PASSES = 12                                             # the best of them counts: others use the machine too
-PASSES_S = 5.0                                          # no further pass then: bfloat16 may be emulated, a minute each
+WINDOW_S = 4.0              # the best pass in it counts: others use the machine too, and may disturb most of them
 MATRIX = 1024                                           # rows and columns: enough work for the full rate
 
 
@@ -27,6 +27,7 @@ class Floor:
     dtype: str                                          # what the weights are computed in
     num_threads: int
     num_weights: int
+    num_head_weights: int                               # of them: what turns the last layer into logits
     weight_bytes: int                                   # what one step reads
     read_bytes_per_s: float                             # of a buffer as large as the weights, so from cache if they fit
     multiply_flop_per_s: float                          # of large square matrices
@@ -41,15 +42,14 @@ class Floor:
         """Of all weights once: what a step takes at least."""
         return self.weight_bytes / self.read_bytes_per_s
 
-    @property
-    def token_s(self) -> float:
-        """Of one token's multiplications."""
-        return 2 * self.num_weights / self.multiply_flop_per_s
+    def multiply_s(self, num_weights: int) -> float:
+        """Of one token with so many weights."""
+        return 2 * num_weights / self.multiply_flop_per_s
 
     def most_tokens_per_s(self, num_rows: int, num_prompt_tokens: int, num_tokens: int) -> float:
         """Of so many streams that each decode `num_tokens` after a prompt, when nothing else costs anything."""
-        decode_s = num_tokens * max(self.read_s, num_rows * self.token_s)
-        prefill_s = num_rows * num_prompt_tokens * self.token_s
+        decode_s = num_tokens * max(self.read_s, num_rows * self.multiply_s(self.num_weights))
+        prefill_s = num_rows * num_prompt_tokens * self.multiply_s(self.num_weights - self.num_head_weights)
         return num_rows * num_tokens / (decode_s + prefill_s)
 
 
@@ -74,20 +74,21 @@ def measure(folder: Path, wanted: str, num_threads: int) -> Floor:
     from worker.model.loading import choose_dtype, read_config
 
     torch.set_num_threads(num_threads)
-    dtype = choose_dtype(read_config(folder), wanted)
+    config = read_config(folder)
+    dtype = choose_dtype(config, wanted, torch.device("cpu"))
     num_weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // SAVED_BYTES
     weight_bytes = num_weights * dtype.itemsize
     buffer = torch.ones(weight_bytes // torch.float32.itemsize)     # bytes are bytes: this sum is the fastest reader
     square = torch.ones(MATRIX, MATRIX, dtype=dtype)
     read_bytes_per_s = weight_bytes / best_s(buffer.sum)
     multiply_flop_per_s = 2 * MATRIX ** 3 / best_s(lambda: square @ square)
-    return Floor(str(dtype).removeprefix("torch."), num_threads, num_weights, weight_bytes, read_bytes_per_s,
-                 multiply_flop_per_s)
+    return Floor(str(dtype).removeprefix("torch."), num_threads, num_weights, config.vocab_size * config.hidden_size,
+                 weight_bytes, read_bytes_per_s, multiply_flop_per_s)
 
 
 def best_s(run: Callable[[], object]) -> float:
     seconds: list[float] = []
-    while len(seconds) < PASSES and sum(seconds) < PASSES_S:
+    while sum(seconds) < WINDOW_S:
         began_s = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began_s)
