@@ -69,8 +69,10 @@ def start_ours(folder: Path, model: Path) -> Server:
     def stop() -> None:
         with suppress(ProcessLookupError):
             os.kill(redis_pid, signal.SIGCONT)
-        system.stop()
-        redis.stop()
+        try:
+            system.stop()
+        finally:
+            redis.stop()
 
     try:
         url = system.start_all(1)

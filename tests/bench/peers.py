@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,12 +81,18 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="the rows once more, for a document")
     args = parser.parse_args()
     args.cache = args.cache.expanduser().absolute()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # else frozen servers would stay behind
+    signal.signal(signal.SIGTERM, end_in_order)
     environments, failures = bring(args)
     for name in args.models:
         measured = measure(args, saved_model(args, name), environments)
         measured.failures = failures | measured.failures
         show(args, name, measured)
+
+
+def end_in_order(*_: object) -> None:
+    """Else frozen servers would stay behind. `timeout` sends the signal twice: the second must not cut that short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def bring(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, str]]:
@@ -128,8 +134,9 @@ def measure(args: argparse.Namespace, model: Path, environments: dict[str, Path]
             for concurrency in args.concurrency:
                 measured.turns[concurrency] = take_turns(args, concurrency, running, measured)
         finally:
-            for server in running.values():
-                server.stop()
+            with ExitStack() as stack:                  # each is stopped, whatever another's end brings
+                for server in running.values():
+                    stack.callback(server.stop)
     for name, floor in measure_floors(args, model, environments).items():
         measured.floors[name] |= floor                  # before and after: the machine is not always quiet
     return measured
