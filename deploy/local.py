@@ -21,6 +21,7 @@ from deploy.listening import bind
 from deploy.redis import RedisServer
 from shared.errors import BrokenEnvironment
 from shared.settings import Settings
+from shared.threads import num_cores, threads_of_each
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)   # Ctrl-C, a service manager, a terminal that was closed
 EXIT_BROKEN = 2
@@ -116,6 +117,8 @@ def _find_redis(settings: Settings, port: int) -> tuple[str, RedisServer | None]
 
 def _children(settings: Settings, redis_url: str, listening: socket.socket) -> list[Child]:
     environment = os.environ | {"BATON_DRAIN_S": str(DRAIN_S)} | settings.environment() | {"BATON_REDIS_URL": redis_url}
+    if settings.workers > 1 and not settings.threads:   # each by itself would take nearly all cores
+        environment |= {"BATON_THREADS": str(threads_of_each(num_cores(), settings.workers))}
     baton = [sys.executable, "-m", "deploy.cli"]
     fd = listening.fileno()
     return [

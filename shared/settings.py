@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto: a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
-    threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1")
+    threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1, of a large model all")
     step_timeout_s: float = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 
     # ── the protocol ──

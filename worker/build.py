@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from shared.job import Sampling
 from shared.settings import Settings
+from shared.threads import default_threads, num_cores, weight_bytes
 from worker.engine.engine import Engine, Request
 from worker.model.folder import ModelRefused
 from worker.model.loading import load
@@ -22,8 +22,7 @@ MIN_CHUNK_TOKENS = 16
 
 def build(settings: Settings, folder: Path) -> Engine:
     """Raises ModelRefused."""
-    # The API, Redis and this loop want a core too; two busy teams of threads on the same cores collapse.
-    torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    torch.set_num_threads(settings.threads or default_threads(num_cores(), weight_bytes(folder)))
     began_s = time.monotonic()
     log.info("loading %s", folder)
     model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len, device=settings.device)

@@ -19,10 +19,11 @@ import httpx
 import psutil
 
 from deploy.redis import RedisServer
+from shared.threads import num_cores
 from tests.bench.peer_install import PeerFailed
 from tests.system import MODEL, System, eventually, free_port, serves
 
-CORES = len(os.sched_getaffinity(0))
+CORES = num_cores()
 START_S = 900.0                                         # vLLM compiles at its first start
 STOP_S = 20.0
 KV_GIB = 4                                              # of vLLM for keys and values: Baton's default

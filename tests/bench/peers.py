@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.settings import Settings
+from shared.threads import default_threads, weight_bytes
 from tests.bench import client
 from tests.bench.client import Timing
 from tests.bench.floor import Floor, measured_apart
@@ -145,7 +146,7 @@ def measure(args: argparse.Namespace, model: Path, environments: dict[str, Path]
 def measure_floors(args: argparse.Namespace, model: Path, environments: dict[str, Path]) -> dict[str, Floor]:
     """Of ours and of each peer, which differ in threads and may differ in the number type."""
     settings = Settings()
-    ours = measured_apart(model, settings.dtype, settings.threads or max(1, CORES - 1))
+    ours = measured_apart(model, settings.dtype, settings.threads or default_threads(CORES, weight_bytes(model)))
     dtype = args.dtype if args.dtype != "auto" else ours.dtype
     return {OURS: ours} | (dict.fromkeys(environments, measured_apart(model, dtype, CORES)) if environments else {})
 

@@ -8,13 +8,14 @@ but not for nothing. Graphs that do not say at once what the plain forward says 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from worker.model.check import random_token_ids
 from worker.model.model import Model
 from worker.model.paged import NOBODY, PAGE_LEN, PagedMemory, PagedRows, pages
 
@@ -39,29 +40,32 @@ def padded(positions: Sequence[int], num_rows: int) -> npt.NDArray[np.int32]:
     return out
 
 
+def record(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """What computes it again, and where its result stands then."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    return graph.replay, out
+
+
 class DecodeGraph:
     """One forward of `model.max_rows` rows; its inputs lie where the graph reads them."""
 
     def __init__(self, model: Model, memory: PagedMemory, num_pages: int):
-        self.model = model
         self.num_pages = num_pages
         num_rows, device = model.max_rows, model.device
         self._token_ids, self._positions = (torch.zeros(1, num_rows, dtype=torch.long, device=device) for _ in "ip")
         self._kept = torch.arange(num_rows, device=device)
         self._rows = PagedRows(memory.layers, torch.zeros(num_rows, num_pages, dtype=torch.int32, device=device),
                                torch.full((num_rows,), NOBODY, dtype=torch.int32, device=device))
-        self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph):
-            self._logits = self._forward()
-
-    def _forward(self) -> Tensor:
-        return self.model.forward_tensors(self._token_ids, self._positions, self._rows, self._kept)
+        self._replay, self._logits = record(
+            lambda: model.forward_tensors(self._token_ids, self._positions, self._rows, self._kept))
 
     def run(self, token_ids: Sequence[int], positions: Sequence[int], table: npt.NDArray[np.int32]) -> Tensor:
         """Logits of the rows given, [rows, vocab_size], to be read before the next run."""
@@ -70,7 +74,7 @@ class DecodeGraph:
         self._positions[0, :num_rows].copy_(torch.tensor(positions))
         self._rows.table[:num_rows].copy_(torch.from_numpy(table))
         self._rows.positions.copy_(torch.from_numpy(padded(positions, len(self._kept))))
-        self._graph.replay()
+        self._replay()
         return self._logits[:num_rows]
 
 
@@ -87,14 +91,21 @@ class DecodeGraphs:
 
 def capture(model: Model, memory: PagedMemory) -> DecodeGraphs | None:
     """None where this model's forward is no graph. Writes into the memory, which must be free."""
-    num_rows = model.max_rows
-    token_ids, slots, positions = range(num_rows), (0,) * num_rows, (0,) * num_rows
     try:
         graphs = DecodeGraphs(model, memory)
-        expected = model.decode(token_ids, memory.rows(slots, positions), positions, range(num_rows))
-        if torch.equal(graphs.run(token_ids, slots, positions), expected):
+        if _says_the_same(graphs, model, memory):
             return graphs
-        log.warning("the CUDA graph of %r differs from its forward: decoding without one", model)
+        log.warning("decoding without CUDA graphs: those of %r differ from its forward", model)
     except RuntimeError as error:                       # what a family does in its forward, a graph cannot always hold
-        log.warning("no CUDA graph of %r (%s): decoding without one", model, str(error).partition("\n")[0])
+        log.warning("decoding without CUDA graphs: %s", str(error).partition("\n")[0])
     return None
+
+
+def _says_the_same(graphs: DecodeGraphs, model: Model, memory: PagedMemory) -> bool:
+    """On rows of one sequence, each of which reads what those before it wrote."""
+    positions = range(min(model.max_rows, memory.table.shape[1] * PAGE_LEN))
+    slots = (0,) * len(positions)
+    memory.table[0] = range(memory.table.shape[1])
+    token_ids = random_token_ids(model.vocab_size, len(positions))
+    expected = model.decode(token_ids, memory.rows(slots, positions), positions, positions)
+    return torch.equal(graphs.run(token_ids, slots, positions), expected)

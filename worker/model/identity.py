@@ -52,7 +52,8 @@ def _lasting(config: Any) -> Any:
 
 
 def _gpu(device: torch.device) -> list[object]:
-    return [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.version.cuda]
+    gpu = torch.cuda.get_device_properties(device)
+    return [gpu.name, gpu.major, gpu.minor, gpu.multi_processor_count, torch.version.cuda]
 
 
 def _processor() -> list[str]:

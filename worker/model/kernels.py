@@ -22,6 +22,7 @@ MIN_DOT = 16                # the least rows and columns of a product on tensor 
 def store(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, table: Tensor, positions: Tensor) -> None:
     """Writes new keys and values of [rows, num_kv_heads, head_dim] at their rows' positions."""
     num_rows, num_kv_heads, head_dim = new_keys.shape
+    assert new_keys.stride(2) == new_values.stride(2) == table.stride(1) == positions.stride(0) == 1
     _store[(num_rows,)](
         keys, values, new_keys, new_values, table, positions, *keys.stride()[:3], *new_keys.stride()[:2],
         *new_values.stride()[:2], table.stride(0), PAGE_LEN=keys.shape[2], NUM_HEADS=num_kv_heads,
@@ -33,6 +34,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions
     """Queries of [rows, num_heads, head_dim] over their rows' pages; the same shape, weighted values."""
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, page_len = keys.shape[1:3]
+    assert query.stride(2) == table.stride(1) == positions.stride(0) == 1
     num_splits = triton.cdiv(table.shape[1] * page_len, SPLIT_LEN)
     parts = query.new_empty(num_rows, num_heads, num_splits, head_dim, dtype=torch.float32)
     peaks = query.new_empty(num_rows, num_heads, num_splits, dtype=torch.float32)

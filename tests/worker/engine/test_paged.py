@@ -1,10 +1,12 @@
 """Keys and values in pages: what is shared is counted, and the engine over them says what it says over slots.
 
-Without a GPU the kernels run in Triton's interpreter, so that everything but CUDA's graphs is the real path.
+Without a GPU the kernels run in Triton's interpreter, so that everything is the real path but CUDA's own part of
+its graphs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
 
 from tests.worker.engine.driver import greedy, run, seeded, token_ids
 from tests.worker.families import save
@@ -20,8 +23,10 @@ from worker.engine.engine import Engine, Request
 from worker.model import memory
 from worker.model.attention import KVShape
 from worker.model.loading import load
+from worker.model.model import Model
 
 pytest.importorskip("triton")
+from worker.engine import graphs
 from worker.engine.graphs import padded, widths
 from worker.engine.paged import KVPages
 from worker.model.paged import PAGE_LEN, PagedMemory
@@ -105,7 +110,7 @@ class Store(RuleBasedStateMachine):
         owned = sorted(slot for slot in self.written if slot < NUM_SLOTS)
         return data.draw(st.sampled_from(owned)) if owned else None
 
-    def _token(self, slot: int, position: int) -> torch.Tensor:
+    def _token(self, slot: int, position: int) -> Tensor:
         page = self.memory.table[slot, position // PAGE_LEN]
         return self.memory.layers[0].keys[page, 0, position % PAGE_LEN]
 
@@ -156,8 +161,9 @@ REQUESTS = [
 ARRIVALS = {0: REQUESTS[:2], 7: REQUESTS[2:]}
 
 
-def answers(engine: Engine) -> dict[tuple[str, int], tuple[list[int], int]]:
-    return {key: (token_ids(outputs), outputs[0].num_cached_tokens) for key, outputs in run(engine, ARRIVALS).items()}
+def answers(engine: Engine, arrivals: Mapping[int, Sequence[Request]] = ARRIVALS
+            ) -> dict[tuple[str, int], tuple[list[int], int]]:
+    return {key: (token_ids(outputs), outputs[0].num_cached_tokens) for key, outputs in run(engine, arrivals).items()}
 
 
 def make_engine(folder: Path, num_bytes: int = 1 << 20, **options: Any) -> Engine:
@@ -193,3 +199,64 @@ def test_bits_do_not_depend_on_what_runs_beside(tmp_path: Path, paged: None) -> 
             assert token_ids(outputs) == token_ids(alone[key])
             assert [o.logprobs for o in outputs] == [o.logprobs for o in alone[key]]
     assert tight.num_preempted > 0 == roomy.num_preempted
+
+
+class Recorder:
+    """In the place of CUDA's graphs, which need a GPU: a forward that is computed on the same tensors again."""
+
+    def __init__(self, error: float = 0.0):
+        self.error = error
+        self.num_replays = 0
+
+    def __call__(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        logits = forward().clone()
+
+        def replay() -> None:
+            self.num_replays += 1
+            logits.copy_(forward() + self.error)
+
+        return torch.inference_mode()(replay), logits
+
+
+@pytest.fixture
+def model(tmp_path: Path, paged: None, monkeypatch: pytest.MonkeyPatch) -> Model:
+    model = load(str(save("llama", tmp_path)), dtype="float32")
+    monkeypatch.setattr(model, "max_rows", 8)
+    return model
+
+
+def paged_engine(model: Model) -> Engine:
+    return Engine(model, max_num_seqs=4, max_model_len=48, kv_cache_bytes=1 << 20)
+
+
+def memory_of(engine: Engine) -> PagedMemory:
+    assert isinstance(engine.kv, KVPages)
+    return engine.kv.memory
+
+
+def test_a_batch_that_is_written_into_a_graph_says_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(graphs, "record", recorder)
+    requests = [Request("greedy", (3, 4, 5), greedy(7)), Request("seeded", (6, 7), seeded(4), n=2)]
+    plain, recorded = paged_engine(model), paged_engine(model)
+    recorded.runner.graphs = graphs.capture(model, memory_of(recorded))
+    before = recorder.num_replays
+    assert answers(recorded, {0: requests[:1], 3: requests[1:]}) == answers(plain, {0: requests[:1], 3: requests[1:]})
+    assert recorder.num_replays > before
+
+
+def test_a_graph_that_says_something_else_is_not_used(model: Model, monkeypatch: pytest.MonkeyPatch,
+                                                      caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(graphs, "record", Recorder(error=1e-3))
+    assert graphs.capture(model, memory_of(paged_engine(model))) is None
+    assert "differ from its forward" in caplog.text
+
+
+def test_what_is_no_graph_is_computed_without(model: Model, monkeypatch: pytest.MonkeyPatch,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(_: Any) -> Any:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(graphs, "record", refuse)
+    assert graphs.capture(model, memory_of(paged_engine(model))) is None
+    assert "operation not permitted" in caplog.text

@@ -1,0 +1,31 @@
+"""How many threads a forward gets: two busy teams of threads on the same cores collapse."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+LARGE_BYTES = 128 << 20     # of weights: a step takes tens of milliseconds
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads(num_cores: int, num_bytes: int) -> int:
+    """A core is left to Redis, the API and the worker's loop, which meet a small model every few milliseconds.
+
+    Between the steps of a large one they are seldom seen. It goes by the size of the weights and not by time, so that
+    like machines have like numerics.
+    """
+    return num_cores if num_bytes >= LARGE_BYTES else max(1, num_cores - 1)
+
+
+def threads_of_each(num_cores: int, num_workers: int) -> int:
+    """Of several workers on one machine."""
+    return max(1, (num_cores - 1) // num_workers)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
