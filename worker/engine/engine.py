@@ -75,7 +75,7 @@ class Engine:
                 self._outputs.append(Output(request.id, sequence.index, (), (), sequence.finish_reason))
         living = {sequence.index: sequence for sequence in sequences if not sequence.finish_reason}
         names = prefix_names(request.salt, request.prompt_token_ids, self.prefill_chunk) if living else ()
-        side_by_side = self.kv.num_pages // self._pages(max((s.num_tokens + 1 for s in living.values()), default=1))
+        side_by_side = self.kv.num_pages // self.kv.pages(max((s.num_tokens + 1 for s in living.values()), default=1))
         while living:
             some = {index: living.pop(index) for index in list(islice(living, side_by_side))}
             self._waiting.append(self._group(self._num_arrived, some, names if self.prefix_cache.slots else ()))
@@ -159,7 +159,7 @@ class Engine:
         """First come, first served: a request of many choices is not overtaken."""
         while self._waiting:
             group = self._waiting[0]
-            num_pages = sum(self._pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
+            num_pages = sum(self.kv.pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
             num_free = min(self.kv.num_free, self.batch_limit.num_free(self.num_running))
             if len(group.sequences) > num_free or not self._make_room(num_pages):
                 return
@@ -176,9 +176,6 @@ class Engine:
         while self.kv.num_free_pages < num_pages:
             self._evict()
         return True
-
-    def _pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.kv.page_len)
 
     def _evict(self, index: int | None = None) -> None:
         index, slot = self.prefix_cache.evict(index)
@@ -248,7 +245,7 @@ class Engine:
             return
         if self.prefix_cache.is_full(index):
             self._evict(index)
-        if self._make_room(self._pages(self.prefill_chunk)):
+        if self._make_room(self.kv.pages(self.prefill_chunk)):
             slot = self.prefix_cache.place(index, prefix[index])
             self.prefix_cache.use(prefix[:index + 1])
             self.kv.hold(slot, span.begin, span.end)

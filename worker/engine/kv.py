@@ -9,48 +9,22 @@ given out: what they hold, others know (prefix.py). It knows slots and lengths, 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
 
+from worker.engine.slots import Slots
 from worker.model.attention import PAGE_LEN, KVLayer, SlotMemory, give_back, places
 
 Block = tuple[int, int]                                 # page, slot
 
 
-def pages(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_LEN)
-
-
-@dataclass(slots=True)
-class KVSlots:
-    layers: list[KVLayer]
-    num_slots: int                                      # that sequences may own
-    num_pages: int                                      # of memory, that all slots together may fill
-    memory: SlotMemory = field(init=False)
-    page_len: int = field(init=False, default=PAGE_LEN)
-    _free: list[int] = field(init=False)
-    _owned: dict[int, int] = field(init=False, default_factory=dict)                # slot → its pages
-    _holders: Counter[Block] = field(init=False, default_factory=Counter)
-    _idle: dict[Block, None] = field(init=False, default_factory=dict)              # touched, and held no more
-
-    def __post_init__(self) -> None:
-        self.memory = SlotMemory(self.layers)
-        self._free = list(range(self.num_slots))
-        heapify(self._free)
-
-    def reserve(self) -> int:
-        """The lowest free slot: neighbours are computed in one kernel call."""
-        slot = heappop(self._free)
-        self._owned[slot] = 0
-        return slot
-
-    def num_missing_pages(self, slot: int, num_tokens: int) -> int:
-        """What an owned slot needs before it can hold so many tokens."""
-        return max(0, pages(num_tokens) - self._owned[slot])
-
-    def num_owned_tokens(self, slot: int) -> int:
-        """That an owned slot can hold."""
-        return self._owned[slot] * PAGE_LEN
+class KVSlots(Slots):
+    def __init__(self, layers: list[KVLayer], num_slots: int, num_pages: int):
+        """Of `num_pages` of memory, which all slots together may fill."""
+        super().__init__(num_slots, PAGE_LEN)
+        self.layers = layers
+        self.memory = SlotMemory(layers)
+        self.num_pages = num_pages
+        self._holders: Counter[Block] = Counter()
+        self._idle: dict[Block, None] = {}              # touched, and held no more
 
     def grow(self, slot: int, num_tokens: int) -> None:
         """The pages must be free."""
@@ -61,9 +35,9 @@ class KVSlots:
             self._owned[slot] += 1
 
     def release(self, slot: int) -> None:
-        for page in range(self._owned.pop(slot)):
+        for page in range(self._owned[slot]):
             self._drop((page, slot))
-        heappush(self._free, slot)
+        self._give_up(slot)
 
     def hold(self, slot: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of a slot that nobody owns; until `drop`."""
@@ -105,15 +79,7 @@ class KVSlots:
     def wipe(self, slot: int, num_tokens: int) -> None:
         """Of what is no number: padding is read with weight zero, and zero times NaN is NaN."""
         for cache in (cache for layer in self.layers for cache in layer):
-            cache[:pages(num_tokens), slot] = 0
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_held(self) -> int:
-        return len(self._owned)
+            cache[:self.pages(num_tokens), slot] = 0
 
     @property
     def num_free_pages(self) -> int:
@@ -124,8 +90,7 @@ class KVSlots:
         return sum(self._owned.values())
 
     def check(self) -> None:
-        assert self.num_free + self.num_held == self.num_slots, f"{self!r} leaks"
-        assert self._owned.keys().isdisjoint(self._free) and len(set(self._free)) == self.num_free, f"{self!r} doubles"
+        super().check()
         assert all((page, slot) in self._holders for slot, num in self._owned.items() for page in range(num))
         assert len(self._holders) + len(self._idle) <= self.num_pages, f"{self!r} fills more than it may"
         assert self._idle.keys().isdisjoint(self._holders)

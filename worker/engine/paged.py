@@ -8,43 +8,20 @@ knows slots and lengths, nothing of tokens.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
 
+from worker.engine.slots import Slots
 from worker.model.paged import PAGE_LEN, PagedMemory, pages
 
 
-@dataclass(slots=True)
-class KVPages:
-    memory: PagedMemory
-    num_slots: int                                      # that sequences may own
-    num_pages: int
-    page_len: int = field(init=False, default=PAGE_LEN)
-    _free: list[int] = field(init=False)                # slots
-    _owned: dict[int, int] = field(init=False, default_factory=dict)                # slot → its pages
-    _holds: defaultdict[int, Counter[int]] = field(
-        init=False, default_factory=lambda: defaultdict(Counter))                   # slot of others → place → holds
-    _free_pages: list[int] = field(init=False)
-    _holders: Counter[int] = field(init=False, default_factory=Counter)             # page → slots that have it
-    _owners: Counter[int] = field(init=False, default_factory=Counter)              # page → sequences among them
-
-    def __post_init__(self) -> None:
-        self._free = list(range(self.num_slots))
-        heapify(self._free)
-        self._free_pages = list(reversed(range(self.num_pages)))
-
-    def reserve(self) -> int:
-        slot = heappop(self._free)
-        self._owned[slot] = 0
-        return slot
-
-    def num_missing_pages(self, slot: int, num_tokens: int) -> int:
-        """What an owned slot needs before it can hold so many tokens."""
-        return max(0, pages(num_tokens) - self._owned[slot])
-
-    def num_owned_tokens(self, slot: int) -> int:
-        """That an owned slot can hold."""
-        return self._owned[slot] * PAGE_LEN
+class KVPages(Slots):
+    def __init__(self, memory: PagedMemory, num_slots: int, num_pages: int):
+        super().__init__(num_slots, PAGE_LEN)
+        self.memory = memory
+        self.num_pages = num_pages
+        self._free_pages = list(reversed(range(num_pages)))
+        self._holders: Counter[int] = Counter()         # page → slots that have it
+        self._owners: Counter[int] = Counter()          # page → sequences among them
+        self._holds: defaultdict[int, Counter[int]] = defaultdict(Counter)      # slot of others → place → holds
 
     def grow(self, slot: int, num_tokens: int) -> None:
         """The pages must be free."""
@@ -55,8 +32,7 @@ class KVPages:
     def release(self, slot: int) -> None:
         for place in range(self._owned[slot]):
             self._leave(slot, place)
-        del self._owned[slot]
-        heappush(self._free, slot)
+        self._give_up(slot)
 
     def hold(self, slot: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of a slot that nobody owns; until `drop`."""
@@ -108,14 +84,6 @@ class KVPages:
         """Nothing: the pool is this process' own."""
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_held(self) -> int:
-        return len(self._owned)
-
-    @property
     def num_free_pages(self) -> int:
         return len(self._free_pages)
 
@@ -125,9 +93,8 @@ class KVPages:
         return len(self._owners)
 
     def check(self) -> None:
+        super().check()
         table = self.memory.table
-        assert self.num_free + self.num_held == self.num_slots, f"{self!r} leaks"
-        assert self._owned.keys().isdisjoint(self._free) and len(set(self._free)) == self.num_free, f"{self!r} doubles"
         owners = Counter(int(table[slot, place]) for slot, num in self._owned.items() for place in range(num))
         keepers = Counter(int(table[slot, place]) for slot, holds in self._holds.items() for place in +holds)
         assert owners == self._owners and owners + keepers == self._holders, f"{self!r} lost count of its pages"
