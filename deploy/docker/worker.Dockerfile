@@ -13,6 +13,11 @@ RUN grep '^torch==' requirements.lock >torch.lock \
     && pip install --no-cache-dir --constraint requirements.lock '.[worker]'
 
 FROM python:3.11.14-slim-bookworm
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Triton launches kernels for a GPU through a stub that it compiles.
+# hadolint ignore=DL3008
+RUN if [ -z "$TORCH_INDEX" ]; then apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=packages /opt/baton /opt/baton
 WORKDIR /app
 COPY shared/ shared/

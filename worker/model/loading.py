@@ -6,6 +6,9 @@ Safetensors only, no remote code: nothing in a model's files is ever executed.
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,8 @@ from worker.model.folder import ModelRefused, find_folder
 from worker.model.fused import fuse_blocks
 from worker.model.linear import pack_linears
 from worker.model.model import Model
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,11 +73,26 @@ def read_config(folder: Path) -> Any:
 
 def choose_device(wanted: str) -> torch.device:
     """A GPU where there is one, and what its kernels need. Raises ModelRefused where it is asked for in vain."""
-    has_gpu, has_triton = torch.cuda.is_available(), find_spec("triton") is not None
-    if wanted == "cuda" and not (has_gpu and has_triton):
-        missing = "Triton (pip install triton)" if has_gpu else "a GPU that torch can use"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    missing = missing_for_cuda()
+    if not missing:
+        return torch.device("cuda")
+    if wanted == "cuda":
         raise ModelRefused(f"device cuda needs {missing}; device cpu does without")
-    return torch.device("cuda" if wanted != "cpu" and has_gpu and has_triton else "cpu")
+    if torch.cuda.is_available():
+        log.warning("a GPU is here and stays unused: it needs %s", missing)
+    return torch.device("cpu")
+
+
+def missing_for_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "a GPU that torch can use"
+    if find_spec("triton") is None:
+        return "Triton (pip install triton)"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "a C compiler, with which Triton launches kernels (apt-get install gcc libc6-dev)"
+    return None
 
 
 def choose_dtype(config: Any, wanted: str, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
 from tests.worker.families import save
 from worker.model import attention, check
 from worker.model.folder import ModelRefused
-from worker.model.loading import computes_bfloat16, load
+from worker.model.loading import choose_device, computes_bfloat16, load
 
 
 def refusal(folder: Path | str, **options: Any) -> str:
@@ -151,3 +152,24 @@ def test_weights_are_float32_only_when_they_were_saved_so_or_nothing_else_is_fas
     assert load(str(folder)).dtype == torch.float32
     half = torch.bfloat16 if computes_bfloat16() else torch.float32
     assert load(str(save("llama", tmp_path / "half", torch.bfloat16))).dtype == half
+
+
+def test_a_gpu_is_taken_where_one_is_and_its_tools_are(monkeypatch: pytest.MonkeyPatch,
+                                                       caplog: pytest.LogCaptureFixture) -> None:
+    """Asked for in vain it is a line that says what to do; by itself a worker does without, and says so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    with pytest.raises(ModelRefused, match="a GPU that torch can use"):
+        choose_device("cuda")
+    assert not caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("worker.model.loading.find_spec", lambda name: None)
+    with pytest.raises(ModelRefused, match="pip install triton"):
+        choose_device("cuda")
+    monkeypatch.setattr("worker.model.loading.find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert choose_device("auto").type == "cpu"
+    assert "stays unused: it needs a C compiler" in caplog.text
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert choose_device("auto").type == choose_device("cuda").type == "cuda"
+    assert choose_device("cpu").type == "cpu"
