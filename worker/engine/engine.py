@@ -245,11 +245,10 @@ class Engine:
             return
         if self.prefix_cache.is_full(index):
             self._evict(index)
-        if self._make_room(self.kv.pages(self.prefill_chunk)):
+        if self._make_room(self.kv.num_pages_to_keep(span.begin, span.end)):
             slot = self.prefix_cache.place(index, prefix[index])
             self.prefix_cache.use(prefix[:index + 1])
-            self.kv.hold(slot, span.begin, span.end)
-            self.kv.copy(span.slot, slot, span.begin, span.end)
+            self.kv.keep(span.slot, slot, span.begin, span.end)
 
     def _share_prompt(self, group: Group) -> list[Sequence]:
         """What the first choice has computed, all have."""

@@ -39,6 +39,15 @@ class KVSlots(Slots):
             self._drop((page, slot))
         self._give_up(slot)
 
+    def num_pages_to_keep(self, begin: int, end: int) -> int:
+        """That must be free, at most: of two chunks that meet in one page, the second needs it no more."""
+        return len(list(places(begin, end)))
+
+    def keep(self, source: int, target: int, begin: int, end: int) -> None:
+        """Tokens [begin, end) of one slot also in another, which nobody owns; until `drop`."""
+        self.hold(target, begin, end)
+        self.copy(source, target, begin, end)
+
     def hold(self, slot: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of a slot that nobody owns; until `drop`."""
         for page, _ in places(begin, end):

@@ -34,12 +34,18 @@ class KVPages(Slots):
             self._leave(slot, place)
         self._give_up(slot)
 
-    def hold(self, slot: int, begin: int, end: int) -> None:
-        """Tokens [begin, end) of a slot that nobody owns; until `drop`."""
-        for place, _, _ in _places(begin, end):
-            if not self._holds[slot][place]:
-                self._put(slot, place, self._take())
-            self._holds[slot][place] += 1
+    def num_pages_to_keep(self, begin: int, end: int) -> int:
+        """That must be free, at most: whole pages are shared."""
+        return sum(last - first < PAGE_LEN for _, first, last in _places(begin, end))
+
+    def keep(self, source: int, target: int, begin: int, end: int) -> None:
+        """Tokens [begin, end) of one slot also in another, which nobody owns; until `drop`."""
+        for place, first, last in _places(begin, end):
+            if not self._holds[target][place]:
+                is_whole = last - first == PAGE_LEN
+                self._put(target, place, int(self.memory.table[source, place]) if is_whole else self._take())
+            self._holds[target][place] += 1
+            self._copy_tokens(source, target, place, first, last)
 
     def drop(self, slot: int, begin: int, end: int) -> None:
         for place, _, _ in _places(begin, end):
@@ -49,14 +55,18 @@ class KVPages(Slots):
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of one slot to the same place in another: whole pages are shared."""
-        table = self.memory.table
         for place, first, last in _places(begin, end):
             if last - first == PAGE_LEN:
                 self._leave(target, place)
-                self._put(target, place, int(table[source, place]))
-            else:
-                for cache in (cache for layer in self.memory.layers for cache in layer):
-                    cache[table[target, place], :, first:last] = cache[table[source, place], :, first:last]
+                self._put(target, place, int(self.memory.table[source, place]))
+            self._copy_tokens(source, target, place, first, last)
+
+    def _copy_tokens(self, source: int, target: int, place: int, first: int, last: int) -> None:
+        """Unless both slots have the same page there."""
+        old, new = (int(self.memory.table[slot, place]) for slot in (source, target))
+        if old != new:
+            for cache in (cache for layer in self.memory.layers for cache in layer):
+                cache[new, :, first:last] = cache[old, :, first:last]
 
     def _take(self) -> int:
         assert self._free_pages, f"{self!r} is full"

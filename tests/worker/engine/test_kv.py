@@ -94,3 +94,8 @@ def test_two_chunks_of_one_page_hold_it_together(kv: KVSlots) -> None:
     kv.drop(3, PAGE_LEN // 2, PAGE_LEN)
     assert kv.num_free_pages == 6
     kv.check()
+
+
+def test_a_chunk_over_two_pages_needs_room_for_both(kv: KVSlots) -> None:
+    assert kv.num_pages_to_keep(PAGE_LEN - 8, PAGE_LEN + 8) == 2
+    assert kv.num_pages_to_keep(0, PAGE_LEN) == 1

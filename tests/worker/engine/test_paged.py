@@ -71,9 +71,8 @@ class Store(RuleBasedStateMachine):
         if source is None or target in self.written:
             return
         num_tokens = data.draw(st.integers(0, len(self.written[source])))
-        if num_tokens and -(-num_tokens // PAGE_LEN) <= self.kv.num_free_pages:
-            self.kv.hold(target, 0, num_tokens)
-            self.kv.copy(source, target, 0, num_tokens)
+        if num_tokens and self.kv.num_pages_to_keep(0, num_tokens) <= self.kv.num_free_pages:
+            self.kv.keep(source, target, 0, num_tokens)
             self.written[target] = self.written[source][:num_tokens]
 
     @rule(data=st.data())
@@ -130,8 +129,10 @@ def test_what_has_a_page_in_common_needs_it_once() -> None:
     store.release(first)
     assert (store.num_free_pages, store.num_owned_pages) == (2, 2)
     store.check()
+    store.keep(second, 2, 0, 2 * PAGE_LEN)
+    assert (store.num_free_pages, store.num_owned_pages) == (2, 2), "to keep whole pages takes none"
     with pytest.raises(AssertionError, match="full"):
-        store.hold(2, 0, 3 * PAGE_LEN)
+        store.grow(store.reserve(), 3 * PAGE_LEN)
 
 
 def test_a_forward_is_filled_up_with_rows_that_are_none() -> None:

@@ -117,3 +117,12 @@ def test_less_memory_than_one_sequence_needs_is_refused(folder: Path, roomy: Eng
     num_bytes = PAGE_LEN * roomy.model.kv_bytes_per_token
     with pytest.raises(ValueError, match="lower max_model_len"):
         Engine(load(str(folder), dtype="bfloat16"), kv_cache_bytes=num_bytes)
+
+
+def test_a_chunk_over_two_pages_is_kept_only_where_both_have_room(folder: Path, roomy: Engine) -> None:
+    """Chunks of another length than pages or their parts: the third of this prompt lies on two."""
+    num_bytes = 3 * PAGE_LEN * roomy.model.kv_bytes_per_token       # two that the sequence owns, and one
+    engine = Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=2, prefill_chunk=96, kv_cache_bytes=num_bytes)
+    outputs = run(engine, {0: [Request("long", prompt(300, 1), greedy(3))]})
+    assert len(token_ids(outputs["long", 0])) == 3
+    assert engine.prefix_cache.num_chunks == 1
