@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +23,14 @@ def require_tool(name: str) -> str:
     lack(f"{name} is not installed")
 
 
+def require_package(name: str) -> None:
+    """At the head of a module: without the package all its tests are skipped, or fail when BATON_TEST_REQUIRE=all."""
+    if find_spec(name) is None:
+        lack(f"the package {name} is not installed")
+
+
 def lack(reason: str) -> NoReturn:
-    """Skips the test, or fails it where everything is required."""
+    """Skips the test, or the module, or fails it where everything is required."""
     if os.environ.get("BATON_TEST_REQUIRE") == "all":
         pytest.fail(reason)
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from tests.tools import require_package
 from tests.worker.engine.driver import greedy, run, seeded, token_ids
 from tests.worker.families import save
 from worker.engine.engine import Engine, Request
@@ -25,7 +26,7 @@ from worker.model.attention import KVShape
 from worker.model.loading import load
 from worker.model.model import Model
 
-pytest.importorskip("triton")
+require_package("triton")
 from worker.engine import graphs
 from worker.engine.graphs import padded, widths
 from worker.engine.paged import KVPages

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.system import REPOSITORY
+from tests.tools import require_package
 
-pytest.importorskip("triton")
+require_package("triton")
 from worker.model import kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
