@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -12,12 +13,13 @@ from redis.asyncio import Redis
 from deploy.redis import RedisServer, binaries, major
 from shared import connection
 from shared.connection import MIN_CLUSTER_VERSION
+from shared.threads import num_cores
 from tests.cluster import cluster
 from tests.nursery import Nursery
 from tests.system import System
 
 REPORT: list[str] = []
-
+MAX_PROCESSES = 4                                       # each holds a Redis and torch, some 1 GiB
 
 FORMS = ("redis", "cluster")
 
@@ -30,6 +32,29 @@ def can_be(binary: Path, form: str) -> bool:
 def report() -> list[str]:
     """Lines that are shown at the end of the run."""
     return REPORT
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes that share the tests of `make test`. A Redis that was given is one, and so are the names in it."""
+    return 0 if os.environ.get("REDIS_URL") else min(num_cores(), MAX_PROCESSES)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay together, and all that run whole systems: two of those at once would want four cores."""
+    files = {item.path for item in items if "nursery" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("systems" if item.path in files else item.path.name))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if output := getattr(session.config, "workeroutput", None):
+        output["report"] = REPORT
+
+
+def pytest_testnodedown(node: Any) -> None:
+    """One of several processes has ended: what it measured is shown with the rest."""
+    REPORT.extend(getattr(node, "workeroutput", {}).get("report", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -73,18 +73,20 @@ def test_redis_is_known_to_one_file_of_the_engine_room() -> None:
     assert speakers == {"worker.py"}
 
 
-@pytest.mark.parametrize("module", ["api.server", "shared.queue", "shared.tokenizer"])
-def test_a_pod_never_loads_torch(module: str) -> None:
-    loaded = subprocess.run([sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"], cwd=ROOT, check=True,
-                            capture_output=True, text=True).stdout.split()
-    assert not {"torch", "transformers", "numpy"} & set(loaded)
+def loaded_by(*modules: str) -> set[str]:
+    """What a new Python has loaded when it has imported these."""
+    program = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True,
+                              text=True).stdout.split())
 
 
-@pytest.mark.parametrize("module", ["worker.engine.engine", "worker.model.loading"])
-def test_the_engine_runs_where_nothing_of_the_service_is_installed(module: str) -> None:
-    loaded = subprocess.run([sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"], cwd=ROOT, check=True,
-                            capture_output=True, text=True).stdout.split()
-    assert not {"redis", "pydantic", "pydantic_settings", "fastapi", "shared.queue"} & set(loaded)
+def test_a_pod_never_loads_torch() -> None:
+    assert not {"torch", "transformers", "numpy"} & loaded_by("api.server", "shared.queue", "shared.tokenizer")
+
+
+def test_the_engine_runs_where_nothing_of_the_service_is_installed() -> None:
+    loaded = loaded_by("worker.engine.engine", "worker.model.loading")
+    assert not {"redis", "pydantic", "pydantic_settings", "fastapi", "shared.queue"} & loaded
 
 
 def test_no_folder_has_a_name_that_says_nothing() -> None:

@@ -101,11 +101,12 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param != OLDER_SDK:
         return sys.executable
     folder = tmp_path_factory.mktemp("sdk")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", OLDER_SDK, "httpx"]
-    if subprocess.run(pip, check=False, capture_output=True).returncode:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = str(folder / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet"]
+    if subprocess.run([*pip, OLDER_SDK, "httpx"], check=False, capture_output=True).returncode:
         lack(f"{OLDER_SDK} cannot be installed: no package index answers")
-    return str(folder / "bin" / "python")
+    return python
 
 
 class Application:
