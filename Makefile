@@ -27,7 +27,7 @@ serve: ## a whole Baton on this machine: Redis, API, worker (ARGS: baton serve -
 	@$(BIN)/baton serve $(ARGS)
 
 test: tools static ## everything that is checked (ARGS: pytest's; -n 0 in one process)
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 check: tools static ## what takes seconds: lint, types, compose, Dockerfiles, nginx
 	$(BIN)/python -m pytest -q tests/deploy/test_files.py tests/deploy/test_proxy.py

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from xdist.scheduler import LoadFileScheduling
 
 from deploy.redis import RedisServer, binaries, major
 from shared import connection
@@ -39,12 +40,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if os.environ.get("REDIS_URL") else min(num_cores(), MAX_PROCESSES)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay together, and all that run whole systems: two of those at once would want four cores."""
-    files = {item.path for item in items if "nursery" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("systems" if item.path in files else item.path.name))
+class Lanes(LoadFileScheduling):  # type: ignore[misc]
+    """A file's tests stay together, and so do all that start whole systems: two of those at once want four cores."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "systems" if "nursery" in (self.config.rootpath / file).read_text() else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    return Lanes(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
