@@ -26,6 +26,11 @@ class Drafter:
     _pause_steps: int = field(init=False, default=0)
     _next_pause_steps: int = field(init=False, default=1)           # after one more miss in a row
 
+    @property
+    def is_pausing(self) -> bool:
+        """What it is asked next, it will not even look at."""
+        return self._pause_steps > 0
+
     def propose(self, prompt: Sequence[int], drawn: Sequence[int], most: int) -> list[int]:
         """At most so many tokens, none when nothing like this was seen."""
         if self._pause_steps:

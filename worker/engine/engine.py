@@ -2,7 +2,9 @@
 
 One step: admit, secure memory, draft, plan, decode in forwards of few rows, then prefill a little. When pages run out
 the youngest sequence gives way, and goes on later as one of a dead worker does; when a step itself finds no memory, all
-do, and fewer run from then on. It knows token ids and slots. It knows nothing of text, jobs or Redis.
+do, and fewer run from then on. Where a device computes by itself, a step is launched before the outcome of the one
+before it is read: what that one drew is known to the device alone then, and a sequence that turns out to have ended
+has computed one row in vain. It knows token ids and slots. It knows nothing of text, jobs or Redis.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import hashlib
 import logging
 from collections import deque
 from itertools import groupby, islice, zip_longest
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from worker.engine.draft import Drafter
 from worker.engine.prefix import PrefixCache
 from worker.engine.request import NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
 from worker.engine.runner import Runner
-from worker.engine.sampler import Draw, Params, Row, Sampler
+from worker.engine.sampler import Draw, Draws, Params, Row, Sampler
 from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Plan, Progress, Span, schedule
 from worker.engine.sequence import WAITING, Group, Sequence
 from worker.engine.store import make_store
@@ -35,12 +37,20 @@ GIB = 2**30
 MAX_DRAFT_ROWS = 8      # of a forward with drafts: it takes little longer than one of a single row
 
 
+class Flight(NamedTuple):
+    """What a forward has drawn, and nobody has read yet."""
+
+    sequences: list[Sequence]       # one for each row
+    draws: Draws
+
+
 class Engine:
     def __init__(self, model: Model, *, max_num_seqs: int = 32, max_model_len: int | None = None,
                  prefill_chunk: int = 256, kv_cache_bytes: int = 4 * GIB, enable_prefix_caching: bool = True,
                  exact_replay_max_tokens: int = 4096, num_speculative_tokens: int = 8,
-                 numerics: Literal["exact", "fast"] = "exact"):
+                 numerics: Literal["exact", "fast"] = "exact", runs_ahead: bool | None = None):
         self.model = model
+        self.runs_ahead = model.device.type == "cuda" if runs_ahead is None else runs_ahead
         self.max_model_len = min(max_model_len or model.max_model_len, model.max_model_len)
         self.prefill_chunk = prefill_chunk
         self.is_exact = numerics == "exact"         # else all in one forward: an answer depends on its neighbours
@@ -51,8 +61,8 @@ class Engine:
         self.kv = make_store(model, max_num_seqs=max_num_seqs, num_slots=num_slots, max_model_len=self.max_model_len,
                              num_bytes=kv_cache_bytes)
         self.prefix_cache = PrefixCache(range(max_num_seqs, num_slots))
-        self.runner = Runner.of(model, self.kv, is_exact=self.is_exact)
         self.sampler = Sampler(max_num_seqs, model.vocab_size, model.device)
+        self.runner = Runner.of(model, self.kv, self.sampler.last_token_ids, is_exact=self.is_exact)
         self.batch_limit = BatchLimit(max_num_seqs)
         self.num_preempted = 0
         self.num_draft_tokens = self.num_accepted_tokens = 0
@@ -61,6 +71,7 @@ class Engine:
         self._running: list[Group] = []             # every sequence has a slot
         self._group_of: dict[tuple[str, int], Group] = {}
         self._by_slot: dict[int, Sequence] = {}
+        self._flights: deque[Flight] = deque()      # in order of launch
         self._outputs: list[Output] = []            # that the next step returns, whatever becomes of it
 
     def add(self, request: Request) -> None:
@@ -121,17 +132,25 @@ class Engine:
         self._reuse()
         self._secure_memory()
         self._draft()
-        plan = schedule([_progress(sequence) for group in self._running for sequence in group.computing],
-                        max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
-                        min_chunk_cost=MIN_CHUNK_COST if self.is_exact else 0)
+        num_before = len(self._flights)
+        self._launch(schedule([_progress(sequence) for sequence in self._computing()],
+                              max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
+                              min_chunk_cost=MIN_CHUNK_COST if self.is_exact else 0))
+        may_fly = self.runs_ahead and not any(s.draft_token_ids for flight in self._flights for s in flight.sequences)
+        self._land(num_before if may_fly else len(self._flights))
+
+    def _computing(self) -> list[Sequence]:
+        return [sequence for group in self._running for sequence in group.computing if not sequence.is_complete]
+
+    def _launch(self, plan: Plan) -> None:
         if not self.is_exact:
-            return self._compute_together(plan)
+            return self._launch_together(plan)
         for spans in plan.decodes:
             self._sample(*self.runner.decode(spans, self._by_slot))
         for span in plan.prefills:
             self._prefilled(span, self.runner.prefill(span, self._by_slot[span.slot]))
 
-    def _compute_together(self, plan: Plan) -> None:
+    def _launch_together(self, plan: Plan) -> None:
         decodes = [span for spans in plan.decodes for span in spans]
         if not decodes and not plan.prefills:
             return
@@ -142,6 +161,7 @@ class Engine:
 
     def _shrink(self) -> None:
         """What runs gives way and replays, half as much at a time; what is kept for others goes."""
+        self._land(len(self._flights))
         running = [sequence for group in sorted(self._running, key=lambda group: group.number)
                    for sequence in group.sequences.values()]
         if len(running) == 1:
@@ -182,12 +202,15 @@ class Engine:
         self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
 
     def _secure_memory(self) -> None:
-        """For the next token of all; the oldest has the first word."""
+        """For the next token of all; the oldest has the first word. Who gives way must know all that it has drawn."""
         for group in sorted(self._running, key=lambda group: group.number):
             for sequence in list(group.sequences.values()):
                 while sequence.slot != WAITING and self.kv.num_missing_pages(sequence.slot, sequence.num_tokens):
                     if self._make_room(1):
                         self.kv.grow(sequence.slot, sequence.num_tokens)
+                    elif self._flights:
+                        self._land(len(self._flights))
+                        return self._secure_memory()
                     else:
                         youngest = max(self._running, key=lambda group: group.number)
                         self._preempt(list(youngest.sequences.values())[-1])
@@ -204,9 +227,12 @@ class Engine:
 
     def _draft(self) -> None:
         """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
-        decoding = [sequence for group in self._running for sequence in group.computing
+        decoding = [sequence for sequence in self._computing()
                     if sequence.num_computed_tokens >= sequence.num_prefill_tokens]
         num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - sum(sequence.num_uncomputed_tokens for sequence in decoding)
+        if num_spare > 0 and any(sequence.num_pending_tokens and sequence.may_draft for sequence in decoding):
+            self._land(len(self._flights))              # a draft continues what is known
+            decoding = [sequence for sequence in decoding if self._by_slot.get(sequence.slot) is sequence]
         for sequence in decoding:
             if num_spare <= 0:
                 return
@@ -265,15 +291,26 @@ class Engine:
         """Neighbouring rows of one sequence are its next token, and what would come behind its draft."""
         if not sequences:
             return
-        rows = [Row(sequence.slot, len(sequence.output_token_ids) + offset)
+        rows = [Row(sequence.slot, sequence.num_output_tokens + offset)
                 for sequence, same in groupby(sequences) for offset, _ in enumerate(same)]
-        draws = iter(self.sampler.sample(logits, rows))
-        for sequence, same in groupby(sequences):
-            self._outputs.append(self._accept(sequence, [next(draws) for _ in same]))
+        self._flights.append(Flight(sequences, self.sampler.sample(logits, rows)))
+        for sequence, _ in groupby(sequences):
+            sequence.num_pending_tokens += 1            # and those of its draft that will be accepted
+
+    def _land(self, num_flights: int) -> None:
+        """Reads what so many forwards have drawn, the first ones. Who has ended or left meanwhile does not listen."""
+        for _ in range(num_flights):
+            flight = self._flights.popleft()
+            draws = iter(flight.draws.read())
+            for sequence, same in groupby(flight.sequences):
+                drawn = [next(draws) for _ in same]
+                if self._by_slot.get(sequence.slot) is sequence:
+                    self._outputs.append(self._accept(sequence, drawn))
 
     def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
         """The draft as far as it is what was drawn, and one token more: what stands behind was computed in vain."""
         draft, sequence.draft_token_ids = sequence.draft_token_ids, []
+        sequence.num_pending_tokens -= 1
         num_before = len(sequence.output_token_ids)
         taken: list[Draw] = []
         for draw, expected in zip_longest(draws, draft):

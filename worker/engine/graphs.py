@@ -67,10 +67,10 @@ class DecodeGraph:
         self._replay, self._logits = record(
             lambda: model.forward_tensors(self._token_ids, self._positions, self._rows, self._kept))
 
-    def run(self, token_ids: Sequence[int], positions: Sequence[int], table: npt.NDArray[np.int32]) -> Tensor:
+    def run(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], table: npt.NDArray[np.int32]) -> Tensor:
         """Logits of the rows given, [rows, vocab_size], to be read before the next run."""
         num_rows = len(token_ids)
-        self._token_ids[0, :num_rows].copy_(torch.tensor(token_ids))
+        self._token_ids[0, :num_rows].copy_(torch.as_tensor(token_ids))
         self._positions[0, :num_rows].copy_(torch.tensor(positions))
         self._rows.table[:num_rows].copy_(torch.from_numpy(table))
         self._rows.positions.copy_(torch.from_numpy(padded(positions, len(self._kept))))
@@ -83,7 +83,7 @@ class DecodeGraphs:
         self.memory = memory
         self._graphs = [DecodeGraph(model, memory, num_pages) for num_pages in widths(memory.table.shape[1])]
 
-    def run(self, token_ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def run(self, token_ids: Sequence[int] | Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Logits of the rows given, [rows, vocab_size], to be read before the next run."""
         graph = next(graph for graph in self._graphs if graph.num_pages >= pages(max(positions) + 1))
         return graph.run(token_ids, positions, self.memory.table[list(slots), :graph.num_pages])

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from worker.engine.scheduler import Span
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import PENDING, Sequence
 from worker.model.attention import Context, Together
 from worker.model.model import Model
 
@@ -25,27 +26,29 @@ if TYPE_CHECKING:
 class Runner:
     model: Model
     kv: KV
+    last_token_ids: Tensor          # [slots], on the model's device: what each slot has drawn last
     graphs: DecodeGraphs | None
 
     @classmethod
-    def of(cls, model: Model, kv: KV, *, is_exact: bool) -> Runner:
+    def of(cls, model: Model, kv: KV, last_token_ids: Tensor, *, is_exact: bool) -> Runner:
         """With graphs where the device has them, and forwards are alike: exactly so many rows."""
         if model.device.type != "cuda" or not is_exact:
-            return cls(model, kv, None)
+            return cls(model, kv, last_token_ids, None)
         from worker.engine.graphs import capture  # needs Triton
         from worker.model.paged import PagedMemory
 
         assert isinstance(kv.memory, PagedMemory)
-        return cls(model, kv, capture(model, kv.memory))
+        return cls(model, kv, last_token_ids, capture(model, kv.memory))
 
     def decode(self, spans: list[Span], sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor]:
         """One forward. For each row at or behind a sequence's last known token: the sequence, and the logits."""
         rows = _Rows.of(spans, sequences)
+        token_ids = self._known(rows.token_ids, rows.slots)
         if self.graphs:
-            logits = self.graphs.run(rows.token_ids, rows.slots, rows.positions)[rows.ends]
+            logits = self.graphs.run(token_ids, rows.slots, rows.positions)[rows.ends]
         else:
             context = self.kv.memory.rows(rows.slots, rows.positions)
-            logits = self.model.decode(rows.token_ids, context, rows.positions, rows.ends or [0])[:len(rows.ends)]
+            logits = self.model.decode(token_ids, context, rows.positions, rows.ends or [0])[:len(rows.ends)]
         _advance(spans, sequences)
         return [sequences[rows.slots[row]] for row in rows.ends], logits
 
@@ -64,15 +67,23 @@ class Runner:
         parts: list[tuple[Context, int]] = []
         if decodes:
             parts.append((self.kv.memory.rows(rows.slots, rows.positions), len(rows.slots)))
-        token_ids, positions, kept = [*rows.token_ids], [*rows.positions], [*rows.ends]
+        token_ids, slots, positions, kept = [*rows.token_ids], [*rows.slots], [*rows.positions], [*rows.ends]
         for span in prefills:
             parts.append((self.kv.memory.chunk(*span), span.end - span.begin))
             token_ids += sequences[span.slot].token_ids(span.begin, span.end)
+            slots += [span.slot] * (span.end - span.begin)
             positions += range(span.begin, span.end)
             kept.append(len(token_ids) - 1)
-        logits = self.model.forward(token_ids, positions, Together(parts), kept)
+        logits = self.model.forward(self._known(token_ids, slots), positions, Together(parts), kept)
         _advance([*decodes, *prefills], sequences)
         return [sequences[rows.slots[row]] for row in rows.ends], *logits.split([len(rows.ends), len(prefills)])
+
+    def _known(self, token_ids: list[int], slots: list[int]) -> list[int] | Tensor:
+        """With the pending ones from where they were drawn, without waiting for them."""
+        if PENDING not in token_ids:
+            return token_ids
+        ids, places = (torch.tensor(values, device=self.model.device) for values in (token_ids, slots))
+        return torch.where(ids == PENDING, self.last_token_ids[places], ids)
 
 
 class _Rows(NamedTuple):

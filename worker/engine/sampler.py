@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from math import log
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from worker.engine import rng
+from worker.engine.transfer import Transfer
 
 if TYPE_CHECKING:
     from shared.job import Sampling
@@ -35,6 +37,24 @@ class Draw(NamedTuple):
     token_id: int
     logprobs: Logprobs | None
     is_valid: bool              # False: the logits were not numbers
+
+
+@dataclass(slots=True)
+class Draws:
+    """Of one forward, row by row."""
+
+    num_logprobs: list[int | None]
+    transfer: Transfer
+
+    def read(self) -> list[Draw]:
+        token_ids, is_valid, *of_asked = (tensor.tolist() for tensor in self.transfer.wait())
+        asked = iter(zip(*of_asked, strict=True))
+        return [Draw(token_id, None if count is None else _logprobs(token_id, count, *next(asked)), valid)
+                for token_id, count, valid in zip(token_ids, self.num_logprobs, is_valid, strict=True)]
+
+
+def _logprobs(token_id: int, count: int, of_drawn: float, ids: list[int], of_likeliest: list[float]) -> Logprobs:
+    return token_id, of_drawn, tuple(islice(zip(ids, of_likeliest, strict=True), count))
 
 
 @dataclass(slots=True)
@@ -77,9 +97,11 @@ class Sampler:
     _counts: Tensor | None = field(init=False, default=None)    # [slots, vocab]: how often each token was generated
     _seen: Tensor | None = field(init=False, default=None)      # [slots, vocab]: in the prompt or generated
     _token_ids: Tensor = field(init=False)
+    last_token_ids: Tensor = field(init=False)                  # [slots]: what each has drawn last
 
     def __post_init__(self) -> None:
         self.params = [None] * self.num_slots
+        self.last_token_ids = torch.zeros(self.num_slots, dtype=torch.long, device=self.device)
         self._token_ids = torch.arange(self.vocab_size, dtype=torch.int32, device=self.device)
 
     def join(self, slot: int, params: Params, prompt: Sequence[int], generated: Sequence[int]) -> None:
@@ -98,14 +120,15 @@ class Sampler:
     def leave(self, slot: int) -> None:
         self.params[slot] = None
 
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Draw]:
+    def sample(self, logits: Tensor, rows: Sequence[Row]) -> Draws:
         raw = logits.float()
         params = [self._params(row.slot) for row in rows]
         token_ids = self._draw(self._adjusted(raw, rows, params), rows, params)
         self._count(rows, params, token_ids)
+        self.last_token_ids[torch.tensor([row.slot for row in rows], device=self.device)] = token_ids
         chosen = raw.gather(1, token_ids[:, None])[:, 0]
-        logprobs = self._logprobs(raw, chosen, token_ids, params)
-        return [Draw(*row) for row in zip(token_ids.tolist(), logprobs, chosen.isfinite().tolist(), strict=True)]
+        return Draws([p.sampling.num_logprobs for p in params],
+                     Transfer(token_ids, chosen.isfinite(), *self._logprobs(raw, chosen, params)))
 
     def _params(self, slot: int) -> Params:
         params = self.params[slot]
@@ -237,23 +260,16 @@ class Sampler:
             self._counts[slots, drawn] += 1
             self._seen[slots, drawn] = True
 
-    def _logprobs(self, raw: Tensor, chosen: Tensor, token_ids: Tensor, params: Sequence[Params]
-                  ) -> list[Logprobs | None]:
-        out: list[Logprobs | None] = [None] * len(params)
+    def _logprobs(self, raw: Tensor, chosen: Tensor, params: Sequence[Params]) -> tuple[Tensor, ...]:
+        """Of the rows that ask: of their drawn token, and the ids and log probabilities of the likeliest."""
         asked = [i for i, p in enumerate(params) if p.sampling.num_logprobs is not None]
         if not asked:
-            return out
+            return ()
         of_asked = _rows(raw, asked)
         log_total = torch.logsumexp(of_asked, dim=-1)
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
         values, ids = _likeliest(of_asked, max(1, most))
-        tops = (values - log_total[:, None]).tolist()
-        for row, (i, token_id, logprob) in enumerate(zip(
-                asked, token_ids[asked].tolist(), (chosen[asked] - log_total).tolist(), strict=True)):
-            count = params[i].sampling.num_logprobs or 0
-            top = zip(ids[row, :count].tolist(), tops[row][:count], strict=True)
-            out[i] = (token_id, logprob, tuple(top))
-        return out
+        return chosen[asked] - log_total, ids, values - log_total[:, None]
 
 
 def _rows(x: Tensor, rows: list[int]) -> Tensor:

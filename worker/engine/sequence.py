@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from shared.job import Sampling
 
 WAITING = -1    # for a slot
+PENDING = -1    # in the place of a token id that only the device knows yet
 
 # [0, num_computed_tokens)            keys and values are in the slot
-# [num_computed_tokens, num_tokens)   known, to be computed: the prompt's chunks, replayed tokens, or the one just drawn
+# [num_computed_tokens, num_tokens)   to be computed: the prompt's chunks, replayed tokens, or the one just drawn, which
+#                                     may be pending: drawn by a step whose outcome is still on its way from the device
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +31,7 @@ class Sequence:
     sampling: Sampling
     params: Params
     output_token_ids: list[int] = field(default_factory=list)
+    num_pending_tokens: int = 0                         # behind the output
     slot: int = WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0                          # of the prompt, copied and not computed
@@ -46,7 +49,16 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.prompt_token_ids) + self.num_output_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Its last token is drawn, as far as its length says; where it is pending, an earlier end may turn out."""
+        return self.num_output_tokens >= self.sampling.max_tokens
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -64,12 +76,16 @@ class Sequence:
         return [*self.prompt_token_ids[begin:end], *drawn]
 
     def token_id(self, position: int) -> int:
-        """Also of the draft that stands behind what is known."""
+        """Also of the draft that stands behind what is known, or `PENDING`."""
         if (beyond := position - len(self.prompt_token_ids)) < 0:
             return self.prompt_token_ids[position]
         if (place := beyond - len(self.output_token_ids)) >= 0:
-            return self.draft_token_ids[place]
+            return PENDING if self.num_pending_tokens else self.draft_token_ids[place]
         return self.output_token_ids[beyond]
+
+    @property
+    def may_draft(self) -> bool:
+        return self.drafter is not None and not self.drafter.is_pausing
 
     def draft(self, most: int) -> None:
         """At most so many tokens; behind the last one that may come there is nothing to draft."""
@@ -80,6 +96,7 @@ class Sequence:
 
     def restart(self) -> None:
         """Without a slot, as if it had just come, with all that it has drawn."""
+        assert not self.num_pending_tokens, f"{self!r} gives way, and what it has drawn is not known"
         self.slot, self.num_computed_tokens, self.num_cached_tokens = WAITING, 0, 0
         self.draft_token_ids = []
 

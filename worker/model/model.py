@@ -31,10 +31,11 @@ class Model:
     max_rows: int = 32                  # and so may one of more
     numerics_id: str = ""               # equal ids promise equal bits
 
-    def forward(self, token_ids: Sequence[int], positions: Sequence[int], context: Context, kept: Sequence[int]
-                ) -> Tensor:
+    def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
+                kept: Sequence[int]) -> Tensor:
         """Logits of the `kept` rows, [len(kept), vocab_size]; the head computes no others."""
-        return self.forward_tensors(self._tensor([token_ids]), self._tensor([positions]), context, self._tensor(kept))
+        ids, places, rows = (torch.as_tensor(each, device=self.device) for each in (token_ids, positions, kept))
+        return self.forward_tensors(ids[None], places[None], context, rows)
 
     def forward_tensors(self, token_ids: Tensor, positions: Tensor, context: Context, kept: Tensor) -> Tensor:
         """Of [1, rows] each, on the model's device, and the numbers of rows whose logits are wanted."""
@@ -44,25 +45,24 @@ class Model:
         logits: Tensor = out.logits[0, :, :self.vocab_size]
         return logits
 
-    def decode(self, token_ids: Sequence[int], context: Context, positions: Sequence[int], kept: Sequence[int]
-               ) -> Tensor:
+    def decode(self, token_ids: Sequence[int] | Tensor, context: Context, positions: Sequence[int],
+               kept: Sequence[int]) -> Tensor:
         """`forward` for decode rows, filled up to `min_rows` by repeating the last one."""
         missing = self.min_rows - len(token_ids)
-        token_ids = [*token_ids, *[token_ids[-1]] * missing]
-        positions = [*positions, *[positions[-1]] * missing]
+        if missing > 0:
+            token_ids = torch.as_tensor(token_ids, device=self.device)
+            token_ids = torch.cat([token_ids, token_ids[-1:].expand(missing)])
+            positions = [*positions, *[positions[-1]] * missing]
         return self._head(token_ids, context, positions, kept)
 
     def prefill(self, token_ids: Sequence[int], context: Context, positions: Sequence[int]) -> Tensor:
         """Only the last token's logits, [1, vocab_size]."""
         return self._head(token_ids, context, positions, [len(token_ids) - 1])
 
-    def _head(self, token_ids: Sequence[int], context: Context, positions: Sequence[int], kept: Sequence[int]
-              ) -> Tensor:
+    def _head(self, token_ids: Sequence[int] | Tensor, context: Context, positions: Sequence[int],
+              kept: Sequence[int]) -> Tensor:
         padded = [*kept, *[kept[-1]] * (self.min_rows - len(kept))]
         return self.forward(token_ids, positions, context, padded)[:len(kept)]
-
-    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(values, device=self.device)
 
     @property
     def device(self) -> torch.device:

@@ -31,7 +31,7 @@ def sampler_of(sampling: list[Sampling], prompts: list[list[int]] | None = None,
 
 
 def draw(sampler: Sampler, logits: Tensor, position: int = 0) -> list[int]:
-    return [d.token_id for d in sampler.sample(logits, [Row(slot, position) for slot in range(len(logits))])]
+    return [d.token_id for d in sampler.sample(logits, [Row(slot, position) for slot in range(len(logits))]).read()]
 
 
 def reference(logits: Tensor, s: Sampling, prompt: list[int], generated: list[int], position: int) -> Tensor:
@@ -124,7 +124,7 @@ def test_log_probabilities_are_those_of_the_raw_logits() -> None:
     torch.manual_seed(4)
     logits = torch.randn(3, VOCAB_SIZE)
     each = [Sampling(max_tokens=9, num_logprobs=k, temperature=0.3, top_k=5, presence_penalty=1.0) for k in (0, 1, 20)]
-    draws = sampler_of(each).sample(logits, [Row(slot, 0) for slot in range(3)])
+    draws = sampler_of(each).sample(logits, [Row(slot, 0) for slot in range(3)]).read()
     expected = torch.log_softmax(logits, dim=-1)
     for row, (sampling, drawn) in enumerate(zip(each, draws, strict=True)):
         assert drawn.logprobs
