@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from redis.asyncio import Redis
 from xdist.scheduler import LoadFileScheduling
 
@@ -67,6 +68,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
         terminalreporter.write_line("\n".join(REPORT))
 
+
+# How long a machine takes is no property of what is tested on it.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Before torch is loaded: two teams of threads on the same cores collapse, and the tests share them with much else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -76,7 +76,7 @@ mishaps = st.lists(st.lists(st.integers(1, NUM_ENTRIES), max_size=6), max_size=6
 
 
 @given(bursts=mishaps)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_lost_repeated_and_reordered_pushes_give_each_entry_once(redis_url: str, bursts: list[list[int]]) -> None:
     """Any pushes in any order, in any bursts, then silence: the log has what they left out."""
     asyncio.run(give_each_once(redis_url, bursts))

@@ -269,5 +269,5 @@ def test_the_verbs_hold_in_any_order(each_redis_url: str) -> None:
         redis_url = each_redis_url
 
     run_state_machine_as_test(Here, settings=settings(
-        max_examples=30, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck),
+        max_examples=30, stateful_step_count=30, suppress_health_check=list(HealthCheck),
         derandomize=True, phases=[Phase.generate]))   # Phase.shrink finds fewer steps that fail, in minutes

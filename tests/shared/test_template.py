@@ -80,7 +80,7 @@ def test_a_template_renders_as_transformers_renders_it(source: str, tools: Any) 
 
 
 @given(content=st.text(max_size=20), name=st.text(max_size=5))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_text_renders_as_transformers_renders_it(content: str, name: str) -> None:
     source = TEMPLATES["blocks and spaces"] + "{{ messages | tojson }}"
     messages = [{"role": "user", "content": content, "name": name}]

@@ -82,7 +82,7 @@ def special(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text(max_size=20))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_ids_are_those_of_apply_chat_template(kind: str, text: str) -> None:
     """Of every text in which no added token stands."""
     ours, theirs = pair(kind)
@@ -101,7 +101,7 @@ pieces = st.lists(st.sampled_from([START, END, THINK, "<|im_", "start|>", "<", "
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=pieces)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_no_user_text_becomes_a_special_token(kind: str, text: str) -> None:
     """Whatever he writes, in pieces, nested or doubled: the special ids are the template's, and the text is his."""
     ours, _ = pair(kind)
@@ -145,7 +145,6 @@ def test_truncation_and_padding_in_the_file_are_not_obeyed() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text(max_size=20))
-@settings(deadline=None)
 def test_the_bytes_of_tokens_joined_are_the_text(kind: str, text: str) -> None:
     """Also where one character is several tokens."""
     ours, _ = pair(kind)

@@ -92,7 +92,7 @@ def test_counting_to_forty_fits_256_tokens() -> None:
 
 
 @given(st.text())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_comes_back_from_its_tokens(text: str) -> None:
     """Through the shipped file; also text of several planes, controls and broken emoji."""
     tokenizer = _shipped()
