@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     served_model_name: Words = Field((), description="names that clients use; the first is the canonical one")
     shard: int = Field(0, ge=0, description="number of the shard that this worker serves")
     max_model_len: int | None = Field(None, gt=0, description="longest context, in tokens; none: the model's own")
-    max_num_seqs: int = Field(32, gt=0, le=1024, description="choices that run at once")
+    max_num_seqs: int = Field(64, gt=0, le=1024, description="choices that run at once")
     kv_cache_bytes: int = Field(4 << 30, gt=0, description="memory for keys and values, kept prefixes included")
     enable_prefix_caching: bool = Field(True, description="keep the computed beginnings of prompts")
     prefill_chunk_tokens: int = Field(256, ge=16, description="of a prompt per forward; a slow machine takes fewer")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections import deque
 from itertools import groupby, islice, zip_longest
 from typing import Literal, NamedTuple
@@ -24,7 +25,7 @@ from worker.engine.prefix import PrefixCache
 from worker.engine.request import NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Draws, Params, Row, Sampler
-from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Plan, Progress, Span, schedule
+from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Progress, Span, schedule, share
 from worker.engine.sequence import WAITING, Group, Sequence
 from worker.engine.store import make_store
 from worker.model.model import Model
@@ -45,7 +46,7 @@ class Flight(NamedTuple):
 
 
 class Engine:
-    def __init__(self, model: Model, *, max_num_seqs: int = 32, max_model_len: int | None = None,
+    def __init__(self, model: Model, *, max_num_seqs: int = 64, max_model_len: int | None = None,
                  prefill_chunk: int = 256, kv_cache_bytes: int = 4 * GIB, enable_prefix_caching: bool = True,
                  exact_replay_max_tokens: int = 4096, num_speculative_tokens: int = 8,
                  numerics: Literal["exact", "fast"] = "exact", runs_ahead: bool | None = None):
@@ -54,7 +55,8 @@ class Engine:
         self.max_model_len = min(max_model_len or model.max_model_len, model.max_model_len)
         self.prefill_chunk = prefill_chunk
         self.is_exact = numerics == "exact"         # else all in one forward: an answer depends on its neighbours
-        self.max_rows = model.max_rows if self.is_exact else max_num_seqs * (1 + num_speculative_tokens)
+        self.max_shared_rows = model.max_shared_rows if self.is_exact else sys.maxsize
+        self.max_rows = max(model.max_rows, self.max_shared_rows)
         self.exact_replay_max_tokens = exact_replay_max_tokens if self.is_exact else 0
         self.num_speculative_tokens = num_speculative_tokens
         num_slots = max_num_seqs * (2 if enable_prefix_caching else 1)
@@ -133,31 +135,18 @@ class Engine:
         self._secure_memory()
         self._draft()
         num_before = len(self._flights)
-        self._launch(schedule([_progress(sequence) for sequence in self._computing()],
-                              max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
-                              min_chunk_cost=MIN_CHUNK_COST if self.is_exact else 0))
+        plan = schedule([_progress(sequence) for sequence in self._computing()], max_rows=self.max_rows,
+                        prefill_chunk=self.prefill_chunk, min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)
+        for forward in share(plan, max_rows=self.max_shared_rows, min_rows=self.model.min_rows if self.is_exact else 1):
+            sequences, logits, of_prompts = self.runner.run(forward, self._by_slot)
+            self._sample(sequences, logits)
+            for row, span in enumerate(forward.prefills):
+                self._prefilled(span, of_prompts[row:row + 1])
         may_fly = self.runs_ahead and not any(s.draft_token_ids for flight in self._flights for s in flight.sequences)
         self._land(num_before if may_fly else len(self._flights))
 
     def _computing(self) -> list[Sequence]:
         return [sequence for group in self._running for sequence in group.computing if not sequence.is_complete]
-
-    def _launch(self, plan: Plan) -> None:
-        if not self.is_exact:
-            return self._launch_together(plan)
-        for spans in plan.decodes:
-            self._sample(*self.runner.decode(spans, self._by_slot))
-        for span in plan.prefills:
-            self._prefilled(span, self.runner.prefill(span, self._by_slot[span.slot]))
-
-    def _launch_together(self, plan: Plan) -> None:
-        decodes = [span for spans in plan.decodes for span in spans]
-        if not decodes and not plan.prefills:
-            return
-        sequences, logits, of_prompts = self.runner.together(decodes, plan.prefills, self._by_slot)
-        self._sample(sequences, logits)
-        for row, span in enumerate(plan.prefills):
-            self._prefilled(span, of_prompts[row:row + 1])
 
     def _shrink(self) -> None:
         """What runs gives way and replays, half as much at a time; what is kept for others goes."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from worker.engine.scheduler import Span
+from worker.engine.scheduler import Forward, Span
 from worker.engine.sequence import PENDING, Sequence
-from worker.model.attention import Context, Together
+from worker.model.attention import Context
 from worker.model.model import Model
 
 if TYPE_CHECKING:
@@ -40,6 +40,18 @@ class Runner:
         assert isinstance(kv.memory, PagedMemory)
         return cls(model, kv, last_token_ids, capture(model, kv.memory))
 
+    def run(self, forward: Forward, sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor, Tensor]:
+        """For each decode row at or behind a sequence's last known token the sequence, and the logits; the logits of
+        each chunk's last token. Of [rows, vocab_size] each."""
+        decodes, prefills = forward
+        if not prefills and forward.num_rows <= self.model.max_rows:
+            decoding, logits = self.decode(decodes, sequences)
+            return decoding, logits, logits[:0]
+        if not decodes and len(prefills) == 1:
+            logits = self.prefill(prefills[0], sequences[prefills[0].slot])
+            return [], logits[:0], logits
+        return self.together(decodes, prefills, sequences)
+
     def decode(self, spans: list[Span], sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor]:
         """One forward. For each row at or behind a sequence's last known token: the sequence, and the logits."""
         rows = _Rows.of(spans, sequences)
@@ -62,7 +74,7 @@ class Runner:
 
     def together(self, decodes: list[Span], prefills: list[Span], sequences: Mapping[int, Sequence]
                  ) -> tuple[list[Sequence], Tensor, Tensor]:
-        """As `decode` and several times `prefill`, in one forward, whose rows may round as others do not."""
+        """As `decode` and several times `prefill`, in one forward."""
         rows = _Rows.of(decodes, sequences)
         parts: list[tuple[Context, int]] = []
         if decodes:
@@ -74,7 +86,7 @@ class Runner:
             slots += [span.slot] * (span.end - span.begin)
             positions += range(span.begin, span.end)
             kept.append(len(token_ids) - 1)
-        logits = self.model.forward(self._known(token_ids, slots), positions, Together(parts), kept)
+        logits = self.model.together(self._known(token_ids, slots), parts, positions, kept)
         _advance([*decodes, *prefills], sequences)
         return [sequences[rows.slots[row]] for row in rows.ends], *logits.split([len(rows.ends), len(prefills)])
 

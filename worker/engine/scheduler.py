@@ -2,9 +2,9 @@
 
 It knows token counts alone. It knows nothing of tensors, text or Redis.
 
-A step is bounded: one row for every decoding sequence and at most `max_rows` replayed ones, in forwards of at most
-`max_rows`; then prefill chunks worth at most one full chunk. A chunk ends at a multiple of `prefill_chunk`, counted
-from the prompt's start, so that the same prompt is always computed in the same pieces.
+A step is bounded: one row for every decoding sequence and at most `MAX_REPLAY_ROWS` replayed ones, in forwards of at
+most `max_rows`; then prefill chunks worth at most one full chunk. A chunk ends at a multiple of `prefill_chunk`,
+counted from the prompt's start, so that the same prompt is always computed in the same pieces.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MIN_CHUNK_COST = 32     # tokens: a shorter chunk costs no less, for the weights are read all the same
+MAX_REPLAY_ROWS = 32    # rows of one sequence read its keys once each
 CALM_STEPS = 1000       # a minute or so: memory that others took may be free again
 
 
@@ -59,7 +60,18 @@ class BatchLimit:
 
 class Plan(NamedTuple):
     decodes: list[list[Span]]       # one forward each
-    prefills: list[Span]            # one forward each
+    prefills: list[Span]            # chunks of prompts
+
+
+class Forward(NamedTuple):
+    """What is computed together."""
+
+    decodes: list[Span]
+    prefills: list[Span]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(span.end - span.begin for span in (*self.decodes, *self.prefills))
 
 
 def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
@@ -68,9 +80,24 @@ def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
     prefilling = [p for p in progress if p.num_computed_tokens < p.num_prefill_tokens]
     computing = [p for p in progress if p.num_computed_tokens >= p.num_prefill_tokens]
     decoding = sorted(_next(p, 1 + p.num_drafted) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
-    replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1), max_rows)
+    replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1),
+                              min(max_rows, MAX_REPLAY_ROWS))
     return Plan(list(_split([*decoding, *replaying], max_rows)),
                 _take_prefills(prefilling, prefill_chunk, min_chunk_cost))
+
+
+def share(plan: Plan, *, max_rows: int, min_rows: int = 1) -> list[Forward]:
+    """Chunks join what is computed before them up to `max_rows` rows; those of fewer than `min_rows` stay alone."""
+    forwards = [Forward(spans, []) for spans in plan.decodes]
+    for span in plan.prefills:
+        num_rows = span.end - span.begin
+        last = forwards[-1] if forwards else Forward([], [])
+        is_alone = num_rows < min_rows or any(end - begin < min_rows for _, begin, end in last.prefills)
+        if is_alone or not last.num_rows or last.num_rows + num_rows > max_rows:
+            forwards.append(Forward([], [span]))
+        else:
+            last.prefills.append(span)
+    return forwards
 
 
 def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span]:

@@ -206,18 +206,17 @@ class PrefillChunk:
         return out.reshape(1, num_heads, num_rows, head_dim).transpose(1, 2)
 
     def _write_and_read(self, cache: Tensor, new: Tensor) -> Tensor:
-        """[1, num_kv_heads, whole pages up to this chunk, head_dim]"""
+        """[1, num_kv_heads, tokens up to the chunk's end, head_dim]"""
         done = 0
         for page, place in places(self.begin, self.end):
             num_tokens = place.stop - place.start
             cache[page, self.slot, :, place] = new[:, done:done + num_tokens]
             done += num_tokens
-        return cache[:page + 1, self.slot].transpose(0, 1).flatten(1, 2)[None]
+        return cache[:page + 1, self.slot].transpose(0, 1).flatten(1, 2)[None, :, :self.end]
 
     def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
         if (window, group) not in self._masks:
-            kv_len = -(-self.end // PAGE_LEN) * PAGE_LEN
-            mask = causal_mask(torch.arange(self.begin, self.end), kv_len, window, dtype)
+            mask = causal_mask(torch.arange(self.begin, self.end), self.end, window, dtype)
             self._masks[window, group] = mask.repeat(group, 1)[None, None]
         return self._masks[window, group]
 
@@ -237,15 +236,17 @@ class SlotMemory:
 
 @dataclass(slots=True)
 class Together:
-    """One forward of several parts, each with its rows, in order. Their products share the weights that are read."""
+    """One forward of several parts, each with its rows, in order. Rows behind them only fill it up."""
 
     parts: Sequence[tuple[Context, int]]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         sizes = [num_rows for _, num_rows in self.parts]
-        split = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
-        return torch.cat([context.attend(layer, q, k, v, scores)
-                          for (context, _), q, k, v in zip(self.parts, *split, strict=True)], dim=1)
+        sizes.append(query.shape[2] - sum(sizes))
+        split = [tensor.split(sizes, dim=2) for tensor in (query, key, value)]
+        outs = [context.attend(layer, q, k, v, scores)
+                for (context, _), q, k, v in zip(self.parts, *split, strict=False)]
+        return torch.cat([*outs, torch.zeros_like(split[0][-1]).transpose(1, 2)], dim=1)
 
 
 @dataclass(slots=True)

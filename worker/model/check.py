@@ -9,16 +9,19 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worker.model import memory
 from worker.model.attention import NAME, Recorder
-from worker.model.model import Model
+from worker.model.linear import PackedLinear
+from worker.model.model import SHARED_UNIT, Model
 
 NUM_TOKENS = 24
 CHUNKS = (0, 11, 18)                                                # two chunks, then decode rows
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding alone stays ten times below
 MIN_ROWS, MAX_ROWS = 2, 32
+MAX_SHARED_ROWS = 320       # of a whole chunk of a prompt and 64 decode rows
+MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
 DEVICE_ROWS = 128           # of every forward on a GPU, where so few cost what one costs: reading the weights
 
 
@@ -99,3 +102,30 @@ def probe_row_limit(model: Model) -> tuple[int, int]:
     fewer = list(takewhile(is_usual, range(num_usual - 1, MIN_ROWS - 1, -1)))
     more = list(takewhile(is_usual, (12, 16, 24, MAX_ROWS - 1, MAX_ROWS)))
     return min(fewer, default=num_usual), max(more, default=num_usual)
+
+
+def probe_shared_rows(model: Model) -> int:
+    """The most rows of a forward that parts share, each of which says what it says alone; 0 where none do.
+
+    Every number of rows that such a forward may have is tried, with every row in it. Packed products reduce in one
+    order for hundreds of rows on some processors, and not on others; plain ones, and experts, who see as many rows as
+    others send them, are not tried.
+    """
+    modules = list(model.module.modules())
+    num_weights = sum(module.packed.numel() for module in modules if isinstance(module, PackedLinear))
+    is_plain = any(isinstance(module, nn.Linear) or hasattr(module, "is_transposed") for module in modules)
+    if memory.is_paged(model.device) or is_plain or num_weights > MAX_SHARED_WEIGHTS:
+        return 0
+    num_parts = MAX_SHARED_ROWS // SHARED_UNIT
+    token_ids = random_token_ids(model.vocab_size, MAX_SHARED_ROWS)
+    trial = memory.scratch(model.kv_shapes, num_parts, SHARED_UNIT, model.dtype, model.device)
+
+    def logits(begin: int, end: int) -> Tensor:
+        parts = [(trial.chunk(part, 0, SHARED_UNIT), SHARED_UNIT) for part in range(begin, end)]
+        rows = range((end - begin) * SHARED_UNIT)
+        return model.together(token_ids[begin * SHARED_UNIT:end * SHARED_UNIT], parts,
+                              [row % SHARED_UNIT for row in rows], rows)
+
+    apart = torch.cat([logits(part, part + 1) for part in range(num_parts)])
+    same = takewhile(lambda num: torch.equal(logits(0, num), apart[:num * SHARED_UNIT]), range(2, num_parts + 1))
+    return SHARED_UNIT * max(same, default=0)

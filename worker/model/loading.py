@@ -178,6 +178,7 @@ def require_windows(config: Any, recorder: Recorder, max_model_len: int) -> None
 def probe(model: Model, expected: Tensor) -> None:
     name = type(model.module).__name__
     model.min_rows, model.max_rows = check.probe_row_limit(model)
+    model.max_shared_rows = check.probe_shared_rows(model)
     error = check.relative_error(model, expected)
     if error > check.MAX_RELATIVE_ERROR[model.dtype]:
         raise ModelRefused(f"{name} is not supported: its logits differ from the plain model's by {error:.2g}")

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.model.attention import Context, KVShape
+from worker.model.attention import Context, KVShape, Together
+
+SHARED_UNIT = 16                        # rows: forwards that parts share have multiples of it, which were all tried
 
 
 @dataclass(slots=True)
@@ -29,13 +31,15 @@ class Model:
     weights_id: str                     # equal weights and config
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
+    max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart
     numerics_id: str = ""               # equal ids promise equal bits
 
     def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
                 kept: Sequence[int]) -> Tensor:
         """Logits of the `kept` rows, [len(kept), vocab_size]; the head computes no others."""
-        ids, places, rows = (torch.as_tensor(each, device=self.device) for each in (token_ids, positions, kept))
-        return self.forward_tensors(ids[None], places[None], context, rows)
+        padded = [*kept, *[kept[-1]] * (self.min_rows - len(kept))]
+        ids, places, rows = (torch.as_tensor(each, device=self.device) for each in (token_ids, positions, padded))
+        return self.forward_tensors(ids[None], places[None], context, rows)[:len(kept)]
 
     def forward_tensors(self, token_ids: Tensor, positions: Tensor, context: Context, kept: Tensor) -> Tensor:
         """Of [1, rows] each, on the model's device, and the numbers of rows whose logits are wanted."""
@@ -53,16 +57,21 @@ class Model:
             token_ids = torch.as_tensor(token_ids, device=self.device)
             token_ids = torch.cat([token_ids, token_ids[-1:].expand(missing)])
             positions = [*positions, *[positions[-1]] * missing]
-        return self._head(token_ids, context, positions, kept)
+        return self.forward(token_ids, positions, context, kept)
+
+    def together(self, token_ids: Sequence[int] | Tensor, parts: Sequence[tuple[Context, int]],
+                 positions: Sequence[int], kept: Sequence[int]) -> Tensor:
+        """`forward` of parts, each with its number of rows, filled up to a multiple of `SHARED_UNIT`."""
+        missing = -len(positions) % SHARED_UNIT
+        if missing:
+            token_ids = torch.as_tensor(token_ids, device=self.device)
+            token_ids = torch.cat([token_ids, token_ids[-1:].expand(missing)])
+            positions = [*positions, *[positions[-1]] * missing]
+        return self.forward(token_ids, positions, Together(parts), kept)
 
     def prefill(self, token_ids: Sequence[int], context: Context, positions: Sequence[int]) -> Tensor:
         """Only the last token's logits, [1, vocab_size]."""
-        return self._head(token_ids, context, positions, [len(token_ids) - 1])
-
-    def _head(self, token_ids: Sequence[int] | Tensor, context: Context, positions: Sequence[int],
-              kept: Sequence[int]) -> Tensor:
-        padded = [*kept, *[kept[-1]] * (self.min_rows - len(kept))]
-        return self.forward(token_ids, positions, context, padded)[:len(kept)]
+        return self.forward(token_ids, positions, context, [len(token_ids) - 1])
 
     @property
     def device(self) -> torch.device:

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import varlen
 
 from worker.model import kernels
 from worker.model.attention import Context, KVLayer, KVShape, Scores, causal_mask, weigh_chunk
 
 PAGE_LEN = 16               # tokens: what a sequence wastes at its end, and what sequences may share
 NOBODY = -1                 # position of a row that fills a forward up
+FLASH_MAX_HEAD_DIM, FLASH_HEAD_DIM_UNIT = 256, 8
 
 
 def pages(num_tokens: int) -> int:
@@ -77,24 +77,37 @@ class PagedRows:
 
 @dataclass(slots=True)
 class PagedChunk:
+    """Attends by torch's flash kernel for sequences of varying lengths where that can, else under a mask."""
+
     rows: PagedRows
     begin: int
     end: int
     _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
+    _bounds: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         self.rows.write(layer, key, value)
         keys, values = (self._gather(cache) for cache in self.rows.layers[layer])
-        if scores.sliding_window is None and scores.softcap is None and scores.sinks is None:
-            num_rows = self.end - self.begin
-            out = scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(num_rows, self.end),
-                                               scale=scores.scaling, enable_gqa=True)
-            return out.transpose(1, 2)
-        return self._weigh(query, keys, values, scores).transpose(1, 2)
+        if is_flash(query, scores):
+            return self._flash(query, keys, values, scores)
+        return self._weigh(query, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scores).transpose(1, 2)
 
     def _gather(self, cache: Tensor) -> Tensor:
-        """[1, num_kv_heads, tokens up to the chunk's end, head_dim]"""
-        return cache[self.rows.table[0]].transpose(0, 1).flatten(1, 2)[None, :, :self.end]
+        """[tokens up to the chunk's end, num_kv_heads, head_dim]"""
+        return cache[self.rows.table[0]].transpose(1, 2).flatten(0, 1)[:self.end]
+
+    def _flash(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+        """In one split, so that the bits depend on this prompt alone; the last query sees the last key."""
+        num_rows = self.end - self.begin
+        if self._bounds is None:
+            queries, tokens = (torch.tensor([0, count], dtype=torch.int32).to(query.device, non_blocking=True)
+                               for count in (num_rows, self.end))
+            self._bounds = queries, tokens
+        window = -1 if scores.sliding_window is None else scores.sliding_window - 1
+        out = varlen.varlen_attn(query[0].transpose(0, 1).contiguous(), keys, values, *self._bounds, num_rows, self.end,
+                                 scale=scores.scaling, window_size=(window, 0), enable_gqa=True, num_splits=1)
+        assert isinstance(out, Tensor)
+        return out[None]
 
     def _weigh(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
         """The query heads that share keys become rows, so that no key is repeated."""
@@ -107,3 +120,10 @@ class PagedChunk:
             mask = causal_mask(self.rows.positions, self.end, window, query.dtype)
             self._masks[window, group] = mask.repeat(group, 1)[None, None]
         return self._masks[window, group]
+
+
+def is_flash(query: Tensor, scores: Scores) -> bool:
+    """Whether the flash kernel computes such heads and scores."""
+    is_simple = scores.softcap is None and scores.sinks is None
+    has_heads = query.shape[-1] <= FLASH_MAX_HEAD_DIM and query.shape[-1] % FLASH_HEAD_DIM_UNIT == 0
+    return query.is_cuda and query.dtype == torch.bfloat16 and is_simple and has_heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def test_layers_as_wide_as_real_ones_are_exact_too(tmp_path: Path) -> None:
     together = run(engine, {0: requests})
     for request in requests:
         assert flat(run(engine, {0: [request]})[request.id, 0]) == flat(together[request.id, 0])
+
+
+def test_who_shares_a_forward_says_what_he_says_apart(engines: list[Engine]) -> None:
+    """Where the processor's products allow it: prompts of all lengths and answers at once, to the bit."""
+    model = engines[0].model
+    apart = Engine(replace(model, max_shared_rows=0), max_num_seqs=12, prefill_chunk=CHUNK)
+    shared = Engine(model, max_num_seqs=12, prefill_chunk=CHUNK)
+    arrivals = {step: [Request(f"{step}", prompt(1 + 7 * step, step), EACH[kind])]
+                for step, kind in enumerate(list(EACH) * 3)}
+    expected, found = run(apart, arrivals), run(shared, arrivals)
+    assert {key: flat(outputs) for key, outputs in found.items()} == {
+        key: flat(outputs) for key, outputs in expected.items()}
 
 
 def flat(outputs: list[Output]) -> list[tuple[Any, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.scheduler import CALM_STEPS, MIN_CHUNK_COST, BatchLimit, Progress, schedule
+from worker.engine.scheduler import CALM_STEPS, MAX_REPLAY_ROWS, MIN_CHUNK_COST, BatchLimit, Progress, schedule, share
 
 MAX_ROWS, CHUNK = 8, 64
 
@@ -33,7 +33,7 @@ def test_every_decoding_sequence_moves_and_every_step_is_bounded(batch: list[Pro
     decoding = {p.slot for p in batch
                 if p.num_tokens - p.num_computed_tokens == 1 and p.num_computed_tokens >= p.num_prefill_tokens}
     assert decoding <= {span.slot for span in spans}
-    assert sum(rows) <= len(decoding) + MAX_ROWS
+    assert sum(rows) <= len(decoding) + min(MAX_ROWS, MAX_REPLAY_ROWS)
     cost = sum(max(span.end - span.begin, MIN_CHUNK_COST) for span in plan.prefills)
     assert cost <= CHUNK or len(plan.prefills) == 1
 
@@ -65,6 +65,27 @@ def test_the_first_to_come_is_served(batch: list[Progress]) -> None:
     prefilling = [p.slot for p in batch if p.num_computed_tokens < p.num_prefill_tokens]
     assert [span.slot for span in plan.prefills] == prefilling[:len(plan.prefills)]
     assert bool(prefilling) == bool(plan.prefills)
+
+
+@given(batches(), st.integers(0, 200), st.integers(1, 5))
+def test_chunks_share_what_has_room_and_short_ones_nothing(batch: list[Progress], max_rows: int, min_rows: int) -> None:
+    """Everything once, in the order of the plan; what is computed together has at most so many rows."""
+    plan = schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK, min_chunk_cost=0)
+    forwards = share(plan, max_rows=max_rows, min_rows=min_rows)
+    assert [forward.decodes for forward in forwards if forward.decodes] == plan.decodes
+    assert [span for forward in forwards for span in forward.prefills] == plan.prefills
+    for forward in forwards:
+        num_parts = bool(forward.decodes) + len(forward.prefills)
+        shortest = min((span.end - span.begin for span in forward.prefills), default=min_rows)
+        assert num_parts == 1 or (forward.num_rows <= max_rows and shortest >= min_rows)
+
+
+def test_a_step_is_one_forward_where_any_number_of_rows_may_share_it() -> None:
+    batch = [Progress(slot, 10, 10, 11) for slot in range(20)] + [Progress(20 + slot, 10, 0, 10) for slot in range(5)]
+    plan = schedule(batch, max_rows=100, prefill_chunk=CHUNK, min_chunk_cost=0)
+    forward, = share(plan, max_rows=100)
+    assert len(forward.decodes) == 20 and len(forward.prefills) == 5
+    assert len(share(plan, max_rows=0)) == 6
 
 
 def test_fewer_run_after_a_lack_of_memory_and_slowly_more() -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from tests.system import REPOSITORY
 from tests.tools import require_package
 
 require_package("triton")
-from worker.model import kernels
+from worker.model import kernels, paged
+from worker.model.attention import KVLayer, Scores
+from worker.model.paged import PagedMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE_LEN = 16
@@ -96,6 +100,56 @@ def test_what_is_written_lies_at_its_place_and_nothing_else_changes(num_kv_heads
                   torch.tensor(positions, dtype=torch.int32, device=DEVICE))
     for cache, wanted in zip((pool.keys, pool.values), expected, strict=True):
         torch.testing.assert_close(cache, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def flash(query: Tensor, keys: Tensor, values: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+          scale: float, window_size: tuple[int, int], enable_gqa: bool, num_splits: int) -> Tensor:
+    """What torch says of `varlen_attn`, which only a GPU computes: [tokens, heads, head_dim] of sequences side by side,
+    causal from the lower right corner; `window_size` keys before its own are seen by each query, -1: all."""
+    assert enable_gqa and num_splits == 1 and window_size[1] == 0
+    outs = []
+    for (q0, q1), (k0, k1) in zip(*(pairwise(bounds.tolist()) for bounds in (cu_seq_q, cu_seq_k)), strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        ages = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
+        hidden = (ages < 0) | ((ages > window_size[0]) & (window_size[0] >= 0))
+        group = query.shape[1] // keys.shape[1]
+        k, v = (x[k0:k1].double().repeat_interleave(group, dim=1) for x in (keys, values))
+        logits = torch.einsum("qhd,khd->hqk", query[q0:q1].double(), k) * scale
+        outs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(hidden, float("-inf")).softmax(-1), v))
+    return torch.cat(outs).to(query.dtype)
+
+
+@pytest.mark.parametrize("is_flash", [True, False], ids=["flash", "masked"])
+@pytest.mark.parametrize("window", [None, 9, 40])
+def test_chunks_over_pages_are_what_plain_attention_is(window: int | None, is_flash: bool,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in uneven chunks, which begin and end within pages."""
+    monkeypatch.setattr(paged, "is_flash", lambda query, scores: is_flash)
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(varlen, "varlen_attn", flash)
+    pool, num_heads = Pool(2, 16), 6
+    empty = KVLayer(*(torch.full_like(cache, float("nan")) for cache in (pool.keys, pool.values)))
+    memory = PagedMemory([empty], pool.table.cpu().numpy()[None])
+    query = torch.randn(1, num_heads, NUM_TOKENS, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    key, value = (new.transpose(0, 1)[None] for new in (pool.new_keys, pool.new_values))
+    for begin, end in pairwise((0, 16, 37, 38, 150, NUM_TOKENS)):
+        at = slice(begin, end)
+        out = memory.chunk(0, begin, end).attend(0, query[:, :, at], key[:, :, at], value[:, :, at],
+                                                 Scores(0.25, window, None, None))
+        assert out.shape == (1, end - begin, num_heads, 16)
+        for row in {0, (end - begin) // 2, end - begin - 1}:
+            expected = plain(query[0, :, begin + row], pool, begin + row, window, None, None)
+            torch.testing.assert_close(out[0, row].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_flash_computes_is_known_by_its_shape(shape: str) -> None:
+    num_heads, _, head_dim, window, softcap, has_sinks = SHAPES[shape]
+    query = torch.empty(1, num_heads, 3, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    sinks = torch.zeros(num_heads) if has_sinks else None
+    is_simple = not softcap and not has_sinks
+    assert paged.is_flash(query, Scores(1.0, window, softcap, sinks)) == (is_simple and query.is_cuda)
+    assert not paged.is_flash(query.float(), Scores(1.0, window, softcap, sinks))
 
 
 COMPILE = """

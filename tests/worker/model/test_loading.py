@@ -22,7 +22,9 @@ from transformers import (
 from tests.worker.families import save
 from worker.model import attention, check
 from worker.model.folder import ModelRefused
+from worker.model.linear import PackedLinear
 from worker.model.loading import choose_device, computes_bfloat16, load
+from worker.model.model import SHARED_UNIT
 
 
 def refusal(folder: Path | str, **options: Any) -> str:
@@ -141,6 +143,17 @@ def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
     model = load(str(folder))
     assert 2 <= model.min_rows <= 8 <= model.max_rows <= 32
     assert check.probe_row_limit(model) == (model.min_rows, model.max_rows)
+
+
+def test_a_forward_is_shared_only_by_as_many_rows_as_were_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                 ) -> None:
+    """Where the processor's products are alike for any number of rows; one more that are not, and it ends there."""
+    model = load(str(save("llama", tmp_path, torch.bfloat16)), dtype="bfloat16")
+    assert model.max_shared_rows in (0, *range(2 * SHARED_UNIT, check.MAX_SHARED_ROWS + 1, SHARED_UNIT))
+    plain = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: plain(self, x) * (1 + (x.shape[-2] > 100) / 64))
+    assert check.probe_shared_rows(model) == min(model.max_shared_rows, 96)
+    assert load(str(save("mixtral", tmp_path / "experts", torch.bfloat16))).max_shared_rows == 0
 
 
 def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
