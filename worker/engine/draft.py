@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 NGRAM_TOKENS = 3
 FIRST_TOKENS = 2                                        # of the first draft
+PAUSE_FACTOR = 4                                        # from one pause to the next, while all is in vain
 MAX_PAUSE_STEPS = 64
 
 
@@ -62,4 +63,4 @@ class Drafter:
             self._next_pause_steps = 1
         else:
             self._pause_steps = self._next_pause_steps
-            self._next_pause_steps = min(2 * self._next_pause_steps, MAX_PAUSE_STEPS)
+            self._next_pause_steps = min(PAUSE_FACTOR * self._next_pause_steps, MAX_PAUSE_STEPS)

@@ -155,7 +155,7 @@ class Engine:
                    for sequence in group.sequences.values()]
         if len(running) == 1:
             self._outputs.append(self._fail(running[0], OUT_OF_MEMORY))
-        else:
+        elif running:
             self.batch_limit.halve(len(running))
             log.warning("no memory for a step of %d sequences: %d at a time", len(running), self.batch_limit.num_seqs)
             for sequence in reversed(running):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+ARITHMETIC = 2              # of this code: another number where the same tokens may get other bits than before
 NUM_SAMPLES = 64            # blocks read from each file: a 16 GB model is named in milliseconds
 SAMPLE_BYTES = 4096
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation",
@@ -40,7 +41,7 @@ def weights_id(folder: Path, config: dict[str, Any]) -> str:
 
 def numerics_id(parts: Iterable[object], device: torch.device) -> str:
     """`parts` are what the model and the mode add to libraries, and to the instruction set and threads, or the GPU."""
-    facts = [*parts, torch.__version__, transformers.__version__, *(_gpu(device) if device.type == "cuda" else [
+    facts = [ARITHMETIC, *parts, torch.__version__, transformers.__version__, *(_gpu(device) if device.type == "cuda" else [
         torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *_processor()])]
     return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:32]
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tests.worker.families import save
-from worker.model import attention, check
+from worker.model import attention, check, identity
 from worker.model.folder import ModelRefused
 from worker.model.linear import PackedLinear
 from worker.model.loading import choose_device, computes_bfloat16, load
@@ -136,6 +136,14 @@ def test_like_folders_have_like_names_and_others_others(folder: Path, tmp_path: 
     half = load(str(folder), dtype="bfloat16")
     assert half.weights_id == first.weights_id
     assert half.numerics_id != first.numerics_id
+
+
+def test_who_computes_otherwise_has_another_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions side by side: a worker whose code may give other bits does not continue as an equal."""
+    first = load(str(folder))
+    monkeypatch.setattr(identity, "ARITHMETIC", identity.ARITHMETIC + 1)
+    other = load(str(folder))
+    assert (other.weights_id, other.numerics_id != first.numerics_id) == (first.weights_id, True)
 
 
 def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
