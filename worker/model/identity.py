@@ -41,8 +41,9 @@ def weights_id(folder: Path, config: dict[str, Any]) -> str:
 
 def numerics_id(parts: Iterable[object], device: torch.device) -> str:
     """`parts` are what the model and the mode add to libraries, and to the instruction set and threads, or the GPU."""
-    facts = [ARITHMETIC, *parts, torch.__version__, transformers.__version__, *(_gpu(device) if device.type == "cuda" else [
-        torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *_processor()])]
+    of_device = _gpu(device) if device.type == "cuda" else [
+        torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *_processor()]
+    facts = [ARITHMETIC, *parts, torch.__version__, transformers.__version__, *of_device]
     return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:32]
 
 
