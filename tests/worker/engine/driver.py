@@ -20,6 +20,16 @@ def seeded(num_tokens: int, seed: int = 5, **sampling: Any) -> Sampling:
     return Sampling(max_tokens=num_tokens, seed=seed, ignore_eos=True, **sampling)
 
 
+CYCLE = tuple(range(10, 20))
+MIXED = (
+    Request("greedy", CYCLE * 2, greedy(6, num_logprobs=2)),
+    Request("choices", (*range(30, 50), 5), seeded(6, temperature=0.7, num_logprobs=1), n=2),
+    Request("shares a beginning", (*range(30, 48), 9), seeded(5, top_k=5, top_p=0.9)),
+    Request("penalized", tuple(range(80, 90)), greedy(5, frequency_penalty=0.4, logit_bias=((7, 2.0),))),
+    Request("one word", tuple(range(90, 100)), greedy(9, logit_bias=((7, 99.0),))),
+)
+
+
 def run(engine: Engine, arrivals: Mapping[int, Sequence[Request]]) -> dict[tuple[str, int], list[Output]]:
     """Outputs by (request id, choice). `arrivals` says before which step a request is added."""
     outputs: dict[tuple[str, int], list[Output]] = defaultdict(list)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.worker.engine.driver import greedy, run, seeded, token_ids
+from tests.worker.engine.driver import CYCLE, MIXED, greedy, run, seeded, token_ids
 from tests.worker.families import save
 from worker.engine.engine import Engine, Output, Request
 from worker.engine.sampler import Draws
@@ -17,17 +17,9 @@ from worker.model.attention import PAGE_LEN
 from worker.model.loading import load
 from worker.model.model import Model
 
-CYCLE = tuple(range(10, 20))
-REQUESTS = [
-    Request("greedy", CYCLE * 2, greedy(12, num_logprobs=2)),
-    Request("choices", (*range(30, 50), 5), seeded(9, temperature=0.7, num_logprobs=1), n=2),
-    Request("shares a beginning", (*range(30, 48), 9), seeded(11, top_k=5, top_p=0.9)),
-    Request("penalized", tuple(range(80, 90)), greedy(10, frequency_penalty=0.4, logit_bias=((7, 2.0),))),
-    Request("one word", tuple(range(90, 100)), greedy(40, logit_bias=((7, 99.0),))),
-    Request("of one token", (1, 2, 3), greedy(1)),
-    Request("began elsewhere", (4, 5, 6), seeded(12), continued=((7, 8, 9, 10, 11),)),
-]
-ARRIVALS = {0: REQUESTS[:2], 7: REQUESTS[2:6], 11: REQUESTS[6:]}
+MORE = (Request("of one token", (1, 2, 3), greedy(1)),
+        Request("began elsewhere", (4, 5, 6), seeded(12), continued=((7, 8, 9, 10, 11),)))
+ARRIVALS = {0: MIXED[:2], 7: (*MIXED[2:], *MORE[:1]), 11: MORE[1:]}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from tests.tools import require_package
-from tests.worker.engine.driver import greedy, run, seeded, token_ids
+from tests.worker.engine.driver import MIXED, greedy, run, seeded, token_ids
 from tests.worker.families import save
 from worker.engine.engine import Engine, Request
 from worker.model import memory
@@ -152,15 +152,7 @@ def paged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "is_paged", lambda device: True)
 
 
-CYCLE = tuple(range(10, 20))
-REQUESTS = [
-    Request("greedy", CYCLE * 2, greedy(6, num_logprobs=2)),
-    Request("choices", (*range(30, 50), 5), seeded(6, temperature=0.7, num_logprobs=1), n=2),
-    Request("shares a beginning", (*range(30, 48), 9), seeded(5, top_k=5, top_p=0.9)),
-    Request("penalized", tuple(range(80, 90)), greedy(5, frequency_penalty=0.4, logit_bias=((7, 2.0),))),
-    Request("one word", tuple(range(90, 100)), greedy(9, logit_bias=((7, 99.0),))),
-]
-ARRIVALS = {0: REQUESTS[:2], 7: REQUESTS[2:]}
+ARRIVALS = {0: MIXED[:2], 7: MIXED[2:]}
 
 
 def answers(engine: Engine, arrivals: Mapping[int, Sequence[Request]] = ARRIVALS
