@@ -137,7 +137,8 @@ class Engine:
         num_before = len(self._flights)
         plan = schedule([_progress(sequence) for sequence in self._computing()], max_rows=self.max_rows,
                         prefill_chunk=self.prefill_chunk, min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)
-        for forward in share(plan, max_rows=self.max_shared_rows, min_rows=self.model.min_rows if self.is_exact else 1):
+        is_any = not self.is_exact or self.model.has_fixed_rows         # number of rows of a part the right one
+        for forward in share(plan, max_rows=self.max_shared_rows, min_rows=1 if is_any else self.model.min_rows):
             sequences, logits, of_prompts = self.runner.run(forward, self._by_slot)
             self._sample(sequences, logits)
             for row, span in enumerate(forward.prefills):

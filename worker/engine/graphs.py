@@ -1,23 +1,27 @@
 """Decode forwards as CUDA graphs: hundreds of kernels that the processor launches with one call.
 
-Every forward has the same number of rows, filled up with rows that are none, so a row's bits cannot depend on how many
-there are. A graph is made for a number of pages that a row may reach: programs for pages that no row has end at once,
-but not for nothing. Graphs that do not say at once what the plain forward says are not used.
+A graph has a fixed number of rows, filled up with rows that are none; where answers are exact there is one such number,
+so a row's bits cannot depend on how many there are. And it is made for a number of pages that a row may reach: programs
+for pages that no row has end at once, but not for nothing. Graphs that do not say at once what the plain forward says
+are not used.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from worker.engine.sequence import PENDING
 from worker.model.check import random_token_ids
 from worker.model.model import Model
 from worker.model.paged import NOBODY, PAGE_LEN, PagedMemory, PagedRows, pages
+from worker.model.transfer import send
 
 log = logging.getLogger(__name__)
 
@@ -55,44 +59,62 @@ def record(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 class DecodeGraph:
-    """One forward of `model.max_rows` rows; its inputs lie where the graph reads them."""
+    """One forward of `num_rows` rows. Its inputs lie side by side where the graph reads them, and come in one piece."""
 
-    def __init__(self, model: Model, memory: PagedMemory, num_pages: int):
-        self.num_pages = num_pages
-        num_rows, device = model.max_rows, model.device
-        self._token_ids, self._positions = (torch.zeros(1, num_rows, dtype=torch.long, device=device) for _ in "ip")
-        self._kept = torch.arange(num_rows, device=device)
-        self._rows = PagedRows(memory.layers, torch.zeros(num_rows, num_pages, dtype=torch.int32, device=device),
-                               torch.full((num_rows,), NOBODY, dtype=torch.int32, device=device))
-        self._replay, self._logits = record(
-            lambda: model.forward_tensors(self._token_ids, self._positions, self._rows, self._kept))
+    def __init__(self, model: Model, memory: PagedMemory, last_token_ids: Tensor, num_rows: int, num_pages: int):
+        self.num_rows, self.num_pages = num_rows, num_pages
+        self._last_token_ids = last_token_ids
+        self._inputs = torch.zeros(num_rows * (3 + num_pages), dtype=torch.int32, device=model.device)
+        self._token_ids, self._slots, positions, table = _views(self._inputs, num_rows)
+        positions.fill_(NOBODY)
+        self._rows = PagedRows(memory.layers, table, positions)
+        self._kept = torch.arange(num_rows, device=model.device)            # as long as the graph, which reads it too
+        self._replay, self._logits = record(lambda: model.forward_tensors(
+            self._known()[None], positions.clamp(min=0).long()[None], self._rows, self._kept))
 
-    def run(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], table: npt.NDArray[np.int32]) -> Tensor:
+    def _known(self) -> Tensor:
+        """The pending ones from where they were drawn."""
+        return torch.where(self._token_ids == PENDING, self._last_token_ids[self._slots.long()], self._token_ids)
+
+    def run(self, token_ids: Sequence[int], slots: Sequence[int], positions: Sequence[int],
+            table: npt.NDArray[np.int32]) -> Tensor:
         """Logits of the rows given, [rows, vocab_size], to be read before the next run."""
+        inputs = np.zeros(len(self._inputs), dtype=np.int32)
+        ids, places, all_positions, pages_of = _views(inputs, self.num_rows)
         num_rows = len(token_ids)
-        self._token_ids[0, :num_rows].copy_(torch.as_tensor(token_ids))
-        self._positions[0, :num_rows].copy_(torch.tensor(positions))
-        self._rows.table[:num_rows].copy_(torch.from_numpy(table))
-        self._rows.positions.copy_(torch.from_numpy(padded(positions, len(self._kept))))
+        ids[:num_rows], places[:num_rows], pages_of[:num_rows] = token_ids, slots, table
+        all_positions[:] = padded(positions, self.num_rows)
+        self._inputs.copy_(send(inputs, self._inputs.device, torch.int32))
         self._replay()
-        return self._logits[:num_rows]
+        return self._logits[:len(token_ids)]
+
+
+def _views(inputs: Any, num_rows: int) -> tuple[Any, Any, Any, Any]:
+    """Token ids, slots and positions of [rows] each, and a table of [rows, pages]."""
+    singles = inputs[:3 * num_rows].reshape(3, num_rows)
+    return singles[0], singles[1], singles[2], inputs[3 * num_rows:].reshape(num_rows, -1)
 
 
 class DecodeGraphs:
-    def __init__(self, model: Model, memory: PagedMemory):
+    """One for each number of rows, and of pages that a row may reach."""
+
+    def __init__(self, model: Model, memory: PagedMemory, last_token_ids: Tensor, sizes: Sequence[int]):
         self.memory = memory
-        self._graphs = [DecodeGraph(model, memory, num_pages) for num_pages in widths(memory.table.shape[1])]
+        self._graphs = [DecodeGraph(model, memory, last_token_ids, num_rows, num_pages)
+                        for num_rows in sizes for num_pages in widths(memory.table.shape[1])]
 
-    def run(self, token_ids: Sequence[int] | Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def run(self, token_ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Logits of the rows given, [rows, vocab_size], to be read before the next run."""
-        graph = next(graph for graph in self._graphs if graph.num_pages >= pages(max(positions) + 1))
-        return graph.run(token_ids, positions, self.memory.table[list(slots), :graph.num_pages])
+        num_pages = pages(max(positions) + 1)
+        graph = next(graph for graph in self._graphs
+                     if graph.num_rows >= len(token_ids) and graph.num_pages >= num_pages)
+        return graph.run(token_ids, slots, positions, self.memory.table[list(slots), :graph.num_pages])
 
 
-def capture(model: Model, memory: PagedMemory) -> DecodeGraphs | None:
+def capture(model: Model, memory: PagedMemory, last_token_ids: Tensor, sizes: Sequence[int]) -> DecodeGraphs | None:
     """None where this model's forward is no graph. Writes into the memory, which must be free."""
     try:
-        graphs = DecodeGraphs(model, memory)
+        graphs = DecodeGraphs(model, memory, last_token_ids, sizes)
         if _says_the_same(graphs, model, memory):
             return graphs
         log.warning("decoding without CUDA graphs: those of %r differ from its forward", model)

@@ -16,10 +16,13 @@ from worker.engine.scheduler import Forward, Span
 from worker.engine.sequence import PENDING, Sequence
 from worker.model.attention import Context
 from worker.model.model import Model
+from worker.model.transfer import send
 
 if TYPE_CHECKING:
     from worker.engine.graphs import DecodeGraphs
     from worker.engine.store import KV
+
+GRAPH_ROWS = (16, 64)           # and as many as the model's forwards may have
 
 
 @dataclass(slots=True)
@@ -31,14 +34,16 @@ class Runner:
 
     @classmethod
     def of(cls, model: Model, kv: KV, last_token_ids: Tensor, *, is_exact: bool) -> Runner:
-        """With graphs where the device has them, and forwards are alike: exactly so many rows."""
-        if model.device.type != "cuda" or not is_exact:
+        """With graphs where the device has them: of as many rows as all forwards, or of fewer too."""
+        if model.device.type != "cuda":
             return cls(model, kv, last_token_ids, None)
         from worker.engine.graphs import capture  # needs Triton
         from worker.model.paged import PagedMemory
 
         assert isinstance(kv.memory, PagedMemory)
-        return cls(model, kv, last_token_ids, capture(model, kv.memory))
+        sizes = [model.max_rows] if is_exact else [*(size for size in GRAPH_ROWS if size < model.max_rows),
+                                                   model.max_rows]
+        return cls(model, kv, last_token_ids, capture(model, kv.memory, last_token_ids, sizes))
 
     def run(self, forward: Forward, sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor, Tensor]:
         """For each decode row at or behind a sequence's last known token the sequence, and the logits; the logits of
@@ -47,7 +52,8 @@ class Runner:
         if not prefills and forward.num_rows <= self.model.max_rows:
             decoding, logits = self.decode(decodes, sequences)
             return decoding, logits, logits[:0]
-        if not decodes and len(prefills) == 1:
+        is_filled_up = self.model.has_fixed_rows and forward.num_rows <= self.model.max_shared_rows
+        if not decodes and len(prefills) == 1 and not is_filled_up:
             logits = self.prefill(prefills[0], sequences[prefills[0].slot])
             return [], logits[:0], logits
         return self.together(decodes, prefills, sequences)
@@ -55,11 +61,13 @@ class Runner:
     def decode(self, spans: list[Span], sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor]:
         """One forward. For each row at or behind a sequence's last known token: the sequence, and the logits."""
         rows = _Rows.of(spans, sequences)
-        token_ids = self._known(rows.token_ids, rows.slots)
         if self.graphs:
-            logits = self.graphs.run(token_ids, rows.slots, rows.positions)[rows.ends]
+            logits = self.graphs.run(rows.token_ids, rows.slots, rows.positions)
+            if len(rows.ends) < len(logits):
+                logits = logits[send(rows.ends, self.model.device)]
         else:
             context = self.kv.memory.rows(rows.slots, rows.positions)
+            token_ids = self._known(rows.token_ids, rows.slots)
             logits = self.model.decode(token_ids, context, rows.positions, rows.ends or [0])[:len(rows.ends)]
         _advance(spans, sequences)
         return [sequences[rows.slots[row]] for row in rows.ends], logits
@@ -94,7 +102,7 @@ class Runner:
         """With the pending ones from where they were drawn, without waiting for them."""
         if PENDING not in token_ids:
             return token_ids
-        ids, places = (torch.tensor(values, device=self.model.device) for values in (token_ids, slots))
+        ids, places = (send(values, self.model.device) for values in (token_ids, slots))
         return torch.where(ids == PENDING, self.last_token_ids[places], ids)
 
 

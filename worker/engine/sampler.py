@@ -5,7 +5,8 @@ needs is skipped. Of tokens equally likely the lower id is kept first. A row's t
 not on its neighbours, nor on where in the batch it lies. It knows slots and ids, nothing of text or schedules.
 
 No vocabulary is sorted. Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens when those are
-enough; the others hash noise for every token, and a flat row with top_p takes the best one that is in its nucleus.
+enough; the others hash noise for every token, and a flat row with top_p takes the best one that is in its nucleus. On a
+GPU one kernel draws for all rows (kernels.py), and nothing here waits for it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from itertools import islice
 from math import log
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from worker.engine import rng
-from worker.engine.transfer import Transfer
+from worker.model.transfer import Transfer, send
 
 if TYPE_CHECKING:
     from shared.job import Sampling
@@ -64,19 +66,16 @@ class Params:
     sampling: Sampling
     key: int
     stop_token_ids: list[int]       # none of them before min_tokens
-    bias: tuple[Tensor, Tensor] | None
+    bias: tuple[tuple[int, float], ...]
     is_greedy: bool
     is_truncated: bool
     is_penalized: bool
 
     @classmethod
     def of(cls, sampling: Sampling, choice: int, stop_token_ids: frozenset[int]) -> Params:
-        bias = None
-        if sampling.logit_bias:
-            token_ids, values = zip(*dict(sampling.logit_bias).items(), strict=True)
-            bias = torch.tensor(token_ids), torch.tensor(values, dtype=torch.float32)
         return cls(
-            sampling, rng.choice_key(sampling.seed, choice), sorted(stop_token_ids), bias,
+            sampling, rng.choice_key(sampling.seed, choice), sorted(stop_token_ids),
+            tuple(dict(sampling.logit_bias).items()),
             is_greedy=sampling.temperature < MIN_TEMPERATURE,
             is_truncated=sampling.top_p < 1 or sampling.top_k > 0,
             is_penalized=bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -93,28 +92,34 @@ class Sampler:
     num_slots: int
     vocab_size: int
     device: torch.device = CPU
+    has_kernel: bool = field(init=False)
     params: list[Params | None] = field(init=False)
     _counts: Tensor | None = field(init=False, default=None)    # [slots, vocab]: how often each token was generated
     _seen: Tensor | None = field(init=False, default=None)      # [slots, vocab]: in the prompt or generated
+    _bias: dict[int, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)      # slot → token ids, values
     _token_ids: Tensor = field(init=False)
     last_token_ids: Tensor = field(init=False)                  # [slots]: what each has drawn last
 
     def __post_init__(self) -> None:
+        self.has_kernel = self.device.type == "cuda"
         self.params = [None] * self.num_slots
         self.last_token_ids = torch.zeros(self.num_slots, dtype=torch.long, device=self.device)
         self._token_ids = torch.arange(self.vocab_size, dtype=torch.int32, device=self.device)
 
     def join(self, slot: int, params: Params, prompt: Sequence[int], generated: Sequence[int]) -> None:
         self.params[slot] = params
+        if params.bias:
+            token_ids, values = zip(*params.bias, strict=True)
+            self._bias[slot] = send(token_ids, self.device), send(values, self.device, torch.float32)
         if not params.is_penalized:
             return
         if self._counts is None or self._seen is None:
             self._counts = torch.zeros(self.num_slots, self.vocab_size, device=self.device)
             self._seen = torch.zeros(self.num_slots, self.vocab_size, dtype=torch.bool, device=self.device)
-        drawn = torch.tensor(generated, dtype=torch.long, device=self.device)
+        drawn = send(generated, self.device)
         self._counts[slot] = torch.bincount(drawn, minlength=self.vocab_size)
         self._seen[slot] = False
-        self._seen[slot, torch.tensor(prompt, device=self.device)] = True
+        self._seen[slot, send(prompt, self.device)] = True
         self._seen[slot, drawn] = True
 
     def leave(self, slot: int) -> None:
@@ -125,7 +130,7 @@ class Sampler:
         params = [self._params(row.slot) for row in rows]
         token_ids = self._draw(self._adjusted(raw, rows, params), rows, params)
         self._count(rows, params, token_ids)
-        self.last_token_ids[torch.tensor([row.slot for row in rows], device=self.device)] = token_ids
+        self.last_token_ids[send([row.slot for row in rows], self.device)] = token_ids
         chosen = raw.gather(1, token_ids[:, None])[:, 0]
         return Draws([p.sampling.num_logprobs for p in params],
                      Transfer(token_ids, chosen.isfinite(), *self._logprobs(raw, chosen, params)))
@@ -145,29 +150,32 @@ class Sampler:
             return raw
         logits = raw.clone()
         for i in biased:
-            bias = params[i].bias
-            assert bias is not None
-            logits[i, bias[0].to(self.device)] += bias[1].to(self.device)
+            token_ids, values = self._bias[rows[i].slot]
+            logits[i, token_ids] += values
         if penalized:
-            logits[penalized] = self._penalized(_rows(logits, penalized), [rows[i].slot for i in penalized])
+            logits[send(penalized, self.device)] = self._penalized(
+                _rows(logits, penalized), [rows[i].slot for i in penalized])
         for i in too_short:
-            logits[i, params[i].stop_token_ids] = float("-inf")
+            logits[i, send(params[i].stop_token_ids, self.device)] = float("-inf")
         return logits
 
     def _penalized(self, logits: Tensor, slots: list[int]) -> Tensor:
         assert self._counts is not None and self._seen is not None
         sampling = [self._params(slot).sampling for slot in slots]
+        places = send(slots, self.device)
         if any(s.repetition_penalty != 1 for s in sampling):
             repetition = _column([s.repetition_penalty for s in sampling], self.device)
             scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-            logits = torch.where(self._seen[slots], scaled, logits)
+            logits = torch.where(self._seen[places], scaled, logits)
         if any(s.frequency_penalty or s.presence_penalty for s in sampling):
-            counts = self._counts[slots]
+            counts = self._counts[places]
             logits = logits - counts * _column([s.frequency_penalty for s in sampling], self.device)
             logits -= counts.clamp_(max=1) * _column([s.presence_penalty for s in sampling], self.device)
         return logits
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
+        if self.has_kernel:
+            return self._draw_at_once(logits, rows, params)
         random = [i for i, p in enumerate(params) if not p.is_greedy]
         if not random:
             return logits.argmax(dim=-1)
@@ -179,6 +187,17 @@ class Sampler:
         keys = [rng.row_key(params[i].key, rows[i].position) for i in random]
         token_ids[random] = self._draw_random(scaled, keys, [params[i] for i in random])
         return token_ids
+
+    def _draw_at_once(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
+        from worker.engine import kernels  # needs Triton
+
+        keys = rng.split_keys([rng.row_key(p.key, row.position) for p, row in zip(params, rows, strict=True)])
+        low, high, top_k = send(np.stack([*(half[:, 0].numpy() for half in keys), [p.sampling.top_k for p in params]]),
+                                self.device, torch.int32)
+        temperatures, top_p, log_min_p = send(np.array([
+            [0 if p.is_greedy else p.sampling.temperature for p in params], [p.sampling.top_p for p in params],
+            [_log(p.sampling.min_p) for p in params]]), self.device, torch.float32)
+        return kernels.draw(logits, temperatures, low, high, top_k, top_p, log_min_p)
 
     def _draw_random(self, logits: Tensor, keys: list[int], params: list[Params]) -> Tensor:
         low, high = (half.to(self.device) for half in rng.split_keys(keys))
@@ -209,7 +228,8 @@ class Sampler:
         token_ids = torch.empty(len(logits), dtype=torch.long, device=self.device)
         log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
         pending = list(range(len(logits)))
-        num_candidates = NUM_CANDIDATES
+        # top_p is a share of what top_k keeps, which must all be there
+        num_candidates = max([NUM_CANDIDATES, *(s.top_k for s in sampling if s.top_p < 1)])
         while pending:
             num_candidates = min(num_candidates, self.vocab_size)
             here = [sampling[i] for i in pending]
@@ -255,8 +275,8 @@ class Sampler:
         penalized = [i for i, p in enumerate(params) if p.is_penalized]
         if penalized:
             assert self._counts is not None and self._seen is not None
-            slots = torch.tensor([rows[i].slot for i in penalized], device=self.device)
-            drawn = token_ids[penalized]
+            slots = send([rows[i].slot for i in penalized], self.device)
+            drawn = _rows(token_ids, penalized)
             self._counts[slots, drawn] += 1
             self._seen[slots, drawn] = True
 
@@ -269,26 +289,41 @@ class Sampler:
         log_total = torch.logsumexp(of_asked, dim=-1)
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
         values, ids = _likeliest(of_asked, max(1, most))
-        return chosen[asked] - log_total, ids, values - log_total[:, None]
+        return _rows(chosen, asked) - log_total, ids, values - log_total[:, None]
 
 
 def _rows(x: Tensor, rows: list[int]) -> Tensor:
     """Without a copy when they are all: rows are listed once each, in order."""
-    return x if len(rows) == len(x) else x[rows]
+    return x if len(rows) == len(x) else x[send(rows, x.device)]
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    return send(values, device, torch.float32)[:, None]
+
+
+def _log(min_p: float) -> float:
+    return log(min_p) if min_p > 0 else float("-inf")
 
 
 def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row in falling order, the lower id first where they are equal."""
+    if logits.is_cuda:
+        return _likeliest_by_keys(logits, count)
     values, ids = logits.topk(count, dim=-1)
     if bool((values[:, 1:] == values[:, :-1]).any()):
         ids, order = ids.sort(dim=-1)
         values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
         ids = ids.gather(1, order)
     return values, ids
+
+
+def _likeliest_by_keys(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """By whole numbers of which no two are equal: their upper halves are in the order of the logits, the lower ids."""
+    bits = (logits + 0.0).view(torch.int32)             # of negative zero too: the two are equal
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = (ordered << 32) - torch.arange(logits.shape[-1], device=logits.device)
+    ids = (-keys.topk(count, dim=-1).values) & 0xFFFFFFFF
+    return logits.gather(1, ids), ids
 
 
 def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor:
@@ -309,5 +344,5 @@ def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor
 
 def _at_least(logits: Tensor, largest: Tensor, sampling: list[Sampling]) -> Tensor:
     """min_p: nothing less likely than that share of the likeliest."""
-    floors = _column([log(s.min_p) if s.min_p > 0 else float("-inf") for s in sampling], logits.device)
+    floors = _column([_log(s.min_p) for s in sampling], logits.device)
     return logits.masked_fill(logits < largest + floors, float("-inf"))

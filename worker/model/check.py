@@ -22,7 +22,7 @@ MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding a
 MIN_ROWS, MAX_ROWS = 2, 32
 MAX_SHARED_ROWS = 320       # of a whole chunk of a prompt and 64 decode rows
 MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
-DEVICE_ROWS = 128           # of every forward on a GPU, where so few cost what one costs: reading the weights
+DEVICE_ROWS = (128, 256)    # of every forward on a GPU, where so few cost what one costs: reading the weights
 
 
 def random_token_ids(vocab_size: int, count: int) -> list[int]:
@@ -75,15 +75,16 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return float(error.median()) if bool(error.isfinite().all()) else float("inf")
 
 
-def probe_row_limit(model: Model) -> tuple[int, int]:
+def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
     """The least and the most rows of a decode forward whose logits do not depend on how many they are.
 
     Small and large products reduce in another order than those between. In bfloat16 that shows in so few places that a
     probe may miss it: one row, a matrix-vector product, is the known case and never taken. On a GPU nearly every number
-    of rows has a kernel of its own, so there all forwards have the same.
+    of rows has a kernel of its own, so there all forwards have the same, as many as hold `num_seqs` rows, or the most.
     """
     if memory.is_paged(model.device):
-        return DEVICE_ROWS, DEVICE_ROWS
+        num_rows = next((num for num in DEVICE_ROWS if num >= num_seqs), DEVICE_ROWS[-1])
+        return num_rows, num_rows
     num_usual = 8
     token_ids = random_token_ids(model.vocab_size, MAX_ROWS)
     trial = memory.scratch(model.kv_shapes, MAX_ROWS, 1, model.dtype, model.device)
@@ -109,12 +110,15 @@ def probe_shared_rows(model: Model) -> int:
 
     Every number of rows that such a forward may have is tried, with every row in it. Packed products reduce in one
     order for hundreds of rows on some processors, and not on others; plain ones, and experts, who see as many rows as
-    others send them, are not tried.
+    others send them, are not tried. On a GPU it is what every forward has.
     """
+    if model.has_fixed_rows:
+        model.shared_unit = model.max_rows
+        return model.max_rows
     modules = list(model.module.modules())
     num_weights = sum(module.packed.numel() for module in modules if isinstance(module, PackedLinear))
     is_plain = any(isinstance(module, nn.Linear) or hasattr(module, "is_transposed") for module in modules)
-    if memory.is_paged(model.device) or is_plain or num_weights > MAX_SHARED_WEIGHTS:
+    if is_plain or num_weights > MAX_SHARED_WEIGHTS:
         return 0
     num_parts = MAX_SHARED_ROWS // SHARED_UNIT
     token_ids = random_token_ids(model.vocab_size, MAX_SHARED_ROWS)

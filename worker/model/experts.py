@@ -38,7 +38,7 @@ def _expert(module: Any, expert: int, x: Tensor) -> Tensor:
     else:
         x = module.act_fn(_project(module, "up_proj", expert, x))
     x = _project(module, "down_proj", expert, x)
-    return module.post_expert_norm(x) if module.has_post_expert_norm else x
+    return module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
 
 
 def _project(module: Any, name: str, expert: int, x: Tensor) -> Tensor:

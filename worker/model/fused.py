@@ -1,8 +1,9 @@
-"""Attention and MLP blocks in fewer and larger products: q, k and v in one, gate and up in one.
+"""Layers in fewer and larger calls: q, k and v are one product, gate and up another, norms and activations one call.
 
-Small products cost what their calls cost, and every weight is read once either way. A block is taken for one of the
-common shape by the names of its parts, and replaced when it says what the block itself has just said in the model:
-whatever else a family does in its blocks stays as transformers has it. It knows the blocks of a layer, not layers.
+Small calls cost what calling costs, and every weight is read once either way. A block is taken for one of the common
+shape by the names of its parts, and replaced when it says what the block itself has just said in the model: whatever
+else a family does in its blocks stays as transformers has it. On a GPU what stands between products is computed by the
+kernels of pointwise.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+from transformers.activations import SiLUActivation
 
 from worker.model.attention import Context, KVShape, Scores
 from worker.model.linear import agree
@@ -29,9 +32,13 @@ class FusedMLP(nn.Module):
         self.gate_up_proj = _joined(mlp.gate_proj, mlp.up_proj)
         self.down_proj = mlp.down_proj
         self.act_fn = mlp.act_fn
+        self.is_silu = type(mlp.act_fn) in (SiLUActivation, nn.SiLU)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if self.is_silu and gate_up.is_cuda:
+            return cast(Tensor, self.down_proj(_pointwise().silu_and_multiply(gate_up)))
+        gate, up = gate_up.chunk(2, dim=-1)
         return cast(Tensor, self.down_proj(self.act_fn(gate) * up))
 
 
@@ -66,7 +73,30 @@ class FusedAttention(nn.Module):
         return self.o_proj(out.reshape(1, num_rows, -1)), None
 
 
-FUSED: tuple[type[FusedMLP] | type[FusedAttention], ...] = (FusedMLP, FusedAttention)
+class FusedLayer(nn.Module):
+    """Attention and MLP, each behind a root mean square norm and added to what came in. Its parts may be fused."""
+
+    PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+    MAY_HAVE = frozenset[str]()
+
+    def __init__(self, layer: Any, _: Mapping[int, Scores]):
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
+        if hasattr(layer, "attention_type"):            # some models choose a mask by it
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        before, after = self.eps
+        _, normed = _add_and_norm(hidden_states, None, self.input_layernorm.weight, before)
+        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
+        hidden_states, normed = _add_and_norm(hidden_states, attended, self.post_attention_layernorm.weight, after)
+        return cast(Tensor, hidden_states + self.mlp(normed))
+
+
+Fused = FusedMLP | FusedAttention | FusedLayer
+FUSED: tuple[type[Fused], ...] = (FusedMLP, FusedAttention, FusedLayer)
 
 
 class Block(NamedTuple):
@@ -97,7 +127,7 @@ def fuse_blocks(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KV
 
 
 def _record(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShape]) -> list[Block]:
-    """What every block that could be fused gets and gives in a forward of the model."""
+    """What every block that could be fused gets and gives in a forward of the model; the parts of a block before it."""
     blocks: list[Block] = []
     hooks = []
     for parent in module.modules():
@@ -131,7 +161,7 @@ def _fuse(block: Block, scores: Mapping[int, Scores]) -> nn.Module | None:
     return fused if agree(got, expected) else None
 
 
-def _kind(module: nn.Module) -> type[FusedMLP] | type[FusedAttention] | None:
+def _kind(module: nn.Module) -> type[Fused] | None:
     parts = {name for name, _ in module.named_children()}
     for kind in FUSED:
         linears = [getattr(module, name, None) for name in kind.PARTS if name.endswith("_proj")]
@@ -153,5 +183,21 @@ def _joined(*linears: nn.Linear) -> nn.Linear:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[rows, heads, head_dim] by the angles of [1, rows, head_dim]: halves turn against each other."""
+    if x.is_cuda:
+        return cast(Tensor, _pointwise().rotate(x, cos[0], sin[0]))
     first, second = x.chunk(2, dim=-1)
     return x * cos[0, :, None] + torch.cat((-second, first), dim=-1) * sin[0, :, None]
+
+
+def _add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.is_cuda:
+        return cast(tuple[Tensor, Tensor], _pointwise().add_and_norm(x, added, weight, eps))
+    total = x if added is None else x + added
+    return total, rms_norm(total, weight.shape, weight, eps)
+
+
+def _pointwise() -> Any:
+    """Its kernels need Triton, which a machine without a GPU may lack."""
+    from worker.model import pointwise
+
+    return pointwise

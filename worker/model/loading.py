@@ -32,12 +32,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
          max_model_len: int | None = None, revision: str | None = None,
-         device: Literal["auto", "cpu", "cuda"] = "cpu") -> Model:
+         device: Literal["auto", "cpu", "cuda"] = "cpu", max_num_seqs: int = 64) -> Model:
     place = choose_device(device)
     folder = find_folder(folder_or_name, revision)
     config = read_config(folder)
     chosen = choose_dtype(config, dtype, place)
-    module = load_module(folder, config, chosen, place)
+    return prove(load_module(folder, config, chosen, place), config, folder, max_model_len, max_num_seqs)
+
+
+def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = None, max_num_seqs: int = 64) -> Model:
+    """Makes ours of a model as transformers has it, on its device, and compares the two. Raises ModelRefused."""
     text_config = config.get_text_config(decoder=True)
     token_ids = check.random_token_ids(text_config.vocab_size, check.NUM_TOKENS)
     expected, recorder = try_plain(module, token_ids)
@@ -45,13 +49,13 @@ def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] =
     fuse_blocks(module, token_ids, kv_shapes, recorder.scores)
     pack_linears(module)
     model = Model(
-        module=module, config=text_config, folder=folder, dtype=chosen, vocab_size=text_config.vocab_size,
+        module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=choose_max_model_len(text_config, max_model_len),
         eos_token_ids=eos_token_ids(module, text_config),
         kv_shapes=kv_shapes,
         weights_id=identity.weights_id(folder, config.to_dict()))
     require_windows(text_config, recorder, model.max_model_len)
-    probe(model, expected)
+    probe(model, expected, max_num_seqs)
     return model
 
 
@@ -175,9 +179,9 @@ def require_windows(config: Any, recorder: Recorder, max_model_len: int) -> None
             raise ModelRefused(f"{config.model_type} does not name its sliding window: set max_model_len to {window}")
 
 
-def probe(model: Model, expected: Tensor) -> None:
+def probe(model: Model, expected: Tensor, max_num_seqs: int) -> None:
     name = type(model.module).__name__
-    model.min_rows, model.max_rows = check.probe_row_limit(model)
+    model.min_rows, model.max_rows = check.probe_row_limit(model, max_num_seqs)
     model.max_shared_rows = check.probe_shared_rows(model)
     error = check.relative_error(model, expected)
     if error > check.MAX_RELATIVE_ERROR[model.dtype]:

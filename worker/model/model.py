@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.model.attention import Context, KVShape, Together
+from worker.model.transfer import send
 
 SHARED_UNIT = 16                        # rows: forwards that parts share have multiples of it, which were all tried
 
@@ -32,13 +33,15 @@ class Model:
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
     max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart
+    shared_unit: int = SHARED_UNIT      # rows of which such a forward has a multiple
     numerics_id: str = ""               # equal ids promise equal bits
 
     def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
                 kept: Sequence[int]) -> Tensor:
         """Logits of the `kept` rows, [len(kept), vocab_size]; the head computes no others."""
         padded = [*kept, *[kept[-1]] * (self.min_rows - len(kept))]
-        ids, places, rows = (torch.as_tensor(each, device=self.device) for each in (token_ids, positions, padded))
+        ids = token_ids if isinstance(token_ids, Tensor) else send(token_ids, self.device)
+        places, rows = (send(each, self.device) for each in (positions, padded))
         return self.forward_tensors(ids[None], places[None], context, rows)[:len(kept)]
 
     def forward_tensors(self, token_ids: Tensor, positions: Tensor, context: Context, kept: Tensor) -> Tensor:
@@ -54,24 +57,27 @@ class Model:
         """`forward` for decode rows, filled up to `min_rows` by repeating the last one."""
         missing = self.min_rows - len(token_ids)
         if missing > 0:
-            token_ids = torch.as_tensor(token_ids, device=self.device)
-            token_ids = torch.cat([token_ids, token_ids[-1:].expand(missing)])
+            token_ids = _extended(token_ids, missing)
             positions = [*positions, *[positions[-1]] * missing]
         return self.forward(token_ids, positions, context, kept)
 
     def together(self, token_ids: Sequence[int] | Tensor, parts: Sequence[tuple[Context, int]],
                  positions: Sequence[int], kept: Sequence[int]) -> Tensor:
-        """`forward` of parts, each with its number of rows, filled up to a multiple of `SHARED_UNIT`."""
-        missing = -len(positions) % SHARED_UNIT
+        """`forward` of parts, each with its number of rows, filled up to a multiple of `shared_unit`."""
+        missing = -len(positions) % self.shared_unit
         if missing:
-            token_ids = torch.as_tensor(token_ids, device=self.device)
-            token_ids = torch.cat([token_ids, token_ids[-1:].expand(missing)])
+            token_ids = _extended(token_ids, missing)
             positions = [*positions, *[positions[-1]] * missing]
         return self.forward(token_ids, positions, Together(parts), kept)
 
     def prefill(self, token_ids: Sequence[int], context: Context, positions: Sequence[int]) -> Tensor:
         """Only the last token's logits, [1, vocab_size]."""
         return self.forward(token_ids, positions, context, [len(token_ids) - 1])
+
+    @property
+    def has_fixed_rows(self) -> bool:
+        """Whether all forwards of few rows have as many; only those of one long chunk differ."""
+        return self.min_rows == self.max_rows
 
     @property
     def device(self) -> torch.device:
@@ -85,3 +91,10 @@ class Model:
     def __repr__(self) -> str:
         return (f"<Model {type(self.module).__name__} {str(self.dtype).removeprefix('torch.')}, "
                 f"{len(self.kv_shapes)} layers, {self.vocab_size} tokens, length {self.max_model_len}>")
+
+
+def _extended(token_ids: Sequence[int] | Tensor, count: int) -> Sequence[int] | Tensor:
+    """By repeating the last one."""
+    if isinstance(token_ids, Tensor):
+        return torch.cat([token_ids, token_ids[-1:].expand(count)])
+    return [*token_ids, *[token_ids[-1]] * count]

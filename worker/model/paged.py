@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +20,13 @@ from torch.nn.attention import varlen
 
 from worker.model import kernels
 from worker.model.attention import Context, KVLayer, KVShape, Scores, causal_mask, weigh_chunk
+from worker.model.transfer import send
 
 PAGE_LEN = 16               # tokens: what a sequence wastes at its end, and what sequences may share
 NOBODY = -1                 # position of a row that fills a forward up
 FLASH_MAX_HEAD_DIM, FLASH_HEAD_DIM_UNIT = 256, 8
+FLASH_OPTIONS: dict[str, Any] = {name: value for name, value in (("enable_gqa", True), ("num_splits", 1))
+                                 if name in signature(varlen.varlen_attn).parameters}   # torch 2.11 knows neither
 
 
 def pages(num_tokens: int) -> int:
@@ -53,7 +58,7 @@ class PagedMemory:
         return PagedChunk(rows, begin, end)
 
     def _on_device(self, array: npt.NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(array).to(self.layers[0].keys.device, non_blocking=True)
+        return send(array, self.layers[0].keys.device, torch.int32)
 
 
 @dataclass(slots=True)
@@ -100,12 +105,11 @@ class PagedChunk:
         """In one split, so that the bits depend on this prompt alone; the last query sees the last key."""
         num_rows = self.end - self.begin
         if self._bounds is None:
-            queries, tokens = (torch.tensor([0, count], dtype=torch.int32).to(query.device, non_blocking=True)
-                               for count in (num_rows, self.end))
+            queries, tokens = (send([0, count], query.device, torch.int32) for count in (num_rows, self.end))
             self._bounds = queries, tokens
         window = -1 if scores.sliding_window is None else scores.sliding_window - 1
         out = varlen.varlen_attn(query[0].transpose(0, 1).contiguous(), keys, values, *self._bounds, num_rows, self.end,
-                                 scale=scores.scaling, window_size=(window, 0), enable_gqa=True, num_splits=1)
+                                 scale=scores.scaling, window_size=(window, 0), **FLASH_OPTIONS)
         assert isinstance(out, Tensor)
         return out[None]
 
@@ -113,7 +117,8 @@ class PagedChunk:
         """The query heads that share keys become rows, so that no key is repeated."""
         num_kv_heads, group = keys.shape[1], query.shape[1] // keys.shape[1]
         rows = query.reshape(1, num_kv_heads, -1, query.shape[-1])
-        return weigh_chunk(rows, keys, values, self._mask(scores.sliding_window, group, query), scores).view_as(query)
+        out = weigh_chunk(rows, keys, values, self._mask(scores.sliding_window, group, query), scores)
+        return out.reshape(query.shape)
 
     def _mask(self, window: int | None, group: int, query: Tensor) -> Tensor:
         if (window, group) not in self._masks:

@@ -28,7 +28,7 @@ from worker.model.model import Model
 
 require_package("triton")
 from worker.engine import graphs
-from worker.engine.graphs import padded, widths
+from worker.engine.graphs import DecodeGraphs, padded, widths
 from worker.engine.paged import KVPages
 from worker.model.paged import PAGE_LEN, PagedMemory
 
@@ -223,9 +223,9 @@ def paged_engine(model: Model) -> Engine:
     return Engine(model, max_num_seqs=4, max_model_len=48, kv_cache_bytes=1 << 20)
 
 
-def memory_of(engine: Engine) -> PagedMemory:
+def capture(model: Model, engine: Engine) -> DecodeGraphs | None:
     assert isinstance(engine.kv, KVPages)
-    return engine.kv.memory
+    return graphs.capture(model, engine.kv.memory, engine.sampler.last_token_ids, [4, model.max_rows])
 
 
 def test_a_batch_that_is_written_into_a_graph_says_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_a_batch_that_is_written_into_a_graph_says_the_same(model: Model, monkey
     monkeypatch.setattr(graphs, "record", recorder)
     requests = [Request("greedy", (3, 4, 5), greedy(7)), Request("seeded", (6, 7), seeded(4), n=2)]
     plain, recorded = paged_engine(model), paged_engine(model)
-    recorded.runner.graphs = graphs.capture(model, memory_of(recorded))
+    recorded.runner.graphs = capture(model, recorded)
     before = recorder.num_replays
     assert answers(recorded, {0: requests[:1], 3: requests[1:]}) == answers(plain, {0: requests[:1], 3: requests[1:]})
     assert recorder.num_replays > before
@@ -242,7 +242,7 @@ def test_a_batch_that_is_written_into_a_graph_says_the_same(model: Model, monkey
 def test_a_graph_that_says_something_else_is_not_used(model: Model, monkeypatch: pytest.MonkeyPatch,
                                                       caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(graphs, "record", Recorder(error=1e-3))
-    assert graphs.capture(model, memory_of(paged_engine(model))) is None
+    assert capture(model, paged_engine(model)) is None
     assert "differ from its forward" in caplog.text
 
 
@@ -252,5 +252,5 @@ def test_what_is_no_graph_is_computed_without(model: Model, monkeypatch: pytest.
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(graphs, "record", refuse)
-    assert graphs.capture(model, memory_of(paged_engine(model))) is None
+    assert capture(model, paged_engine(model)) is None
     assert "operation not permitted" in caplog.text

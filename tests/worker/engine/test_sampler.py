@@ -78,7 +78,7 @@ def test_a_flat_row_is_truncated_as_exactly_as_a_steep_one() -> None:
 PARAMETERS: list[dict[str, Any]] = [
     {}, {"temperature": 0.5}, {"temperature": 1.9}, {"top_k": 1}, {"top_k": 7}, {"top_k": 300}, {"top_p": 0.0},
     {"top_p": 0.5}, {"top_p": 0.99}, {"min_p": 0.1}, {"min_p": 1.0},
-    {"top_k": 50, "top_p": 0.7, "min_p": 0.05, "temperature": 1.4},
+    {"top_k": 50, "top_p": 0.7, "min_p": 0.05, "temperature": 1.4}, {"top_k": 100, "top_p": 0.95, "temperature": 3.0},
     {"presence_penalty": 2.0}, {"frequency_penalty": -1.5}, {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6},
     {"logit_bias": ((3, 100.0),)}, {"logit_bias": ((3, -100.0), (4, 5.0))},
     {"min_tokens": 5, "stop_token_ids": (2, 3, 4)},

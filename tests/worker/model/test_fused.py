@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save
 from worker.model import check
-from worker.model.fused import FusedAttention, FusedMLP, fuse_blocks
+from worker.model.fused import FusedAttention, FusedLayer, FusedMLP, fuse_blocks
 from worker.model.loading import load, load_module, read_config
 
 BOTH, NEITHER = {"attention", "mlp"}, set[str]()
@@ -21,7 +21,7 @@ FUSED = {"llama": BOTH, "qwen2": BOTH, "qwen3": BOTH, "mistral": BOTH, "gemma2":
 
 
 def fused_kinds(module: nn.Module) -> set[str]:
-    kinds = {"attention": FusedAttention, "mlp": FusedMLP}
+    kinds = {"attention": FusedAttention, "mlp": FusedMLP, "layer": FusedLayer}
     return {name for name, kind in kinds.items() if any(isinstance(block, kind) for block in module.modules())}
 
 

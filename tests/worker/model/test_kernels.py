@@ -1,4 +1,4 @@
-"""The kernels of paged attention against plain torch, in Triton's interpreter where there is no GPU."""
+"""The kernels of a model's forward against plain torch, in Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
+from torch.nn.functional import rms_norm, silu
 
 from tests.system import REPOSITORY
 from tests.tools import require_package
 
 require_package("triton")
-from worker.model import kernels, paged
+from worker.model import kernels, paged, pointwise
 from worker.model.attention import KVLayer, Scores
 from worker.model.paged import PagedMemory
 
@@ -102,8 +103,35 @@ def test_what_is_written_lies_at_its_place_and_nothing_else_changes(num_kv_heads
         torch.testing.assert_close(cache, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+def close(got: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(got.float(), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(5, 16), (3, 80)])
+def test_heads_are_turned_in_place(num_heads: int, head_dim: int) -> None:
+    wide = torch.randn(3, num_heads + 2, head_dim).to(DEVICE)
+    cos, sin = torch.randn(2, 3, head_dim).to(DEVICE)
+    before, x = wide.clone(), wide[:, :num_heads]
+    first, second = before[:, :num_heads].chunk(2, dim=-1)
+    expected = before[:, :num_heads] * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    assert close(pointwise.rotate(x, cos, sin), expected)
+    assert close(x, expected) and torch.equal(wide[:, num_heads:], before[:, num_heads:])
+    with pytest.raises(RuntimeError, match="angles"):
+        pointwise.rotate(x, cos[:, :head_dim // 2], sin[:, :head_dim // 2])
+
+
+@pytest.mark.parametrize("width", [96, 1100])
+def test_what_stands_between_products(width: int) -> None:
+    gate, up, x, added = torch.randn(4, 1, 3, width).to(DEVICE)
+    weight = torch.randn(width).to(DEVICE)
+    assert close(pointwise.silu_and_multiply(torch.cat((gate, up), dim=-1)), silu(gate) * up)
+    for other, expected in ((None, x), (added, x + added)):
+        total, normed = pointwise.add_and_norm(x, other, weight, 1e-5)
+        assert close(total, expected) and close(normed, rms_norm(expected, (width,), weight, 1e-5))
+
+
 def flash(query: Tensor, keys: Tensor, values: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-          scale: float, window_size: tuple[int, int], enable_gqa: bool, num_splits: int) -> Tensor:
+          scale: float, window_size: tuple[int, int], enable_gqa: bool = False, num_splits: int = 0) -> Tensor:
     """What torch says of `varlen_attn`, which only a GPU computes: [tokens, heads, head_dim] of sequences side by side,
     causal from the lower right corner; `window_size` keys before its own are seen by each query, -1: all."""
     assert enable_gqa and num_splits == 1 and window_size[1] == 0
@@ -128,10 +156,12 @@ def test_chunks_over_pages_are_what_plain_attention_is(window: int | None, is_fl
     if DEVICE.type != "cuda":
         monkeypatch.setattr(varlen, "varlen_attn", flash)
     pool, num_heads = Pool(2, 16), 6
-    empty = KVLayer(*(torch.full_like(cache, float("nan")) for cache in (pool.keys, pool.values)))
+    dtype, atol = (torch.bfloat16, 0.03) if is_flash and DEVICE.type == "cuda" else (torch.float32, 1e-5)
+    empty = KVLayer(*(torch.full_like(cache, float("nan"), dtype=dtype) for cache in (pool.keys, pool.values)))
     memory = PagedMemory([empty], pool.table.cpu().numpy()[None])
     query = torch.randn(1, num_heads, NUM_TOKENS, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    key, value = (new.transpose(0, 1)[None] for new in (pool.new_keys, pool.new_values))
+    query = query.to(dtype)
+    key, value = (new.transpose(0, 1)[None].to(dtype) for new in (pool.new_keys, pool.new_values))
     for begin, end in pairwise((0, 16, 37, 38, 150, NUM_TOKENS)):
         at = slice(begin, end)
         out = memory.chunk(0, begin, end).attend(0, query[:, :, at], key[:, :, at], value[:, :, at],
@@ -139,7 +169,7 @@ def test_chunks_over_pages_are_what_plain_attention_is(window: int | None, is_fl
         assert out.shape == (1, end - begin, num_heads, 16)
         for row in {0, (end - begin) // 2, end - begin - 1}:
             expected = plain(query[0, :, begin + row], pool, begin + row, window, None, None)
-            torch.testing.assert_close(out[0, row].double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(out[0, row].double(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -156,16 +186,24 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from worker.model import kernels
-SIZES = {"PAGE_LEN": 16, "NUM_HEADS": 6, "BLOCK_HEADS": 8, "HEAD_DIM": 80, "BLOCK_DIM": 128, "GROUP": 4,
+from worker.engine import kernels as drawing
+from worker.model import kernels, pointwise
+SIZES = {"BLOCK": 1024, "HALF": 40, "BLOCK_HALF": 64, "WIDTH": 720, "PAGE_LEN": 16,
+         "NUM_HEADS": 6, "BLOCK_HEADS": 8, "HEAD_DIM": 80, "BLOCK_DIM": 128, "GROUP": 4,
          "BLOCK_GROUP": 16, "SPLIT_LEN": kernels.SPLIT_LEN, "BLOCK_LEN": kernels.BLOCK_LEN}
+DRAWING = {"logits": "*fp32", "out": "*i64", "temperatures": "*fp32", "lows": "*i32", "highs": "*i32", "top_ks": "*i32",
+           "top_ps": "*fp32", "log_min_ps": "*fp32"}
 POINTERS = {"table": "*i32", "positions": "*i32", "parts": "*fp32", "peaks": "*fp32", "sums": "*fp32", "sinks": "*fp32"}
 for capability, has, dtype in (80, True, "*bf16"), (90, False, "*bf16"), (90, True, "*fp32"):
-    tensors = dict.fromkeys(("keys", "values", "new_keys", "new_values", "query", "out"), dtype) | POINTERS
-    flags = dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS"), has)
-    for kernel in (kernels._store, kernels._attend_split, kernels._sum_splits):
+    tensors = dict.fromkeys(("keys", "values", "new_keys", "new_values", "query", "out", "x", "cos", "sin", "gate_up",
+                             "added", "weight", "total"), dtype) | POINTERS
+    flags = dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS", "HAS_ADDED"), has)
+    for kernel in (kernels._store, kernels._attend_split, kernels._sum_splits, pointwise._rotate,
+                   pointwise._silu_and_multiply, pointwise._add_and_norm, drawing._draw):
         constants = {name: value for name, value in (SIZES | flags).items() if name in kernel.arg_names}
-        kinds = dict.fromkeys(kernel.arg_names, "i32") | {"scaling": "fp32", "softcap": "fp32"} | tensors
+        kinds = dict.fromkeys(kernel.arg_names, "i32") | {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"} | tensors
+        if kernel is drawing._draw:
+            kinds |= DRAWING
         signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

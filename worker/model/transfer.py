@@ -1,12 +1,29 @@
-"""Results on their way from the device to the host. It knows tensors alone."""
+"""Numbers on their way between the host and the device, without waiting for what the device computes.
+
+Only pinned memory travels so: any other is copied after all that was launched before. It knows tensors alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 
+def send(values: Sequence[int] | Sequence[float] | npt.NDArray[Any], device: torch.device,
+         dtype: torch.dtype = torch.long) -> Tensor:
+    here = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return here
+    return torch.empty_like(here, pin_memory=True).copy_(here).to(device, non_blocking=True)
+
+
 class Transfer:
+    """Results for the host."""
+
     def __init__(self, *tensors: Tensor):
         self._tensors = tensors
         self._has_arrived: torch.cuda.Event | None = None
@@ -23,5 +40,4 @@ class Transfer:
 
 
 def _begin_copy(tensor: Tensor) -> Tensor:
-    """Into pinned memory: any other would be waited for at once."""
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,0 +1,158 @@
+"""The Triton kernel that draws tokens: one program for each row of logits, and nothing to wait for.
+
+The token drawn is the first in the order of logits / temperature + noise that top_k, top_p and min_p let pass: the same
+as the argmax within what they let pass, whose borders nobody has to find. A token that does not pass takes all those
+along that are less likely than it, so few are tried. Of equally likely tokens the lower id comes first. (Rejection as
+in FlashInfer's sampling, Ye et al. 2025; noise as in rng.py.) It knows rows and numbers, nothing of slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_TOKENS = 4096         # of the vocabulary at a time
+NUM_WARPS = 16
+
+
+def draw(logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, top_k: Tensor, top_p: Tensor,
+         log_min_p: Tensor) -> Tensor:
+    """Token ids, int64 [rows], of float32 logits [rows, vocab_size].
+
+    Of [rows] each: `temperatures` (0: greedy, no noise), the halves of the rows' keys, int32; `top_k` (0: off), int32;
+    `top_p` (1: off) and `log_min_p` (-inf: off), float32. Where a logit is no number, it or an infinite one is drawn.
+    """
+    num_rows, vocab_size = logits.shape
+    per_row = (temperatures, low, high, top_k, top_p, log_min_p)
+    assert logits.stride(1) == 1 and all(values.is_contiguous() for values in per_row)
+    out = torch.empty(num_rows, dtype=torch.long, device=logits.device)
+    _draw[(num_rows,)](logits, out, *per_row, logits.stride(0), vocab_size,
+                       BLOCK=min(BLOCK_TOKENS, triton.next_power_of_2(vocab_size)), num_warps=NUM_WARPS)
+    return out
+
+
+@triton.jit
+def _noise(token_ids, low, high):
+    """rng.gumbel; log1p(-v) by Kahan's formula, whose quotient takes the rounding of 1 - v back."""
+    x = token_ids.to(tl.uint32) * 0x9E3779B1 + low
+    x ^= x >> 16
+    x *= 0x21F0AAAD
+    x ^= x >> 15
+    x ^= high
+    x *= 0x735A2D97
+    x ^= x >> 15
+    v = ((x & 0x7FFFFFFF).to(tl.float32) + 0.5) * 4.656612873077393e-10        # 2**-31
+    v = tl.minimum(v, 0.999999940395355224609375)                              # rng.MAX_V
+    u = 1.0 - v
+    rounded = 1.0 - u
+    return -tl.log(tl.where(rounded == 0.0, v, -tl.log(u) * v / tl.where(rounded == 0.0, 1.0, rounded)))
+
+
+@triton.jit
+def _scaled(logits, tokens, vocab_size, temperature):
+    """What is no number counts as infinite, so that it is drawn and found."""
+    x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")) / temperature
+    return tl.where(x != x, float("inf"), x)
+
+
+@triton.jit
+def _ordered(x):
+    """Integers in the order of the float32 they are made of."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _kth(logits, vocab_size, temperature, k, BLOCK: tl.constexpr):
+    """The k-th largest, as an ordered integer: bit by bit the largest that k tokens reach."""
+    found = tl.full([], -2147483648, tl.int64)
+    for bit in range(32):
+        wanted = found + (tl.full([], 2147483648, tl.int64) >> bit)
+        count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, vocab_size, BLOCK):
+            tokens = start + tl.arange(0, BLOCK)
+            x = _ordered(_scaled(logits, tokens, vocab_size, temperature)).to(tl.int64)
+            count += ((tokens < vocab_size) & (x >= wanted)).to(tl.int32)
+        found = tl.where(tl.sum(count) >= k, wanted, found)
+    return found
+
+
+@triton.jit
+def _draw(logits, out, temperatures, lows, highs, top_ks, top_ps, log_min_ps, row_stride, vocab_size,
+          BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * row_stride
+    temperature, top_k, top_p = tl.load(temperatures + row), tl.load(top_ks + row), tl.load(top_ps + row)
+    low, high = tl.load(lows + row).to(tl.uint32), tl.load(highs + row).to(tl.uint32)
+    log_min_p = tl.load(log_min_ps + row)
+    is_random = temperature > 0.0
+    temperature = tl.where(is_random, temperature, 1.0)
+    needs_mass = is_random & (top_p < 1.0)
+
+    floor = tl.full([], float("-inf"), tl.float32)      # nothing less likely is drawn
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    if needs_mass | (is_random & (log_min_p > float("-inf"))):
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            best = tl.maximum(best, _scaled(logits, start + tl.arange(0, BLOCK), vocab_size, temperature))
+        peak = tl.max(best)
+        if log_min_p > float("-inf"):                  # an infinite peak less infinity were no number
+            floor = peak + log_min_p
+    border = tl.full([], -2147483649, tl.int64)         # the k-th largest, where top_p wants the weight of so many
+    if needs_mass:
+        if (top_k > 0) & (top_k < vocab_size):
+            border = _kth(logits, vocab_size, temperature, top_k, BLOCK)
+        masses = tl.zeros([BLOCK], tl.float32)
+        num_above = tl.zeros([BLOCK], tl.int32)
+        of_border = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            x = _scaled(logits, start + tl.arange(0, BLOCK), vocab_size, temperature)
+            is_above = _ordered(x).to(tl.int64) > border
+            masses += tl.where(is_above, tl.exp(x - peak), 0.0)
+            num_above += is_above.to(tl.int32)
+            of_border = tl.maximum(of_border, tl.where(is_above, 0.0, tl.exp(x - peak)))
+        total = tl.sum(masses)
+        if border > -2147483649:
+            total += tl.max(of_border) * (top_k - tl.sum(num_above)).to(tl.float32)
+
+    bound = tl.full([], float("inf"), tl.float32)       # the last token refused: what is drawn is likelier
+    bound_id = tl.full([], -1, tl.int32)
+    is_bound = tl.full([], False, tl.int1)
+    drawn = tl.full([], 0, tl.int32)
+    pending = tl.full([], True, tl.int1)
+    while pending:
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        best_ids = tl.full([BLOCK], 2147483647, tl.int32)
+        for start in range(0, vocab_size, BLOCK):
+            tokens = start + tl.arange(0, BLOCK)
+            x = _scaled(logits, tokens, vocab_size, temperature)
+            may = (tokens < vocab_size) & (x >= floor)
+            may &= (not is_bound) | (x > bound) | ((x == bound) & (tokens < bound_id))
+            noisy = x
+            if is_random:
+                noisy += _noise(tokens, low, high)
+            is_better = may & ((noisy > best) | (best_ids == 2147483647))
+            best = tl.where(is_better, noisy, best)
+            best_ids = tl.where(is_better, tokens, best_ids)
+        largest = tl.max(best)
+        drawn = tl.minimum(tl.min(tl.where(best == largest, best_ids, 2147483647)), vocab_size - 1)
+        pending = tl.full([], False, tl.int1)
+        if is_random & ((top_k > 0) | (top_p < 1.0)):
+            value = tl.load(logits + drawn) / temperature
+            masses = tl.zeros([BLOCK], tl.float32)
+            num_likelier = tl.zeros([BLOCK], tl.int32)
+            for start in range(0, vocab_size, BLOCK):
+                tokens = start + tl.arange(0, BLOCK)
+                x = _scaled(logits, tokens, vocab_size, temperature)
+                is_likelier = (x > value) | ((x == value) & (tokens < drawn))
+                masses += tl.where(is_likelier, tl.exp(x - peak), 0.0)
+                num_likelier += is_likelier.to(tl.int32)
+            rank = tl.sum(num_likelier)
+            is_inside = (top_k == 0) | (rank < top_k)
+            is_inside &= (top_p >= 1.0) | (rank == 0) | (tl.sum(masses) < top_p * total)
+            pending = not is_inside
+            bound, bound_id, is_bound = value, drawn, tl.full([], True, tl.int1)
+    tl.store(out + row, drawn.to(tl.int64))
