@@ -139,11 +139,12 @@ def decode(model: Model, point: Point, ceiling: Ceiling, shows_kernels: bool) ->
     length = point.num_prompt_tokens + SETTLING_STEPS + TIMED_STEPS // 2
     num_bytes = weight_bytes(model) + point.num_rows * length * model.kv_bytes_per_token
     busy_s, gap_s, kernels = profile(engine) if model.device.type == "cuda" else (0.0, 0.0, [])
+    has_graphs = engine.runner.fixed is not None and engine.runner.fixed.has_graphs
     print(f"{point.numerics:>5} {point.num_rows:>4} rows of {length:>5} tokens, {point.sampling:>8}: "
           f"{point.num_rows / step_s:>8.0f} tok/s, step {1e3 * step_s:6.2f} ms "
           f"(p99 {1e3 * sorted(steps)[-1]:6.2f}, busy {1e3 * busy_s:6.2f}, gap {1e6 * gap_s:5.0f} us), "
           f"{100 * num_bytes / ceiling.bytes_per_s / step_s:3.0f} % of the roofline; all prompts {first_s:.2f} s, "
-          f"made in {made_s:.1f} s, graphs {'yes' if engine.runner.graphs else 'no'}", flush=True)
+          f"made in {made_s:.1f} s, graphs {'yes' if has_graphs else 'no'}", flush=True)
     if shows_kernels:
         for name, num, total_s in kernels[:24]:
             print(f"      {1e6 * total_s:8.1f} us  {num:6.1f} x  {name[:110]}")

@@ -25,9 +25,10 @@ from worker.engine.prefix import PrefixCache
 from worker.engine.request import NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Draws, Params, Row, Sampler
-from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Progress, Span, schedule, share
+from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Forward, Progress, Span, pack, schedule, share
 from worker.engine.sequence import WAITING, Group, Sequence
 from worker.engine.store import make_store
+from worker.model.attention import TILE_LEN
 from worker.model.model import Model
 
 __all__ = ["Engine", "Output", "Request"]
@@ -56,7 +57,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.is_exact = numerics == "exact"         # else all in one forward: an answer depends on its neighbours
         self.max_shared_rows = model.max_shared_rows if self.is_exact else sys.maxsize
-        self.max_rows = max(model.max_rows, self.max_shared_rows)
+        self.max_rows = model.max_rows if model.has_fixed_rows else max(model.max_rows, self.max_shared_rows)
         self.exact_replay_max_tokens = exact_replay_max_tokens if self.is_exact else 0
         self.num_speculative_tokens = num_speculative_tokens
         num_slots = max_num_seqs * (2 if enable_prefix_caching else 1)
@@ -64,7 +65,8 @@ class Engine:
                              num_bytes=kv_cache_bytes)
         self.prefix_cache = PrefixCache(range(max_num_seqs, num_slots))
         self.sampler = Sampler(max_num_seqs, model.vocab_size, model.device)
-        self.runner = Runner.of(model, self.kv, self.sampler.last_token_ids, is_exact=self.is_exact)
+        self.runner = Runner.of(model, self.kv, self.sampler.last_token_ids, prefill_chunk=prefill_chunk,
+                                is_exact=self.is_exact)
         self.batch_limit = BatchLimit(max_num_seqs)
         self.num_preempted = 0
         self.num_draft_tokens = self.num_accepted_tokens = 0
@@ -135,16 +137,23 @@ class Engine:
         self._secure_memory()
         self._draft()
         num_before = len(self._flights)
-        plan = schedule([_progress(sequence) for sequence in self._computing()], max_rows=self.max_rows,
-                        prefill_chunk=self.prefill_chunk, min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)
-        is_any = not self.is_exact or self.model.has_fixed_rows         # number of rows of a part the right one
-        for forward in share(plan, max_rows=self.max_shared_rows, min_rows=1 if is_any else self.model.min_rows):
+        for forward in self._plan():
             sequences, logits, of_prompts = self.runner.run(forward, self._by_slot)
             self._sample(sequences, logits)
             for row, span in enumerate(forward.prefills):
                 self._prefilled(span, of_prompts[row:row + 1])
         may_fly = self.runs_ahead and not any(s.draft_token_ids for flight in self._flights for s in flight.sequences)
         self._land(num_before if may_fly else len(self._flights))
+
+    def _plan(self) -> list[Forward]:
+        progress = [_progress(sequence) for sequence in self._computing()]
+        if fixed := self.runner.fixed:
+            plan = schedule(progress, max_rows=self.max_rows, prefill_chunk=self.prefill_chunk, min_chunk_cost=0,
+                            max_short=self.max_rows)
+            return pack(plan, max_rows=self.max_rows, max_tiled_rows=fixed.tiles.num_rows, tile_len=TILE_LEN)
+        plan = schedule(progress, max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
+                        min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)
+        return share(plan, max_rows=self.max_shared_rows, min_rows=self.model.min_rows if self.is_exact else 1)
 
     def _computing(self) -> list[Sequence]:
         return [sequence for group in self._running for sequence in group.computing if not sequence.is_complete]

@@ -1,4 +1,4 @@
-"""The Triton kernel that draws tokens: one program for each row of logits, and nothing to wait for.
+"""The Triton kernels that draw tokens: one program for each row of logits, and nothing to wait for.
 
 The token drawn is the first in the order of logits / temperature + noise that top_k, top_p and min_p let pass: the same
 as the argmax within what they let pass, whose borders nobody has to find. A token that does not pass takes all those
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_TOKENS = 4096         # of the vocabulary at a time
+BLOCK_TOKENS = 8192         # of the vocabulary at a time
 NUM_WARPS = 16
 
 
@@ -31,6 +31,30 @@ def draw(logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, top_k:
     _draw[(num_rows,)](logits, out, *per_row, logits.stride(0), vocab_size,
                        BLOCK=min(BLOCK_TOKENS, triton.next_power_of_2(vocab_size)), num_warps=NUM_WARPS)
     return out
+
+
+def log_totals(logits: Tensor) -> Tensor:
+    """log Σ exp of float32 logits [rows, vocab_size], [rows]: torch's has other bits beside other rows."""
+    num_rows, vocab_size = logits.shape
+    assert logits.stride(1) == 1
+    out = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    _log_totals[(num_rows,)](logits, out, logits.stride(0), vocab_size,
+                             BLOCK=min(BLOCK_TOKENS, triton.next_power_of_2(vocab_size)), num_warps=NUM_WARPS)
+    return out
+
+
+@triton.jit
+def _log_totals(logits, out, row_stride, vocab_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * row_stride
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        best = tl.maximum(best, _scaled(logits, start + tl.arange(0, BLOCK), vocab_size, 1.0))
+    peak = tl.max(best)
+    masses = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        masses += tl.exp(_scaled(logits, start + tl.arange(0, BLOCK), vocab_size, 1.0) - peak)
+    tl.store(out + row, peak + tl.log(tl.sum(masses)))
 
 
 @triton.jit
@@ -58,25 +82,29 @@ def _scaled(logits, tokens, vocab_size, temperature):
 
 
 @triton.jit
-def _ordered(x):
-    """Integers in the order of the float32 they are made of."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _kth(logits, vocab_size, temperature, k, BLOCK: tl.constexpr):
-    """The k-th largest, as an ordered integer: bit by bit the largest that k tokens reach."""
-    found = tl.full([], -2147483648, tl.int64)
-    for bit in range(32):
-        wanted = found + (tl.full([], 2147483648, tl.int64) >> bit)
+def _kth(logits, vocab_size, temperature, k, peak, BLOCK: tl.constexpr):
+    """The k-th largest: halfway between bounds that are logits themselves, until they meet or k lie above."""
+    most = peak                                         # it is no larger,
+    least = tl.full([], float("-inf"), tl.float32)      # and no smaller
+    reach = tl.full([], 4.0, tl.float32)                # how far below `most` to look while there is no such bound
+    while most > least:
+        middle = tl.where(least == float("-inf"), most - reach, least + (most - least) / 2)
+        middle = tl.where(middle > least, middle, most)
         count = tl.zeros([BLOCK], tl.int32)
+        above = tl.full([BLOCK], float("inf"), tl.float32)
+        below = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, vocab_size, BLOCK):
             tokens = start + tl.arange(0, BLOCK)
-            x = _ordered(_scaled(logits, tokens, vocab_size, temperature)).to(tl.int64)
-            count += ((tokens < vocab_size) & (x >= wanted)).to(tl.int32)
-        found = tl.where(tl.sum(count) >= k, wanted, found)
-    return found
+            x = _scaled(logits, tokens, vocab_size, temperature)
+            is_above = (tokens < vocab_size) & (x >= middle)
+            count += is_above.to(tl.int32)
+            above = tl.minimum(above, tl.where(is_above, x, float("inf")))
+            below = tl.maximum(below, tl.where(is_above, float("-inf"), x))
+        num_above, next_above, next_below = tl.sum(count), tl.min(above), tl.max(below)
+        least = tl.where(num_above >= k, next_above, least)
+        most = tl.where(num_above >= k, tl.where(num_above == k, next_above, most), next_below)
+        reach *= 2
+    return least
 
 
 @triton.jit
@@ -101,22 +129,19 @@ def _draw(logits, out, temperatures, lows, highs, top_ks, top_ps, log_min_ps, ro
         peak = tl.max(best)
         if log_min_p > float("-inf"):                  # an infinite peak less infinity were no number
             floor = peak + log_min_p
-    border = tl.full([], -2147483649, tl.int64)         # the k-th largest, where top_p wants the weight of so many
     if needs_mass:
+        border = tl.full([], float("-inf"), tl.float32) # the k-th largest, where top_p is a share of what k weigh
         if (top_k > 0) & (top_k < vocab_size):
-            border = _kth(logits, vocab_size, temperature, top_k, BLOCK)
+            border = _kth(logits, vocab_size, temperature, top_k, peak, BLOCK)
         masses = tl.zeros([BLOCK], tl.float32)
         num_above = tl.zeros([BLOCK], tl.int32)
-        of_border = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):
             x = _scaled(logits, start + tl.arange(0, BLOCK), vocab_size, temperature)
-            is_above = _ordered(x).to(tl.int64) > border
-            masses += tl.where(is_above, tl.exp(x - peak), 0.0)
-            num_above += is_above.to(tl.int32)
-            of_border = tl.maximum(of_border, tl.where(is_above, 0.0, tl.exp(x - peak)))
+            masses += tl.where(x > border, tl.exp(x - peak), 0.0)
+            num_above += (x > border).to(tl.int32)
         total = tl.sum(masses)
-        if border > -2147483649:
-            total += tl.max(of_border) * (top_k - tl.sum(num_above)).to(tl.float32)
+        if border > float("-inf"):                      # as many of those at the border as are among the k
+            total += tl.exp(border - peak) * (top_k - tl.sum(num_above)).to(tl.float32)
 
     bound = tl.full([], float("inf"), tl.float32)       # the last token refused: what is drawn is likelier
     bound_id = tl.full([], -1, tl.int32)

@@ -14,15 +14,13 @@ from torch import Tensor
 
 from worker.engine.scheduler import Forward, Span
 from worker.engine.sequence import PENDING, Sequence
-from worker.model.attention import Context
+from worker.model.attention import NOBODY, TILE_LEN, Context
 from worker.model.model import Model
 from worker.model.transfer import send
 
 if TYPE_CHECKING:
-    from worker.engine.graphs import DecodeGraphs
+    from worker.engine.fixed import FixedForwards
     from worker.engine.store import KV
-
-GRAPH_ROWS = (16, 64)           # and as many as the model's forwards may have
 
 
 @dataclass(slots=True)
@@ -30,47 +28,53 @@ class Runner:
     model: Model
     kv: KV
     last_token_ids: Tensor          # [slots], on the model's device: what each slot has drawn last
-    graphs: DecodeGraphs | None
+    fixed: FixedForwards | None     # where shapes are fixed
 
     @classmethod
-    def of(cls, model: Model, kv: KV, last_token_ids: Tensor, *, is_exact: bool) -> Runner:
-        """With graphs where the device has them: of as many rows as all forwards, or of fewer too."""
-        if model.device.type != "cuda":
+    def of(cls, model: Model, kv: KV, last_token_ids: Tensor, *, prefill_chunk: int, is_exact: bool) -> Runner:
+        if not model.has_fixed_rows:
             return cls(model, kv, last_token_ids, None)
-        from worker.engine.graphs import capture  # needs Triton
+        from worker.engine.fixed import FixedForwards  # needs Triton
         from worker.model.paged import PagedMemory
 
         assert isinstance(kv.memory, PagedMemory)
-        sizes = [model.max_rows] if is_exact else [*(size for size in GRAPH_ROWS if size < model.max_rows),
-                                                   model.max_rows]
-        return cls(model, kv, last_token_ids, capture(model, kv.memory, last_token_ids, sizes))
+        return cls(model, kv, last_token_ids, FixedForwards(model, kv.memory, last_token_ids, is_exact=is_exact,
+                                                            prefill_chunk=prefill_chunk))
 
     def run(self, forward: Forward, sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor, Tensor]:
         """For each decode row at or behind a sequence's last known token the sequence, and the logits; the logits of
         each chunk's last token. Of [rows, vocab_size] each."""
         decodes, prefills = forward
+        if self.fixed:
+            return self.in_shape(self.fixed, forward, sequences)
         if not prefills and forward.num_rows <= self.model.max_rows:
             decoding, logits = self.decode(decodes, sequences)
             return decoding, logits, logits[:0]
-        is_filled_up = self.model.has_fixed_rows and forward.num_rows <= self.model.max_shared_rows
-        if not decodes and len(prefills) == 1 and not is_filled_up:
+        if not decodes and len(prefills) == 1:
             logits = self.prefill(prefills[0], sequences[prefills[0].slot])
             return [], logits[:0], logits
         return self.together(decodes, prefills, sequences)
 
+    def in_shape(self, fixed: FixedForwards, forward: Forward, sequences: Mapping[int, Sequence]
+                 ) -> tuple[list[Sequence], Tensor, Tensor]:
+        """Tokens of a short chunk are decode rows as good as any; long ones come in tiles."""
+        decodes, prefills = forward
+        if forward.num_rows <= fixed.max_rows:
+            rows = _Rows.of(decodes, prefills, sequences)
+            logits = fixed.run_rows(rows.token_ids, rows.slots, rows.positions, rows.kept)
+        else:
+            rows = _Rows.of([], prefills, sequences, tile_len=TILE_LEN)
+            logits = fixed.run_tiles(rows.token_ids, rows.slots, rows.positions, rows.kept)
+        return self._done(forward, rows, sequences, logits)
+
     def decode(self, spans: list[Span], sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor]:
         """One forward. For each row at or behind a sequence's last known token: the sequence, and the logits."""
-        rows = _Rows.of(spans, sequences)
-        if self.graphs:
-            logits = self.graphs.run(rows.token_ids, rows.slots, rows.positions)
-            if len(rows.ends) < len(logits):
-                logits = logits[send(rows.ends, self.model.device)]
-        else:
-            context = self.kv.memory.rows(rows.slots, rows.positions)
-            token_ids = self._known(rows.token_ids, rows.slots)
-            logits = self.model.decode(token_ids, context, rows.positions, rows.ends or [0])[:len(rows.ends)]
+        rows = _Rows.of(spans, [], sequences)
+        context = self.kv.memory.rows(rows.slots, rows.positions)
+        token_ids = self._known(rows.token_ids, rows.slots)
+        logits = self.model.decode(token_ids, context, rows.positions, rows.kept or [0])[:len(rows.kept)]
         _advance(spans, sequences)
-        return [sequences[rows.slots[row]] for row in rows.ends], logits
+        return rows.decoding(sequences), logits
 
     def prefill(self, span: Span, sequence: Sequence) -> Tensor:
         """One chunk in a forward of its own: the logits of its last token, [1, vocab_size]."""
@@ -82,21 +86,20 @@ class Runner:
 
     def together(self, decodes: list[Span], prefills: list[Span], sequences: Mapping[int, Sequence]
                  ) -> tuple[list[Sequence], Tensor, Tensor]:
-        """As `decode` and several times `prefill`, in one forward."""
-        rows = _Rows.of(decodes, sequences)
+        """One forward of decode rows and of chunks, which attend as chunks do."""
+        rows = _Rows.of(decodes, prefills, sequences)
+        num_rows = sum(span.end - span.begin for span in decodes)
         parts: list[tuple[Context, int]] = []
         if decodes:
-            parts.append((self.kv.memory.rows(rows.slots, rows.positions), len(rows.slots)))
-        token_ids, slots, positions, kept = [*rows.token_ids], [*rows.slots], [*rows.positions], [*rows.ends]
-        for span in prefills:
-            parts.append((self.kv.memory.chunk(*span), span.end - span.begin))
-            token_ids += sequences[span.slot].token_ids(span.begin, span.end)
-            slots += [span.slot] * (span.end - span.begin)
-            positions += range(span.begin, span.end)
-            kept.append(len(token_ids) - 1)
-        logits = self.model.together(self._known(token_ids, slots), parts, positions, kept)
-        _advance([*decodes, *prefills], sequences)
-        return [sequences[rows.slots[row]] for row in rows.ends], *logits.split([len(rows.ends), len(prefills)])
+            parts.append((self.kv.memory.rows(rows.slots[:num_rows], rows.positions[:num_rows]), num_rows))
+        parts += [(self.kv.memory.chunk(*span), span.end - span.begin) for span in prefills]
+        logits = self.model.together(self._known(rows.token_ids, rows.slots), parts, rows.positions, rows.kept)
+        return self._done(Forward(decodes, prefills), rows, sequences, logits)
+
+    def _done(self, forward: Forward, rows: _Rows, sequences: Mapping[int, Sequence], logits: Tensor
+              ) -> tuple[list[Sequence], Tensor, Tensor]:
+        _advance([*forward.decodes, *forward.prefills], sequences)
+        return rows.decoding(sequences), *logits.split([rows.num_decoding, len(forward.prefills)])
 
     def _known(self, token_ids: list[int], slots: list[int]) -> list[int] | Tensor:
         """With the pending ones from where they were drawn, without waiting for them."""
@@ -107,21 +110,33 @@ class Runner:
 
 
 class _Rows(NamedTuple):
-    """Of decode spans, one for each token."""
+    """One for each token: first of decode spans, then of chunks, each filled up to whole tiles."""
 
     slots: list[int]
     positions: list[int]
     token_ids: list[int]
-    ends: list[int]                 # the rows at or behind a sequence's last known token
+    kept: list[int]                 # rows whose logits are wanted: at or behind a last known token, or a chunk's last
+    num_decoding: int               # of them
 
     @classmethod
-    def of(cls, spans: list[Span], sequences: Mapping[int, Sequence]) -> _Rows:
-        slots = [span.slot for span in spans for _ in range(span.begin, span.end)]
-        positions = [position for span in spans for position in range(span.begin, span.end)]
+    def of(cls, decodes: list[Span], prefills: list[Span], sequences: Mapping[int, Sequence], tile_len: int = 1
+           ) -> _Rows:
+        slots = [span.slot for span in decodes for _ in range(span.begin, span.end)]
+        positions = [position for span in decodes for position in range(span.begin, span.end)]
         token_ids = [sequences[slot].token_id(position) for slot, position in zip(slots, positions, strict=True)]
-        ends = [row for row, (slot, position) in enumerate(zip(slots, positions, strict=True))
+        kept = [row for row, (slot, position) in enumerate(zip(slots, positions, strict=True))
                 if position + 1 >= sequences[slot].num_tokens]
-        return cls(slots, positions, token_ids, ends)
+        num_decoding = len(kept)
+        for slot, begin, end in prefills:
+            num_filling = -(end - begin) % tile_len
+            kept.append(len(slots) + end - begin - 1)
+            slots += [slot] * (end - begin + num_filling)
+            positions += [*range(begin, end), *[NOBODY] * num_filling]
+            token_ids += [*sequences[slot].token_ids(begin, end), *[0] * num_filling]
+        return cls(slots, positions, token_ids, kept, num_decoding)
+
+    def decoding(self, sequences: Mapping[int, Sequence]) -> list[Sequence]:
+        return [sequences[self.slots[row]] for row in self.kept[:self.num_decoding]]
 
 
 def _advance(spans: list[Span], sequences: Mapping[int, Sequence]) -> None:

@@ -199,6 +199,13 @@ class Sampler:
             [_log(p.sampling.min_p) for p in params]]), self.device, torch.float32)
         return kernels.draw(logits, temperatures, low, high, top_k, top_p, log_min_p)
 
+    def _log_totals(self, logits: Tensor) -> Tensor:
+        if not self.has_kernel:
+            return torch.logsumexp(logits, dim=-1)
+        from worker.engine import kernels
+
+        return kernels.log_totals(logits)
+
     def _draw_random(self, logits: Tensor, keys: list[int], params: list[Params]) -> Tensor:
         low, high = (half.to(self.device) for half in rng.split_keys(keys))
         truncated = [i for i, p in enumerate(params) if p.is_truncated]
@@ -286,7 +293,7 @@ class Sampler:
         if not asked:
             return ()
         of_asked = _rows(raw, asked)
-        log_total = torch.logsumexp(of_asked, dim=-1)
+        log_total = self._log_totals(of_asked)
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
         values, ids = _likeliest(of_asked, max(1, most))
         return _rows(chosen, asked) - log_total, ids, values - log_total[:, None]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MIN_CHUNK_COST = 32     # tokens: a shorter chunk costs no less, for the weights are read all the same
+SHORT_COST = 4          # times a token of a long chunk
 MAX_REPLAY_ROWS = 32    # rows of one sequence read its keys once each
 CALM_STEPS = 1000       # a minute or so: memory that others took may be free again
 
@@ -71,19 +72,26 @@ class Forward(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return sum(span.end - span.begin for span in (*self.decodes, *self.prefills))
+        return self.num_rows_in(1)
+
+    def num_rows_in(self, unit: int) -> int:
+        """Each span filled up to whole units."""
+        return sum(_in(unit, span) for span in (*self.decodes, *self.prefills))
 
 
 def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
-             min_chunk_cost: int = MIN_CHUNK_COST) -> Plan:
-    """`progress` comes in order of arrival, which is the order of prefill and of replay."""
+             min_chunk_cost: int = MIN_CHUNK_COST, max_short: int = 0) -> Plan:
+    """`progress` comes in order of arrival, which is the order of prefill and of replay.
+
+    Chunks of at most `max_short` tokens share forwards of so many rows, where a token costs more than in a long one.
+    """
     prefilling = [p for p in progress if p.num_computed_tokens < p.num_prefill_tokens]
     computing = [p for p in progress if p.num_computed_tokens >= p.num_prefill_tokens]
     decoding = sorted(_next(p, 1 + p.num_drafted) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
     replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1),
                               min(max_rows, MAX_REPLAY_ROWS))
     return Plan(list(_split([*decoding, *replaying], max_rows)),
-                _take_prefills(prefilling, prefill_chunk, min_chunk_cost))
+                _take_prefills(prefilling, prefill_chunk, min_chunk_cost, max_short))
 
 
 def share(plan: Plan, *, max_rows: int, min_rows: int = 1) -> list[Forward]:
@@ -100,6 +108,24 @@ def share(plan: Plan, *, max_rows: int, min_rows: int = 1) -> list[Forward]:
     return forwards
 
 
+def pack(plan: Plan, *, max_rows: int, max_tiled_rows: int, tile_len: int) -> list[Forward]:
+    """For forwards of fixed shapes: short chunks join decode rows, long ones join each other in whole tiles."""
+    few, many = [Forward(spans, []) for spans in plan.decodes], list[Forward]()
+    for span in plan.prefills:
+        is_short = span.end - span.begin <= max_rows
+        forwards, most, unit = (few, max_rows, 1) if is_short else (many, max_tiled_rows, tile_len)
+        if forwards and forwards[-1].num_rows_in(unit) + _in(unit, span) <= most:
+            forwards[-1].prefills.append(span)
+        else:
+            forwards.append(Forward([], [span]))
+    return few + many
+
+
+def _in(unit: int, span: Span) -> int:
+    """Rows, filled up to whole units."""
+    return -(-(span.end - span.begin) // unit) * unit
+
+
 def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span]:
     for p in replaying:
         if num_rows <= 0:
@@ -109,13 +135,13 @@ def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span
         yield span
 
 
-def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, min_cost: int) -> list[Span]:
+def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, min_cost: int, max_short: int) -> list[Span]:
     spans: list[Span] = []
     cost = 0
     for p in prefilling:
         to_grid = prefill_chunk - p.num_computed_tokens % prefill_chunk
         num_tokens = min(to_grid, p.num_prefill_tokens - p.num_computed_tokens)
-        cost += max(num_tokens, min_cost)
+        cost += max(num_tokens * (SHORT_COST if num_tokens <= max_short else 1), min_cost)
         if spans and cost > prefill_chunk:
             break
         spans.append(_next(p, num_tokens))

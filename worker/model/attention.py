@@ -30,6 +30,8 @@ NO_RESERVE = 0x4000 if sys.platform == "linux" else 0       # MAP_NORESERVE; mma
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 PAGE_LEN = 256              # tokens: smaller ones cost more calls, larger ones more padding
+NOBODY = -1                 # position of a row that fills a forward of fixed shape up
+TILE_LEN = 64               # rows of a prompt that attend together where keys lie in pages
 MAX_SPREAD = 2              # times as many slots may be read as are needed: a copy reads and writes, and is read again
 
 

@@ -110,15 +110,12 @@ def probe_shared_rows(model: Model) -> int:
 
     Every number of rows that such a forward may have is tried, with every row in it. Packed products reduce in one
     order for hundreds of rows on some processors, and not on others; plain ones, and experts, who see as many rows as
-    others send them, are not tried. On a GPU it is what every forward has.
+    others send them, are not tried.
     """
-    if model.has_fixed_rows:
-        model.shared_unit = model.max_rows
-        return model.max_rows
     modules = list(model.module.modules())
     num_weights = sum(module.packed.numel() for module in modules if isinstance(module, PackedLinear))
     is_plain = any(isinstance(module, nn.Linear) or hasattr(module, "is_transposed") for module in modules)
-    if is_plain or num_weights > MAX_SHARED_WEIGHTS:
+    if model.has_fixed_rows or is_plain or num_weights > MAX_SHARED_WEIGHTS:
         return 0
     num_parts = MAX_SHARED_ROWS // SHARED_UNIT
     token_ids = random_token_ids(model.vocab_size, MAX_SHARED_ROWS)

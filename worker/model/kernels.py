@@ -5,6 +5,9 @@ A pool of keys, or of values, is [num_pages, num_kv_heads, page_len, head_dim]; 
 writes nothing and comes out as zeros. The keys of a row are cut into splits of fixed length, each reduced by a program
 of its own, and the splits are summed in their order: a row's bits depend neither on its neighbours nor on their
 lengths. Grids depend on shapes alone, so that a CUDA graph can replay them. (Flash-decoding, Dao et al. 2023.)
+
+Prompts come in tiles: `TILE_LEN` rows of one sequence that read its keys together and share a row of the table. What a
+tile's other rows see is masked, so here too a row's bits are its own.
 They know tensors. They know nothing of layers, slots or schedules.
 """
 
@@ -15,18 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.model.attention import TILE_LEN
+
 SPLIT_LEN = 256             # tokens that one program reduces
 BLOCK_LEN = 64              # of them that it reads at a time
 MIN_DOT = 16                # the least rows and columns of a product on tensor cores
 
-def store(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, table: Tensor, positions: Tensor) -> None:
-    """Writes new keys and values of [rows, num_kv_heads, head_dim] at their rows' positions."""
+
+def store(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, table: Tensor, positions: Tensor, *,
+          tile_len: int = 1) -> None:
+    """Writes new keys and values of [rows, num_kv_heads, head_dim] at their rows' positions; `tile_len` rows share a
+    row of the table."""
     num_rows, num_kv_heads, head_dim = new_keys.shape
     assert new_keys.stride(2) == new_values.stride(2) == table.stride(1) == positions.stride(0) == 1
     _store[(num_rows,)](
         keys, values, new_keys, new_values, table, positions, *keys.stride()[:3], *new_keys.stride()[:2],
-        *new_values.stride()[:2], table.stride(0), PAGE_LEN=keys.shape[2], NUM_HEADS=num_kv_heads,
-        BLOCK_HEADS=triton.next_power_of_2(num_kv_heads), HEAD_DIM=head_dim, BLOCK_DIM=_block(head_dim))
+        *new_values.stride()[:2], table.stride(0), PAGE_LEN=keys.shape[2], TILE_LEN=tile_len,
+        NUM_HEADS=num_kv_heads, BLOCK_HEADS=triton.next_power_of_2(num_kv_heads), HEAD_DIM=head_dim,
+        BLOCK_DIM=_block(head_dim))
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor, *, scaling: float,
@@ -53,6 +62,22 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions
     return out
 
 
+def attend_tiles(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor, *, scaling: float,
+                 window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    """As `attend`, for tiles: queries of [tiles · TILE_LEN, num_heads, head_dim], a table of [tiles, pages]."""
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, page_len = keys.shape[1:3]
+    assert num_rows == TILE_LEN * len(table)
+    assert query.stride(2) == table.stride(1) == positions.stride(0) == 1
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _attend_tile[(len(table), num_heads)](
+        query, keys, values, table, positions, positions if sinks is None else sinks, out, *query.stride()[:2],
+        *keys.stride()[:3], table.stride(0), scaling, softcap or 0.0, window or 0, GROUP=num_heads // num_kv_heads,
+        PAGE_LEN=page_len, HEAD_DIM=head_dim, BLOCK_DIM=_block(head_dim), TILE_LEN=TILE_LEN, BLOCK_LEN=BLOCK_LEN,
+        HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None)
+    return out
+
+
 def _block(size: int) -> int:
     return max(MIN_DOT, int(triton.next_power_of_2(size)))
 
@@ -60,12 +85,12 @@ def _block(size: int) -> int:
 @triton.jit
 def _store(keys, values, new_keys, new_values, table, positions, page_stride, head_stride, token_stride,
            key_row_stride, key_head_stride, value_row_stride, value_head_stride, table_stride,
-           PAGE_LEN: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-           BLOCK_DIM: tl.constexpr):
+           PAGE_LEN: tl.constexpr, TILE_LEN: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+           HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     row = tl.program_id(0)
     position = tl.load(positions + row)
     if position >= 0:
-        page = tl.load(table + row * table_stride + position // PAGE_LEN).to(tl.int64)
+        page = tl.load(table + row // TILE_LEN * table_stride + position // PAGE_LEN).to(tl.int64)
         heads, dims = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
         is_there = (heads < NUM_HEADS) & (dims < HEAD_DIM)
         places = page * page_stride + heads * head_stride + position % PAGE_LEN * token_stride + dims
@@ -73,6 +98,21 @@ def _store(keys, values, new_keys, new_values, table, positions, page_stride, he
         value = tl.load(new_values + row * value_row_stride + heads * value_head_stride + dims, mask=is_there)
         tl.store(keys + places, key, mask=is_there)
         tl.store(values + places, value, mask=is_there)
+
+
+@triton.jit
+def _add_block(part, total, peak, q, k, v, is_seen, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
+    """What the queries see in one block of keys, to what they have seen: weighted values, weights, their largest."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    if HAS_SOFTCAP:
+        logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)       # its tanh
+    logits = tl.where(is_seen, logits, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)               # nothing seen yet: no -inf less -inf
+    weights = tl.exp(logits - base[:, None])
+    shrink = tl.exp(peak - base)
+    part = part * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return part, total * shrink + tl.sum(weights, axis=1), new_peak
 
 
 @triton.jit
@@ -102,22 +142,50 @@ def _attend_split(query, keys, values, table, positions, parts, peaks, sums, row
             places = pages * page_stride + kv_head * head_stride + tokens % PAGE_LEN * token_stride
             is_there = is_token[:, None] & is_dim[None, :]
             k = tl.load(keys + places[:, None] + dims[None, :], mask=is_there, other=0.0)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-            if HAS_SOFTCAP:
-                logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)              # its tanh
-            logits = tl.where(is_token[None, :], logits, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logits, axis=1))
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)       # nothing seen yet: no -inf less -inf
-            weights = tl.exp(logits - base[:, None])
-            shrink = tl.exp(peak - base)
             v = tl.load(values + places[:, None] + dims[None, :], mask=is_there, other=0.0)
-            part = part * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-            total = total * shrink + tl.sum(weights, axis=1)
-            peak = new_peak
+            part, total, peak = _add_block(part, total, peak, q, k, v, is_token[None, :], scaling, softcap, HAS_SOFTCAP)
         at = (row * tl.num_programs(1) * GROUP + query_heads) * num_splits + split
         tl.store(parts + at[:, None] * HEAD_DIM + dims[None, :], part, mask=is_head[:, None] & is_dim[None, :])
         tl.store(peaks + at, peak, mask=is_head)
         tl.store(sums + at, total, mask=is_head)
+
+
+@triton.jit
+def _attend_tile(query, keys, values, table, positions, sinks, out, row_stride, query_head_stride, page_stride,
+                 head_stride, token_stride, table_stride, scaling, softcap, window, GROUP: tl.constexpr,
+                 PAGE_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE_LEN: tl.constexpr,
+                 BLOCK_LEN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+                 HAS_SINKS: tl.constexpr):
+    tile, head = tl.program_id(0), tl.program_id(1)
+    rows, dims = tile * TILE_LEN + tl.arange(0, TILE_LEN), tl.arange(0, BLOCK_DIM)
+    is_dim = dims < HEAD_DIM
+    at = tl.load(positions + rows)
+    begin, end = 0, tl.max(at) + 1
+    if HAS_WINDOW:                                      # nobody here sees what lies before the first one's window
+        first = tl.min(tl.where(at < 0, end, at))
+        begin = tl.maximum(0, first - window + 1) // BLOCK_LEN * BLOCK_LEN
+    q = tl.load(query + rows[:, None] * row_stride + head * query_head_stride + dims[None, :], mask=is_dim[None, :],
+                other=0.0)
+    peak = tl.full([TILE_LEN], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_LEN], tl.float32)
+    if HAS_SINKS:                                       # one more key, without a value
+        peak = tl.full([TILE_LEN], 0.0, tl.float32) + tl.load(sinks + head).to(tl.float32)
+        total += 1.0
+    part = tl.zeros([TILE_LEN, BLOCK_DIM], tl.float32)
+    for start in range(begin, end, BLOCK_LEN):
+        tokens = start + tl.arange(0, BLOCK_LEN)
+        pages = tl.load(table + tile * table_stride + tokens // PAGE_LEN, mask=tokens < end, other=0).to(tl.int64)
+        places = pages * page_stride + head // GROUP * head_stride + tokens % PAGE_LEN * token_stride
+        is_there = (tokens < end)[:, None] & is_dim[None, :]
+        k = tl.load(keys + places[:, None] + dims[None, :], mask=is_there, other=0.0)
+        v = tl.load(values + places[:, None] + dims[None, :], mask=is_there, other=0.0)
+        is_seen = tokens[None, :] <= at[:, None]
+        if HAS_WINDOW:
+            is_seen &= at[:, None] - tokens[None, :] < window
+        part, total, peak = _add_block(part, total, peak, q, k, v, is_seen, scaling, softcap, HAS_SOFTCAP)
+    result = tl.where((at >= 0)[:, None], part / tl.where(total == 0, 1.0, total)[:, None], 0.0)
+    places = (rows[:, None] * tl.num_programs(1) + head) * HEAD_DIM + dims[None, :]
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=is_dim[None, :])
 
 
 @triton.jit

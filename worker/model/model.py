@@ -33,7 +33,6 @@ class Model:
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
     max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart
-    shared_unit: int = SHARED_UNIT      # rows of which such a forward has a multiple
     numerics_id: str = ""               # equal ids promise equal bits
 
     def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
@@ -63,8 +62,8 @@ class Model:
 
     def together(self, token_ids: Sequence[int] | Tensor, parts: Sequence[tuple[Context, int]],
                  positions: Sequence[int], kept: Sequence[int]) -> Tensor:
-        """`forward` of parts, each with its number of rows, filled up to a multiple of `shared_unit`."""
-        missing = -len(positions) % self.shared_unit
+        """`forward` of parts, each with its number of rows, filled up to a multiple of `SHARED_UNIT`."""
+        missing = -len(positions) % SHARED_UNIT
         if missing:
             token_ids = _extended(token_ids, missing)
             positions = [*positions, *[positions[-1]] * missing]
@@ -76,7 +75,7 @@ class Model:
 
     @property
     def has_fixed_rows(self) -> bool:
-        """Whether all forwards of few rows have as many; only those of one long chunk differ."""
+        """Whether forwards have fixed shapes (worker/engine/fixed.py)."""
         return self.min_rows == self.max_rows
 
     @property

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
-from tests.worker.engine.driver import MIXED, run, token_ids
+from tests.worker.engine.driver import MIXED, greedy, run, seeded, token_ids
 from tests.worker.families import FAMILIES, save
-from worker.engine.engine import Engine
+from worker.engine.engine import Engine, Output, Request
+from worker.engine.sampler import Logprobs
 from worker.model.loading import load
+
+PAGE_LEN = 16
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -29,7 +33,7 @@ def test_the_engine_says_on_a_gpu_what_it_says_on_a_cpu(family: str, tmp_path: P
     """With prompts in chunks, found beginnings, choices, drafts; decoding by graphs."""
     folder = save(family, tmp_path)
     engines = [make_engine(folder, device) for device in ("cpu", "cuda")]
-    assert engines[1].runner.graphs
+    assert engines[1].runner.fixed and engines[1].runner.fixed.has_graphs
     on_cpu, on_gpu = ({key: token_ids(outputs) for key, outputs in run(engine, ARRIVALS).items()}
                       for engine in engines)
     assert on_gpu == on_cpu
@@ -37,18 +41,21 @@ def test_the_engine_says_on_a_gpu_what_it_says_on_a_cpu(family: str, tmp_path: P
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_bits_on_a_gpu_do_not_depend_on_what_runs_beside(family: str, tmp_path: Path) -> None:
-    """In bfloat16: alone, together, without graphs, without drafts, and short of memory."""
+    """In bfloat16: alone, together, without graphs, and short of memory, where the younger one gives way."""
     folder = save(family, tmp_path)
     roomy, plain = (make_engine(folder, "cuda", "bfloat16") for _ in range(2))
-    num_bytes = 4 * 16 * roomy.model.kv_bytes_per_token
-    tight = make_engine(folder, "cuda", "bfloat16", num_bytes, num_speculative_tokens=0, max_model_len=48,
-                        enable_prefix_caching=False)
-    assert roomy.runner.graphs
-    plain.runner.graphs = None
-    alone = {key: outputs for request in MIXED for key, outputs in run(roomy, {0: [request]}).items()}
-    for engine in (roomy, plain, tight):
-        for key, outputs in run(engine, ARRIVALS).items():
-            assert token_ids(outputs) == token_ids(alone[key]), (engine, key)
-            found, expected = ([o.logprobs for output in each for o in [output]] for each in (outputs, alone[key]))
-            assert [x for each in found for x in each] == [x for each in expected for x in each]
+    assert plain.runner.fixed
+    for forward in (*plain.runner.fixed.rows, plain.runner.fixed.tiles):
+        forward.forget()
+    num_bytes = 4 * PAGE_LEN * roomy.model.kv_bytes_per_token       # two pages each, and both want a third
+    tight = make_engine(folder, "cuda", "bfloat16", num_bytes, max_model_len=3 * PAGE_LEN, num_speculative_tokens=0)
+    growing = [Request("greedy", tuple(range(10, 39)), greedy(5, num_logprobs=2)),
+               Request("seeded", tuple(range(40, 69)), seeded(5, num_logprobs=1))]
+    for engine, requests in ((roomy, MIXED), (plain, MIXED), (tight, growing)):
+        alone = {key: said(outputs) for request in requests for key, outputs in run(roomy, {0: [request]}).items()}
+        assert {key: said(outputs) for key, outputs in run(engine, {0: requests[:2], 7: requests[2:]}).items()} == alone
     assert tight.num_preempted
+
+
+def said(outputs: Sequence[Output]) -> tuple[list[int], list[Logprobs]]:
+    return token_ids(outputs), [each for output in outputs for each in output.logprobs]

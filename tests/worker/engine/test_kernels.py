@@ -68,6 +68,12 @@ def test_noise_is_that_of_the_processor() -> None:
     assert found.tolist() == noise.argmax(dim=-1).tolist()
 
 
+def test_log_totals_are_those_of_torch() -> None:
+    logits = 5 * torch.randn(7, VOCAB_SIZE, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    logits[2, :200] = float("-inf")
+    torch.testing.assert_close(kernels.log_totals(logits), torch.logsumexp(logits, dim=-1), rtol=1e-6, atol=1e-6)
+
+
 def test_the_likeliest_by_keys_are_the_likeliest() -> None:
     logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(3)).mul(8).round().div(8)
     logits[0], logits[1, 5] = -0.5, float("-inf")

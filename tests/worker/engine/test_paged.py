@@ -21,16 +21,15 @@ from tests.tools import require_package
 from tests.worker.engine.driver import MIXED, greedy, run, seeded, token_ids
 from tests.worker.families import save
 from worker.engine.engine import Engine, Request
-from worker.model import memory
+from worker.model import check, memory
 from worker.model.attention import KVShape
 from worker.model.loading import load
-from worker.model.model import Model
 
 require_package("triton")
-from worker.engine import graphs
-from worker.engine.graphs import DecodeGraphs, padded, widths
+from worker.engine import fixed
+from worker.engine.fixed import FixedForwards, widths
 from worker.engine.paged import KVPages
-from worker.model.paged import PAGE_LEN, PagedMemory
+from worker.model.paged import PAGE_LEN, PagedMemory, padded, tiled
 
 CPU = torch.device("cpu")
 NUM_SLOTS, NUM_KEPT, NUM_PAGES, NUM_TOKENS = 3, 2, 12, 5 * PAGE_LEN
@@ -138,6 +137,7 @@ def test_what_has_a_page_in_common_needs_it_once() -> None:
 
 def test_a_forward_is_filled_up_with_rows_that_are_none() -> None:
     assert padded([7, 0], 4).tolist() == [7, 0, -1, -1]
+    assert [tiled(num_rows) for num_rows in (1, 64, 65)] == [64, 64, 128]
 
 
 @pytest.mark.parametrize("num_pages", [1, 64, 65, 513, 8192])
@@ -149,7 +149,9 @@ def test_a_graph_is_made_for_every_length_and_few_in_all(num_pages: int) -> None
 
 @pytest.fixture
 def paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, so that some chunks are long, and the interpreter has little to do."""
     monkeypatch.setattr(memory, "is_paged", lambda device: True)
+    monkeypatch.setattr(check, "DEVICE_ROWS", (8,))
 
 
 ARRIVALS = {0: MIXED[:2], 7: MIXED[2:]}
@@ -213,44 +215,44 @@ class Recorder:
 
 
 @pytest.fixture
-def model(tmp_path: Path, paged: None, monkeypatch: pytest.MonkeyPatch) -> Model:
-    model = load(str(save("llama", tmp_path)), dtype="float32")
-    monkeypatch.setattr(model, "max_rows", 8)
-    return model
+def engine(tmp_path: Path, paged: None) -> Engine:
+    return Engine(load(str(save("llama", tmp_path)), dtype="float32"), max_num_seqs=4, max_model_len=48,
+                  prefill_chunk=16, kv_cache_bytes=1 << 20)
 
 
-def paged_engine(model: Model) -> Engine:
-    return Engine(model, max_num_seqs=4, max_model_len=48, kv_cache_bytes=1 << 20)
+def forwards(engine: Engine) -> FixedForwards:
+    assert engine.runner.fixed
+    return engine.runner.fixed
 
 
-def capture(model: Model, engine: Engine) -> DecodeGraphs | None:
-    assert isinstance(engine.kv, KVPages)
-    return graphs.capture(model, engine.kv.memory, engine.sampler.last_token_ids, [4, model.max_rows])
-
-
-def test_a_batch_that_is_written_into_a_graph_says_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_is_written_into_a_graph_says_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request("greedy", tuple(range(3, 16)), greedy(7)), Request("seeded", (6, 7), seeded(4), n=2)]
+    arrivals = {0: requests[:1], 3: requests[1:]}
+    expected = answers(engine, arrivals)
     recorder = Recorder()
-    monkeypatch.setattr(graphs, "record", recorder)
-    requests = [Request("greedy", (3, 4, 5), greedy(7)), Request("seeded", (6, 7), seeded(4), n=2)]
-    plain, recorded = paged_engine(model), paged_engine(model)
-    recorded.runner.graphs = capture(model, recorded)
+    monkeypatch.setattr(fixed, "record", recorder)
+    assert forwards(engine).record(engine.model)
     before = recorder.num_replays
-    assert answers(recorded, {0: requests[:1], 3: requests[1:]}) == answers(plain, {0: requests[:1], 3: requests[1:]})
+    assert answers(engine, arrivals) == expected
     assert recorder.num_replays > before
 
 
-def test_a_graph_that_says_something_else_is_not_used(model: Model, monkeypatch: pytest.MonkeyPatch,
+def test_a_graph_that_says_something_else_is_not_used(engine: Engine, monkeypatch: pytest.MonkeyPatch,
                                                       caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(graphs, "record", Recorder(error=1e-3))
-    assert capture(model, paged_engine(model)) is None
+    recorder = Recorder(error=1e-3)
+    monkeypatch.setattr(fixed, "record", recorder)
+    assert not forwards(engine).record(engine.model)
     assert "differ from its forward" in caplog.text
+    before = recorder.num_replays
+    assert answers(engine, {0: [Request("greedy", (3, 4, 5), greedy(3))]})
+    assert recorder.num_replays == before
 
 
-def test_what_is_no_graph_is_computed_without(model: Model, monkeypatch: pytest.MonkeyPatch,
+def test_what_is_no_graph_is_computed_without(engine: Engine, monkeypatch: pytest.MonkeyPatch,
                                               caplog: pytest.LogCaptureFixture) -> None:
     def refuse(_: Any) -> Any:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(graphs, "record", refuse)
-    assert capture(model, paged_engine(model)) is None
+    monkeypatch.setattr(fixed, "record", refuse)
+    assert not forwards(engine).record(engine.model)
     assert "operation not permitted" in caplog.text

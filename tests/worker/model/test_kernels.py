@@ -10,15 +10,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen
 from torch.nn.functional import rms_norm, silu
 
 from tests.system import REPOSITORY
 from tests.tools import require_package
 
 require_package("triton")
-from worker.model import kernels, paged, pointwise
-from worker.model.attention import KVLayer, Scores
+from worker.model import kernels, pointwise
+from worker.model.attention import TILE_LEN, KVLayer, Scores
 from worker.model.paged import PagedMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,56 +129,43 @@ def test_what_stands_between_products(width: int) -> None:
         assert close(total, expected) and close(normed, rms_norm(expected, (width,), weight, 1e-5))
 
 
-def flash(query: Tensor, keys: Tensor, values: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-          scale: float, window_size: tuple[int, int], enable_gqa: bool = False, num_splits: int = 0) -> Tensor:
-    """What torch says of `varlen_attn`, which only a GPU computes: [tokens, heads, head_dim] of sequences side by side,
-    causal from the lower right corner; `window_size` keys before its own are seen by each query, -1: all."""
-    assert enable_gqa and num_splits == 1 and window_size[1] == 0
-    outs = []
-    for (q0, q1), (k0, k1) in zip(*(pairwise(bounds.tolist()) for bounds in (cu_seq_q, cu_seq_k)), strict=True):
-        assert q1 - q0 <= max_q and k1 - k0 <= max_k
-        ages = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
-        hidden = (ages < 0) | ((ages > window_size[0]) & (window_size[0] >= 0))
-        group = query.shape[1] // keys.shape[1]
-        k, v = (x[k0:k1].double().repeat_interleave(group, dim=1) for x in (keys, values))
-        logits = torch.einsum("qhd,khd->hqk", query[q0:q1].double(), k) * scale
-        outs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(hidden, float("-inf")).softmax(-1), v))
-    return torch.cat(outs).to(query.dtype)
-
-
-@pytest.mark.parametrize("is_flash", [True, False], ids=["flash", "masked"])
-@pytest.mark.parametrize("window", [None, 9, 40])
-def test_chunks_over_pages_are_what_plain_attention_is(window: int | None, is_flash: bool,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt in uneven chunks, which begin and end within pages."""
-    monkeypatch.setattr(paged, "is_flash", lambda query, scores: is_flash)
-    if DEVICE.type != "cuda":
-        monkeypatch.setattr(varlen, "varlen_attn", flash)
-    pool, num_heads = Pool(2, 16), 6
-    dtype, atol = (torch.bfloat16, 0.03) if is_flash and DEVICE.type == "cuda" else (torch.float32, 1e-5)
-    empty = KVLayer(*(torch.full_like(cache, float("nan"), dtype=dtype) for cache in (pool.keys, pool.values)))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_over_pages_are_what_plain_attention_is(shape: str) -> None:
+    """A prompt in uneven chunks, which begin and end within pages and tiles."""
+    num_heads, num_kv_heads, head_dim, window, softcap, has_sinks = SHAPES[shape]
+    pool = Pool(num_kv_heads, head_dim)
+    empty = KVLayer(*(torch.full_like(cache, float("nan")) for cache in (pool.keys, pool.values)))
     memory = PagedMemory([empty], pool.table.cpu().numpy()[None])
-    query = torch.randn(1, num_heads, NUM_TOKENS, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    query = query.to(dtype)
-    key, value = (new.transpose(0, 1)[None].to(dtype) for new in (pool.new_keys, pool.new_values))
-    for begin, end in pairwise((0, 16, 37, 38, 150, NUM_TOKENS)):
+    query = torch.randn(1, num_heads, NUM_TOKENS, head_dim, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    key, value = (new.transpose(0, 1)[None] for new in (pool.new_keys, pool.new_values))
+    sinks = torch.linspace(-1, 1, num_heads, device=DEVICE) if has_sinks else None
+    for begin, end in pairwise((0, 16, 37, 38, 190, NUM_TOKENS)):
         at = slice(begin, end)
         out = memory.chunk(0, begin, end).attend(0, query[:, :, at], key[:, :, at], value[:, :, at],
-                                                 Scores(0.25, window, None, None))
-        assert out.shape == (1, end - begin, num_heads, 16)
+                                                 Scores(head_dim ** -0.5, window, softcap, sinks))
+        assert out.shape == (1, end - begin, num_heads, head_dim)
         for row in {0, (end - begin) // 2, end - begin - 1}:
-            expected = plain(query[0, :, begin + row], pool, begin + row, window, None, None)
-            torch.testing.assert_close(out[0, row].double(), expected, rtol=0, atol=atol)
+            expected = plain(query[0, :, begin + row], pool, begin + row, window, softcap, sinks)
+            torch.testing.assert_close(out[0, row].double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_what_flash_computes_is_known_by_its_shape(shape: str) -> None:
-    num_heads, _, head_dim, window, softcap, has_sinks = SHAPES[shape]
-    query = torch.empty(1, num_heads, 3, head_dim, dtype=torch.bfloat16, device=DEVICE)
-    sinks = torch.zeros(num_heads) if has_sinks else None
-    is_simple = not softcap and not has_sinks
-    assert paged.is_flash(query, Scores(1.0, window, softcap, sinks)) == (is_simple and query.is_cuda)
-    assert not paged.is_flash(query.float(), Scores(1.0, window, softcap, sinks))
+def test_the_bits_of_a_prompts_row_are_its_own() -> None:
+    """Beside other tiles, and whatever else is in its own."""
+    pool, positions = Pool(2, 16), torch.full((2 * TILE_LEN,), -1, dtype=torch.int32, device=DEVICE)
+    query = torch.randn(2 * TILE_LEN, 4, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    positions[:TILE_LEN] = torch.arange(300, 300 + TILE_LEN)
+    positions[TILE_LEN] = 5
+
+    def attend(num_tiles: int) -> Tensor:
+        rows = slice(num_tiles * TILE_LEN)
+        return kernels.attend_tiles(query[rows], pool.keys, pool.values, pool.rows(num_tiles), positions[rows],
+                                    scaling=0.25, window=70)
+
+    full = attend(2)
+    assert not full[TILE_LEN + 1:].any()
+    assert torch.equal(attend(1), full[:TILE_LEN])
+    positions[10:TILE_LEN] = -1
+    assert torch.equal(attend(1)[:10], full[:10])
 
 
 COMPILE = """
@@ -190,20 +176,21 @@ from worker.engine import kernels as drawing
 from worker.model import kernels, pointwise
 SIZES = {"BLOCK": 1024, "HALF": 40, "BLOCK_HALF": 64, "WIDTH": 720, "PAGE_LEN": 16,
          "NUM_HEADS": 6, "BLOCK_HEADS": 8, "HEAD_DIM": 80, "BLOCK_DIM": 128, "GROUP": 4,
-         "BLOCK_GROUP": 16, "SPLIT_LEN": kernels.SPLIT_LEN, "BLOCK_LEN": kernels.BLOCK_LEN}
-DRAWING = {"logits": "*fp32", "out": "*i64", "temperatures": "*fp32", "lows": "*i32", "highs": "*i32", "top_ks": "*i32",
+         "BLOCK_GROUP": 16, "SPLIT_LEN": kernels.SPLIT_LEN, "TILE_LEN": 64, "BLOCK_LEN": kernels.BLOCK_LEN}
+DRAWING = {"logits": "*fp32", "temperatures": "*fp32", "lows": "*i32", "highs": "*i32", "top_ks": "*i32",
            "top_ps": "*fp32", "log_min_ps": "*fp32"}
 POINTERS = {"table": "*i32", "positions": "*i32", "parts": "*fp32", "peaks": "*fp32", "sums": "*fp32", "sinks": "*fp32"}
 for capability, has, dtype in (80, True, "*bf16"), (90, False, "*bf16"), (90, True, "*fp32"):
     tensors = dict.fromkeys(("keys", "values", "new_keys", "new_values", "query", "out", "x", "cos", "sin", "gate_up",
                              "added", "weight", "total"), dtype) | POINTERS
     flags = dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS", "HAS_ADDED"), has)
-    for kernel in (kernels._store, kernels._attend_split, kernels._sum_splits, pointwise._rotate,
-                   pointwise._silu_and_multiply, pointwise._add_and_norm, drawing._draw):
+    for kernel in (kernels._store, kernels._attend_split, kernels._sum_splits, kernels._attend_tile,
+                   pointwise._rotate,
+                   pointwise._silu_and_multiply, pointwise._add_and_norm, drawing._draw, drawing._log_totals):
         constants = {name: value for name, value in (SIZES | flags).items() if name in kernel.arg_names}
         kinds = dict.fromkeys(kernel.arg_names, "i32") | {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"} | tensors
-        if kernel is drawing._draw:
-            kinds |= DRAWING
+        if kernel in (drawing._draw, drawing._log_totals):
+            kinds |= DRAWING | {"out": "*i64" if kernel is drawing._draw else "*fp32"}
         signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
