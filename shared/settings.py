@@ -22,8 +22,9 @@ API_ONLY = frozenset({
     "request_deadline_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
-    "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "device", "dtype", "threads",
-    "step_timeout_s", "idle_poll_s", "patience_s", "prefix_patience_s", "allow_other_weights", "max_scan"})
+    "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "device", "dtype",
+    "quantization", "threads", "step_timeout_s", "idle_poll_s", "patience_s", "prefix_patience_s",
+    "allow_other_weights", "max_scan"})
 SERVE_ONLY = frozenset({"apis", "workers", "data_dir"})
 
 PREFIX = "BATON_"
@@ -80,6 +81,8 @@ class Settings(BaseSettings):
     flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto: a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: weights in half the memory, on a GPU; other answers, and a name of their own")
     threads: int = Field(0, ge=0, description="threads of the forward; 0: cores - 1, of a large model all")
     step_timeout_s: float = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 

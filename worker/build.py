@@ -26,7 +26,7 @@ def build(settings: Settings, folder: Path) -> Engine:
     began_s = time.monotonic()
     log.info("loading %s", folder)
     model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len, device=settings.device,
-                 max_num_seqs=settings.max_num_seqs)
+                 max_num_seqs=settings.max_num_seqs, quantization=settings.quantization)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
                         prefill_chunk=settings.prefill_chunk_tokens, kv_cache_bytes=settings.kv_cache_bytes,

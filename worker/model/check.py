@@ -19,6 +19,7 @@ from worker.model.model import SHARED_UNIT, Model
 NUM_TOKENS = 24
 CHUNKS = (0, 11, 18)                                                # two chunks, then decode rows
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding alone stays ten times below
+MAX_QUANTIZED_ERROR = 0.25
 MIN_ROWS, MAX_ROWS = 2, 32
 MAX_SHARED_ROWS = 320       # of a whole chunk of a prompt and 64 decode rows
 MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes

@@ -23,9 +23,11 @@ VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_a
 RELEVANT_FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16", "i8mm")
 
 
-def weights_id(folder: Path, config: dict[str, Any]) -> str:
+def weights_id(folder: Path, config: dict[str, Any], quantization: str = "none") -> str:
     """Of each safetensors file its name, size, header and `NUM_SAMPLES` evenly spaced blocks; and of the config."""
     digest = hashlib.sha256(json.dumps(_lasting(config), sort_keys=True, default=str).encode())
+    if quantization != "none":
+        digest.update(quantization.encode())
     for path in sorted(folder.glob("*.safetensors")):
         size_bytes = path.stat().st_size
         digest.update(f"{path.name}:{size_bytes}\n".encode())

@@ -22,6 +22,7 @@ from worker.model.attention import TILE_LEN
 
 SPLIT_LEN = 256             # tokens that one program reduces
 BLOCK_LEN = 64              # of them that it reads at a time
+NUM_WARPS, NUM_STAGES = 4, 3
 MIN_DOT = 16                # the least rows and columns of a product on tensor cores
 
 
@@ -53,7 +54,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions
         query, keys, values, table, positions, parts, peaks, sums, *query.stride()[:2], *keys.stride()[:3],
         table.stride(0), scaling, softcap or 0.0, window or 0, num_splits, GROUP=group, BLOCK_GROUP=_block(group),
         PAGE_LEN=page_len, HEAD_DIM=head_dim, BLOCK_DIM=_block(head_dim), SPLIT_LEN=SPLIT_LEN, BLOCK_LEN=BLOCK_LEN,
-        HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None)
+        HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _sum_splits[(num_rows, num_kv_heads)](
         parts, peaks, sums, positions, peaks if sinks is None else sinks, out, num_splits, GROUP=group,

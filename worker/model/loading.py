@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from worker.model import attention, check, experts, identity
+from worker.model import attention, check, experts, identity, memory
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
 from worker.model.fused import fuse_blocks
@@ -32,15 +32,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto",
          max_model_len: int | None = None, revision: str | None = None,
-         device: Literal["auto", "cpu", "cuda"] = "cpu", max_num_seqs: int = 64) -> Model:
+         device: Literal["auto", "cpu", "cuda"] = "cpu", max_num_seqs: int = 64,
+         quantization: Literal["none", "int8"] = "none") -> Model:
     place = choose_device(device)
     folder = find_folder(folder_or_name, revision)
     config = read_config(folder)
     chosen = choose_dtype(config, dtype, place)
-    return prove(load_module(folder, config, chosen, place), config, folder, max_model_len, max_num_seqs)
+    return prove(load_module(folder, config, chosen, place), config, folder, max_model_len, max_num_seqs, quantization)
 
 
-def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = None, max_num_seqs: int = 64) -> Model:
+def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = None, max_num_seqs: int = 64,
+          quantization: Literal["none", "int8"] = "none") -> Model:
     """Makes ours of a model as transformers has it, on its device, and compares the two. Raises ModelRefused."""
     text_config = config.get_text_config(decoder=True)
     token_ids = check.random_token_ids(text_config.vocab_size, check.NUM_TOKENS)
@@ -53,9 +55,11 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
         max_model_len=choose_max_model_len(text_config, max_model_len),
         eos_token_ids=eos_token_ids(module, text_config),
         kv_shapes=kv_shapes,
-        weights_id=identity.weights_id(folder, config.to_dict()))
+        weights_id=identity.weights_id(folder, config.to_dict(), quantization))
     require_windows(text_config, recorder, model.max_model_len)
     probe(model, expected, max_num_seqs)
+    if quantization == "int8":
+        quantize(model, expected)
     return model
 
 
@@ -140,6 +144,18 @@ def try_plain(module: Any, token_ids: list[int]) -> tuple[Tensor, Recorder]:
     if sorted(recorder.shapes) != list(range(len(recorder.shapes))) or not recorder.shapes:
         raise ModelRefused(f"{name} is not supported: layers without attention, or with another kind of it")
     return expected, recorder
+
+
+def quantize(model: Model, expected: Tensor) -> None:
+    if not memory.is_paged(model.device):
+        raise ModelRefused("quantization int8 needs a GPU: on a CPU its products are slower than those in bfloat16")
+    from worker.model.int8 import quantize_linears  # needs Triton
+
+    num_quantized = quantize_linears(model.module, model.module.get_output_embeddings())
+    error = check.relative_error(model, expected)
+    log.info("%d linear layers in int8: logits differ by %.2g", num_quantized, error)
+    if error > check.MAX_QUANTIZED_ERROR:
+        raise ModelRefused(f"{model.folder} loses too much in int8: its logits differ by {error:.2g}")
 
 
 def choose_max_model_len(config: Any, wanted: int | None) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.worker.engine.driver import MIXED, greedy, run, seeded, token_ids
-from tests.worker.families import FAMILIES, save
+from tests.worker.families import FAMILIES, MORE_FAMILIES, save
 from worker.engine.engine import Engine, Output, Request
 from worker.engine.sampler import Logprobs
 from worker.model.loading import load
@@ -28,7 +28,7 @@ def make_engine(folder: Path, device: Literal["cpu", "cuda"], dtype: Literal["fl
                   kv_cache_bytes=num_bytes, **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MORE_FAMILIES)
 def test_the_engine_says_on_a_gpu_what_it_says_on_a_cpu(family: str, tmp_path: Path) -> None:
     """With prompts in chunks, found beginnings, choices, drafts; decoding by graphs."""
     folder = save(family, tmp_path)

@@ -23,12 +23,14 @@ from tests.worker.families import save
 from worker.engine.engine import Engine, Request
 from worker.model import check, memory
 from worker.model.attention import KVShape
+from worker.model.folder import ModelRefused
 from worker.model.loading import load
 
 require_package("triton")
 from worker.engine import fixed
 from worker.engine.fixed import FixedForwards, widths
 from worker.engine.paged import KVPages
+from worker.model import int8
 from worker.model.paged import PAGE_LEN, PagedMemory, padded, tiled
 
 CPU = torch.device("cpu")
@@ -179,6 +181,28 @@ def test_the_engine_says_over_pages_what_it_says_over_slots(family: str, tmp_pat
     assert any(num_cached for _, num_cached in expected.values())
     assert engine.num_accepted_tokens
     assert engine.kv.num_owned_pages == 0
+
+
+def test_weights_of_eight_bits_say_nearly_the_same(tmp_path: Path, paged: None, monkeypatch: pytest.MonkeyPatch
+                                                   ) -> None:
+    """By another name, since they are other weights; on a CPU they are refused."""
+    folder = save("llama", tmp_path)
+    monkeypatch.setattr(int8, "MIN_WEIGHTS", 1)
+    plain, quantized = load(str(folder), dtype="float32"), load(str(folder), dtype="float32", quantization="int8")
+    assert sum(isinstance(module, int8.Int8Linear) for module in quantized.module.modules()) == 8
+    assert plain.weights_id != quantized.weights_id
+    logprobs = []
+    for model in (plain, quantized):
+        engine = Engine(model, max_num_seqs=2, prefill_chunk=16, kv_cache_bytes=1 << 20)
+        outputs = run(engine, {0: [Request("one", tuple(range(10, 39)), greedy(3, num_logprobs=4))]})["one", 0]
+        logprobs.append(outputs[0].logprobs[0][1])
+    assert logprobs[0] != logprobs[1] == pytest.approx(logprobs[0], abs=0.2)
+    monkeypatch.setattr(check, "MAX_QUANTIZED_ERROR", 1e-3)
+    with pytest.raises(ModelRefused, match="loses too much in int8"):
+        load(str(folder), dtype="float32", quantization="int8")
+    monkeypatch.setattr(memory, "is_paged", lambda device: False)
+    with pytest.raises(ModelRefused, match="int8 needs a GPU"):
+        load(str(folder), quantization="int8")
 
 
 def test_bits_do_not_depend_on_what_runs_beside(tmp_path: Path, paged: None) -> None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
+from transformers import AutoModelForCausalLM
 
 from tests.system import REPOSITORY
 from tests.tools import require_package
+from tests.worker.families import FAMILIES, MORE_FAMILIES
 
 require_package("triton")
-from worker.model import kernels, pointwise
+from worker.model import experts, int8, kernels, pointwise
 from worker.model.attention import TILE_LEN, KVLayer, Scores
 from worker.model.paged import PagedMemory
 
@@ -129,6 +131,34 @@ def test_what_stands_between_products(width: int) -> None:
         assert close(total, expected) and close(normed, rms_norm(expected, (width,), weight, 1e-5))
 
 
+@pytest.mark.parametrize(("num_rows", "num_in", "num_out"), [(3, 200, 300), (140, 1100, 130)])
+def test_a_product_with_int8_weights(num_rows: int, num_in: int, num_out: int) -> None:
+    """Whatever does not fill a block; in splits, whose bits do not depend on other rows."""
+    x, plain = torch.randn(num_rows, num_in).to(DEVICE), torch.randn(num_out, num_in).to(DEVICE)
+    weight, scales = int8.quantize(plain)
+    widened = weight.double() * scales[:, None].double()
+    assert (widened - plain.double()).abs().max() <= 0.51 * scales.max()
+    out = int8.multiply(x, weight, scales)
+    torch.testing.assert_close(out.double(), x.double() @ widened.T, rtol=1e-5, atol=1e-4)
+    again = int8.multiply(torch.cat([x[:2], -x[:1]]), weight, scales)[:2]
+    assert torch.equal(again, int8.multiply(x[:3], weight, scales)[:2])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_experts_compute_for_those_who_chose_them(family: str) -> None:
+    """What each does by turns, of its own layout, gate and biases; and bits that do not depend on who else chose."""
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config((FAMILIES | MORE_FAMILIES)[family]).to(DEVICE)
+    module = next(module for module in model.modules() if hasattr(module, "is_transposed"))
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    x, chosen = torch.randn(40, 64).to(DEVICE), torch.randint(3, (40, 2)).to(DEVICE)      # nobody chose the fourth
+    with torch.inference_mode():
+        found = experts._on_gpu(module, x, chosen)
+        assert close(found, experts._by_turns(module, x, chosen))
+        assert torch.equal(experts._on_gpu(module, x[:3], chosen[:3]), found[:6])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_over_pages_are_what_plain_attention_is(shape: str) -> None:
     """A prompt in uneven chunks, which begin and end within pages and tiles."""
@@ -173,22 +203,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from worker.engine import kernels as drawing
-from worker.model import kernels, pointwise
-SIZES = {"BLOCK": 1024, "HALF": 40, "BLOCK_HALF": 64, "WIDTH": 720, "PAGE_LEN": 16,
-         "NUM_HEADS": 6, "BLOCK_HEADS": 8, "HEAD_DIM": 80, "BLOCK_DIM": 128, "GROUP": 4,
-         "BLOCK_GROUP": 16, "SPLIT_LEN": kernels.SPLIT_LEN, "TILE_LEN": 64, "BLOCK_LEN": kernels.BLOCK_LEN}
+from worker.model import grouped, int8, kernels, pointwise
+SIZES = {"BLOCK": 1024, "BLOCK_ROWS": 128, "BLOCK_PAIRS": 32, "BLOCK_OUT": 128, "BLOCK_IN": 64, "HALF": 40,
+         "BLOCK_HALF": 64, "WIDTH": 720, "PAGE_LEN": 16, "NUM_HEADS": 6, "BLOCK_HEADS": 8, "HEAD_DIM": 80,
+         "BLOCK_DIM": 128, "GROUP": 4, "BLOCK_GROUP": 16, "SPLIT_LEN": kernels.SPLIT_LEN, "TILE_LEN": 64, "BLOCK_LEN": kernels.BLOCK_LEN}
+KERNELS = (kernels._store, kernels._attend_split, kernels._sum_splits, kernels._attend_tile, pointwise._rotate,
+           pointwise._silu_and_multiply, pointwise._add_and_norm, int8._multiply, grouped._project,
+           drawing._draw, drawing._log_totals)
 DRAWING = {"logits": "*fp32", "temperatures": "*fp32", "lows": "*i32", "highs": "*i32", "top_ks": "*i32",
            "top_ps": "*fp32", "log_min_ps": "*fp32"}
-POINTERS = {"table": "*i32", "positions": "*i32", "parts": "*fp32", "peaks": "*fp32", "sums": "*fp32", "sinks": "*fp32"}
+POINTERS = {"table": "*i32", "positions": "*i32", "parts": "*fp32", "peaks": "*fp32", "sums": "*fp32", "sinks": "*fp32",
+            "order": "*i64", "bounds": "*i64"}
 for capability, has, dtype in (80, True, "*bf16"), (90, False, "*bf16"), (90, True, "*fp32"):
     tensors = dict.fromkeys(("keys", "values", "new_keys", "new_values", "query", "out", "x", "cos", "sin", "gate_up",
-                             "added", "weight", "total"), dtype) | POINTERS
-    flags = dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS", "HAS_ADDED"), has)
-    for kernel in (kernels._store, kernels._attend_split, kernels._sum_splits, kernels._attend_tile,
-                   pointwise._rotate,
-                   pointwise._silu_and_multiply, pointwise._add_and_norm, drawing._draw, drawing._log_totals):
+                             "added", "weight", "total", "bias"), dtype) | POINTERS
+    flags = dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS", "HAS_ADDED", "HAS_BIAS"), has)
+    for kernel in KERNELS:
         constants = {name: value for name, value in (SIZES | flags).items() if name in kernel.arg_names}
         kinds = dict.fromkeys(kernel.arg_names, "i32") | {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"} | tensors
+        if kernel is int8._multiply:
+            kinds |= {"weight": "*i8", "scales": "*fp32"}
         if kernel in (drawing._draw, drawing._log_totals):
             kinds |= DRAWING | {"out": "*i64" if kernel is drawing._draw else "*fp32"}
         signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
