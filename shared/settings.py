@@ -70,9 +70,11 @@ class Settings(BaseSettings):
     shard: int = Field(0, ge=0, description="number of the shard that this worker serves")
     max_model_len: int | None = Field(None, gt=0, description="longest context, in tokens; none: the model's own")
     max_num_seqs: int = Field(64, gt=0, le=1024, description="choices that run at once")
-    kv_cache_bytes: int = Field(4 << 30, gt=0, description="memory for keys and values, kept prefixes included")
+    kv_cache_bytes: int | None = Field(
+        None, gt=0, description="memory for keys and values, kept prefixes too; none: 4 GiB, on a GPU what is free")
     enable_prefix_caching: bool = Field(True, description="keep the computed beginnings of prompts")
-    prefill_chunk_tokens: int = Field(256, ge=16, description="of a prompt per forward; a slow machine takes fewer")
+    prefill_chunk_tokens: int | None = Field(
+        None, ge=16, description="of a prompt per forward; none: 256, on a GPU 512; a slow machine takes fewer")
     exact_replay_max_tokens: int = Field(
         4096, ge=0, description="longer answers continue from a prefill: valid, not exact")
     num_speculative_tokens: int = Field(8, ge=0, le=31, description="most draft tokens of an answer in a step; 0: none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from worker.model.loading import load
 
 log = logging.getLogger(__name__)
 
-MIN_CHUNK_TOKENS = 16
+MIN_CHUNK_TOKENS, CHUNK_TOKENS, GPU_CHUNK_TOKENS = 16, 256, 512
+KV_CACHE_BYTES = 4 << 30        # of a CPU's memory; a GPU has nothing else to hold
 
 
 def build(settings: Settings, folder: Path) -> Engine:
@@ -27,15 +29,18 @@ def build(settings: Settings, folder: Path) -> Engine:
     log.info("loading %s", folder)
     model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len, device=settings.device,
                  max_num_seqs=settings.max_num_seqs, quantization=settings.quantization)
+    on_cpu = model.device.type == "cpu"
+    prefill_chunk = settings.prefill_chunk_tokens or (CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
-                        prefill_chunk=settings.prefill_chunk_tokens, kv_cache_bytes=settings.kv_cache_bytes,
+                        prefill_chunk=prefill_chunk,
+                        kv_cache_bytes=settings.kv_cache_bytes or (KV_CACHE_BYTES if on_cpu else sys.maxsize),
                         enable_prefix_caching=settings.enable_prefix_caching,
                         exact_replay_max_tokens=settings.exact_replay_max_tokens,
                         num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics)
     except ValueError as error:
         raise ModelRefused(f"{folder}: {error}") from None
-    engine.prefill_chunk = fit_chunk(settings.prefill_chunk_tokens, _time_chunk(engine), settings.lease_s / 4)
+    engine.prefill_chunk = fit_chunk(prefill_chunk, _time_chunk(engine), settings.lease_s / 4)
     log.info("loaded in %.1f s: %r, prefill in chunks of %d", time.monotonic() - began_s, engine, engine.prefill_chunk)
     return engine
 

@@ -14,23 +14,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shared.job import Sampling
+from tests.bench import models
 from worker.engine.engine import Engine, Request
 from worker.model.loading import prove
 from worker.model.model import Model
 
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = models.SHAPES | {
     "8b": {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8},
     "1b": {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8},
-    "5m": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-           "num_attention_heads": 8, "num_key_value_heads": 4},
 }
 GIB = 2**30
 COPY_BYTES = 4 * GIB
@@ -62,13 +61,14 @@ def main() -> None:
                         help="numerics:rows:prompt tokens:sampling (%(default)s)")
     parser.add_argument("--prompts", nargs="*", type=int, default=[512, 2048], help="chunks of a prompt, in tokens")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quantization", choices=["none", "int8"], default="none")
     parser.add_argument("--kernels", action="store_true", help="also what each kernel takes")
     args = parser.parse_args()
     ceiling = measure_ceiling(args.device)
     print(f"{device_name(args.device)}: copies {ceiling.bytes_per_s / 1e12:.2f} TB/s, multiplies "
           f"{ceiling.flop_per_s / 1e12:.0f} TFLOP/s", flush=True)
     began_s = time.perf_counter()
-    model = make_model(args.shape, args.device)
+    model = make_model(args.shape, args.device, args.quantization)
     print(f"{model!r}: made and proved in {time.perf_counter() - began_s:.1f} s", flush=True)
     for text in args.points:
         numerics, num_rows, num_prompt_tokens, sampling = text.split(":")
@@ -107,7 +107,7 @@ def wait(device: str | torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def make_model(shape: str, device: str) -> Model:
+def make_model(shape: str, device: str, quantization: Literal["none", "int8"] = "none") -> Model:
     """As `load` makes one of a folder."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=None,
                          eos_token_id=None, dtype="bfloat16")
@@ -115,7 +115,7 @@ def make_model(shape: str, device: str) -> Model:
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
     with tempfile.TemporaryDirectory() as folder:
-        return prove(module.eval().requires_grad_(False), config, Path(folder))
+        return prove(module.eval().requires_grad_(False), config, Path(folder), quantization=quantization)
 
 
 def decode(model: Model, point: Point, ceiling: Ceiling, shows_kernels: bool) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_TOKENS = 8192         # of the vocabulary at a time
-NUM_WARPS = 16
+NUM_WARPS = 32
 
 
 def draw(logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, top_k: Tensor, top_p: Tensor,
@@ -122,17 +122,19 @@ def _draw(logits, out, temperatures, lows, highs, top_ks, top_ps, log_min_ps, ro
     floor = tl.full([], float("-inf"), tl.float32)      # nothing less likely is drawn
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    if needs_mass | (is_random & (log_min_p > float("-inf"))):
+    is_cut = is_random & (top_k > 0) & (top_k < vocab_size)
+    if needs_mass | is_cut | (is_random & (log_min_p > float("-inf"))):
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, vocab_size, BLOCK):
             best = tl.maximum(best, _scaled(logits, start + tl.arange(0, BLOCK), vocab_size, temperature))
         peak = tl.max(best)
         if log_min_p > float("-inf"):                  # an infinite peak less infinity were no number
             floor = peak + log_min_p
-    if needs_mass:
-        border = tl.full([], float("-inf"), tl.float32) # the k-th largest, where top_p is a share of what k weigh
-        if (top_k > 0) & (top_k < vocab_size):
-            border = _kth(logits, vocab_size, temperature, top_k, peak, BLOCK)
+    border = tl.full([], float("-inf"), tl.float32)
+    if is_cut:
+        border = _kth(logits, vocab_size, temperature, top_k, peak, BLOCK)
+        floor = tl.maximum(floor, border)
+    if needs_mass:                                      # top_p is a share of what top_k lets pass
         masses = tl.zeros([BLOCK], tl.float32)
         num_above = tl.zeros([BLOCK], tl.int32)
         for start in range(0, vocab_size, BLOCK):

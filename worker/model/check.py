@@ -23,7 +23,7 @@ MAX_QUANTIZED_ERROR = 0.25
 MIN_ROWS, MAX_ROWS = 2, 32
 MAX_SHARED_ROWS = 320       # of a whole chunk of a prompt and 64 decode rows
 MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
-DEVICE_ROWS = (128, 256)    # of every forward on a GPU, where so few cost what one costs: reading the weights
+DEVICE_ROWS = (16, 128, 256)    # of every forward on a GPU, where so few cost what one costs: reading the weights
 
 
 def random_token_ids(vocab_size: int, count: int) -> list[int]:

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor, nn
 
 MIN_WEIGHTS = 1 << 20       # of a layer that is worth it
-MAX_BLOCK_ROWS, BLOCK_OUT, BLOCK_IN = 128, 128, 64
+MAX_BLOCK_ROWS, BLOCK_OUT = 128, 128
 MIN_PROGRAMS = 256          # two for each multiprocessor of a large GPU
 MAX_SPLITS = 8
-NUM_WARPS, NUM_STAGES = 8, 4
+FEW, MANY = (128, 8, 3), (64, 4, 4)         # inputs at a time, warps and stages: of up to MAX_FEW rows, and of more
+MAX_FEW = 32
 
 
 class Int8Linear(nn.Module):
@@ -54,15 +55,16 @@ def multiply(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """[rows, num_in] by int8 [num_out, num_in]ᵀ, each output times its scale: [rows, num_out]."""
     (num_rows, num_in), num_out = x.shape, len(weight)
     assert x.stride(1) == weight.stride(1) == 1
+    block_in, num_warps, num_stages = FEW if num_rows <= MAX_FEW else MANY
     num_blocks, block_rows = triton.cdiv(num_out, BLOCK_OUT), max(16, triton.next_power_of_2(num_rows))
     block_rows = min(block_rows, MAX_BLOCK_ROWS)
-    num_splits = max(1, min(MAX_SPLITS, MIN_PROGRAMS // num_blocks, triton.cdiv(num_in, 4 * BLOCK_IN)))
-    split_len = triton.cdiv(triton.cdiv(num_in, num_splits), BLOCK_IN) * BLOCK_IN
+    num_splits = max(1, min(MAX_SPLITS, MIN_PROGRAMS // num_blocks, triton.cdiv(num_in, 4 * block_in)))
+    split_len = triton.cdiv(triton.cdiv(num_in, num_splits), block_in) * block_in
     parts = torch.empty(num_splits, num_rows, num_out, dtype=torch.float32, device=x.device)
     _multiply[(triton.cdiv(num_rows, block_rows), num_blocks, num_splits)](
         x, weight, scales, parts, x.stride(0), weight.stride(0), num_rows, num_out, num_in, split_len,
-        BLOCK_ROWS=block_rows, BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+        BLOCK_ROWS=block_rows, BLOCK_OUT=BLOCK_OUT, BLOCK_IN=block_in, num_warps=num_warps,
+        num_stages=num_stages)
     return (parts[0] if num_splits == 1 else parts.sum(dim=0)).to(x.dtype)
 
 
