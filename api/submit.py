@@ -37,6 +37,9 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
     if not prompt:
         raise InvalidValue("The messages make an empty prompt.", param="messages")
     sampling = resolve_sampling(request, card, len(prompt))
+    if request.is_constrained:
+        grammar = await asyncio.to_thread(request.compile_grammar, served.tokenizer.check_grammar)
+        sampling = replace(sampling, grammar=grammar)
     n, created_s = request.n or 1, int(time.time())
     if n > card.max_num_seqs:
         raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")

@@ -66,6 +66,13 @@ class UnsupportedParameter(BadRequest):
     text = "This field asks for something that this server does not do."
 
 
+class InvalidGrammar(BadRequest):
+    """A schema, a regular expression or a grammar that is none, too large, or more than can be enforced."""
+
+    code = "invalid_grammar"
+    text = "What the answer must be cannot be enforced."
+
+
 class TemplateRefused(BadRequest):
     code = "chat_template_refused"
     text = "The model's chat template does not accept this sequence of messages."

@@ -43,6 +43,7 @@ class Sampling:
     stop: tuple[str, ...] = ()                          # texts; matched by worker/output, not by the engine
     stop_token_ids: tuple[int, ...] = ()
     speculative: bool = True                            # tokens may be drafted; the answer is the same
+    grammar: str = ""                                   # what the answer must be (shared/grammar.py); empty: anything
 
 
 @dataclass(frozen=True, slots=True)

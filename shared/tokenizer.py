@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from shared import byte_level
 from shared.card import Card
 from shared.errors import BadRequest, TemplateRefused
+from shared.grammar import Grammars
 from shared.template import ChatTemplate
 
 CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]    # noncharacters: in no text that is meant to be read
@@ -36,6 +38,14 @@ class Tokenizer:
         # The lookahead finds occurrences that overlap as well.
         self._written = re.compile("(?=" + "|".join(map(re.escape, contents)) + ")") if contents else None
         self._token_bytes = _token_bytes(card.tokenizer_json)
+
+    def check_grammar(self, grammar: str) -> None:
+        """Raises InvalidGrammar."""
+        self._grammars.check(grammar)
+
+    @cached_property                                    # not every pod needs it, and it takes some 20 MiB
+    def _grammars(self) -> Grammars:
+        return Grammars(self.card.tokenizer_json, self.card.vocab_size, self.card.eos_token_ids)
 
     def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of the rendered chat. Raises TemplateRefused, or BadRequest when there is no chat template."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 
+from shared.grammar import Grammars
 from shared.job import Delta, Entry, Finish, FinishReason, TokenLogprob, Usage, encode_deltas
 from shared.queue import Claimed, Write
+from worker.constraint import GrammarConstraint
 from worker.engine.engine import Output, Request
 from worker.output.text import TextStream
 
@@ -54,11 +56,15 @@ class Answer:
     def ended(self) -> bool:
         return all(choice.finish_reason for choice in self.choices)
 
-    def request(self) -> Request:
-        """What the engine computes: the choices that have not ended, from where they stand."""
+    def request(self, grammars: Grammars) -> Request:
+        """What the engine computes: the choices that have not ended, from where they stand. Raises InvalidGrammar."""
         finished = frozenset(i for i, choice in enumerate(self.choices) if choice.finish_reason)
+        grammar = self.job.sampling.grammar
+        constraints = [GrammarConstraint.of(grammars, grammar, choice.token_ids) for choice in self.choices
+                       ] if grammar else []
         return Request(self.job.id, self.job.prompt_token_ids, self.job.sampling, self.job.n,
-                       tuple(tuple(choice.token_ids) for choice in self.choices), finished, self.job.tenant)
+                       tuple(tuple(choice.token_ids) for choice in self.choices), finished, self.job.tenant,
+                       tuple(constraints))
 
     def take(self, output: Output) -> bool:
         """A choice gained tokens. True when a stop string ended it, and the engine has to be told."""

@@ -25,14 +25,15 @@ from tokenizers import Tokenizer
 
 from shared import connection
 from shared.card import Announcement, Card
-from shared.errors import StreamLost
+from shared.errors import InvalidGrammar, StreamLost
+from shared.grammar import Grammars
 from shared.keys import DIRECTORY, Shard
 from shared.queue import Behind, Claimed, Outcome, Queue, Write
 from shared.reaper import reap
 from shared.settings import Settings
 from worker.answer import Answer
 from worker.engine.engine import Engine, Output
-from worker.engine.request import FAILURES, NOT_A_NUMBER
+from worker.engine.request import FAILURES, NOT_A_NUMBER, Request
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Worker:
         self._names = names
         self._card_hash, self._card_bytes = card.pack()
         self._tokenizer = Tokenizer.from_str(card.tokenizer_json)
+        self._grammars = Grammars(card.tokenizer_json, card.vocab_size, card.eos_token_ids)
         self._answers: dict[str, Answer] = {}
         self.is_broken = False                          # its model gave no numbers: another process must load it again
         self._alone = False                             # the one answer here must run by itself
@@ -168,14 +170,20 @@ class Worker:
             self.engine.replays_exactly(len(choice.token_ids)) for choice in answer.choices)
         try:
             if not answer.ended:
-                self.engine.add(answer.request())
-        except ValueError as error:
+                self.engine.add(await self._request(answer))
+        except (ValueError, InvalidGrammar) as error:
             log.error("job %s is refused by the engine: %s", claimed.job.id, error)
             await self.queue.cancel(claimed.job.id, "job_failed")
             return
         self._answers[claimed.job.id] = answer
         if claimed.position:
             log.info("continues %r", answer)
+
+    async def _request(self, answer: Answer) -> Request:
+        """To compile a grammar may take a while."""
+        if answer.job.sampling.grammar:
+            return await asyncio.to_thread(answer.request, self._grammars)
+        return answer.request(self._grammars)
 
     # ── publish ──
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
+from api.wire.format import Constrained, JSONSchema, ResponseFormat, StructuredOutputs
 from shared.errors import (
     BadRequest,
     InvalidType,
@@ -121,11 +122,7 @@ class StreamOptions(_Model):
     continuous_usage_stats: bool | None = None
 
 
-class ResponseFormat(_Model):
-    type: Literal["text", "json_object", "json_schema"]
-
-
-class ChatRequest(_Model):
+class ChatRequest(Constrained):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, description="the conversation so far")
@@ -153,7 +150,6 @@ class ChatRequest(_Model):
     speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
     user: str | None = None
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
@@ -193,8 +189,6 @@ class ChatRequest(_Model):
             raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidValue("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
-        if self.response_format and self.response_format.type != "text":
-            raise UnsupportedParameter("This server does not enforce response formats yet.", param="response_format")
         if self.tool_choice not in (None, "none", "auto"):
             raise UnsupportedParameter("This server does not enforce tool choices yet.", param="tool_choice")
         return self
@@ -247,8 +241,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(name)                              # NaN and Infinity are not JSON
 
 
-_NAMES = {name for model in (ChatRequest, Message, ToolCall, Function, StreamOptions, ResponseFormat)
-          for name in model.model_fields}
+_NAMES = {field.alias or name for model in (
+    ChatRequest, Message, ToolCall, Function, StreamOptions, ResponseFormat, JSONSchema, StructuredOutputs)
+    for name, field in model.model_fields.items()}
 
 
 def _refusal(error: ValidationError) -> BadRequest:

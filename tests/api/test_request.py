@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from api.wire import request
 from api.wire.request import MAX_CHOICES, ChatRequest, Message, parse
 from shared.errors import BadRequest
+from shared.grammar import MAX_GRAMMAR_CHARS
 
 USER = {"role": "user", "content": "Hi"}
 ASK: dict[str, Any] = {"model": "m", "messages": [USER]}
@@ -47,6 +48,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"min_tokens": 3, "ignore_eos": True, "stop_token_ids": [0, 1]},
     {"tools": [TOOL], "tool_choice": "auto"},
     {"response_format": {"type": "text"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {}}}},
+    {"structured_outputs": {"json": {"type": "object"}}, "guided_json": None},
     {"user": "u", "metadata": {"a": "b"}, "store": False, "prompt_cache_key": "k", "safety_identifier": "s",
      "verbosity": "low", "prediction": None, "service_tier": "auto", "moderation": {}, "include_obfuscation": False},
     {"no_such_field": [1, 2]},
@@ -150,7 +153,17 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"tools": [{"type": "function"}]}, "invalid_value", "tools"),
     ({"tools": [TOOL | {"x": json.loads("[" * 100 + "]" * 100)}]}, "invalid_value", "tools"),
     ({"tool_choice": "required", "tools": [TOOL]}, "unsupported_parameter", "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+    ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "missing_required_parameter",
+     "response_format.json_schema.name"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}}, "invalid_value",
+     "response_format.json_schema.name"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 1}}}, "invalid_type",
+     "response_format.json_schema.schema"),
+    ({"choice": []}, "invalid_value", "choice"),
+    ({"choice": [1]}, "invalid_type", "choice[0]"),
+    ({"regex": ""}, "invalid_value", "regex"),
+    ({"grammar": "x" * (MAX_GRAMMAR_CHARS + 1)}, "invalid_value", "grammar"),
 ]
 
 

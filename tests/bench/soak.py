@@ -28,7 +28,7 @@ STANDING = ("*:leases", "*:worker:*", "*:card:*", "*:looked")     # of who lives
 CLIENTS = 32
 TIMEOUT_S = 120.0
 MAX_REDIS_GROWTH_BYTES = 1 << 20
-MAX_PROCESS_GROWTH_BYTES = 8 << 20                      # what allocators keep in their corners comes and goes
+MAX_PROCESS_GROWTH_BYTES = 16 << 20                     # what allocators keep in their corners comes and goes
 
 
 @dataclass(frozen=True, slots=True)

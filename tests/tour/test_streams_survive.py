@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -33,13 +34,13 @@ def pair(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFact
 class Reader:
     """Reads a stream chunk by chunk, so that something may happen in between."""
 
-    def __init__(self, system: System, model: str = "pair", num_tokens: int = NUM_TOKENS) -> None:
+    def __init__(self, system: System, model: str = "pair", num_tokens: int = NUM_TOKENS, **fields: Any) -> None:
         client = openai.Client(base_url=f"{system.url}/v1", api_key="EMPTY", max_retries=0, timeout=60)
         self.texts = ["", ""]
         self.reasons: list[str | None] = [None, None]
         self.usage: Any = None
         self.ids: set[str] = set()
-        self._stream = client.chat.completions.create(**ASK | {"model": model, "max_tokens": num_tokens})
+        self._stream = client.chat.completions.create(**ASK | {"model": model, "max_tokens": num_tokens} | fields)
 
     def read(self, num_characters: int | None = None) -> None:
         """Until so many characters have come, or to the end."""
@@ -88,6 +89,24 @@ def test_a_killed_worker_is_not_noticed(pair: System, uninterrupted: tuple[Any, 
     reader.read()
     assert reader.answer == uninterrupted
     assert any(fields["kind"] == "fence" and not i.startswith("1-") for i, fields in pair.log_entries(reader.id))
+    pair.await_workers(2)
+
+
+def test_a_killed_worker_is_not_noticed_by_who_must_keep_a_form(pair: System) -> None:
+    """The grammar is where it was, for every choice."""
+    regex = r"([a-z]{3,9} [0-9]{1,4}; ){25}"
+    expected = Reader(pair, extra_body={"regex": regex})
+    expected.read()
+    reader = Reader(pair, extra_body={"regex": regex})
+    reader.read(200)
+    worker = pair.worker_of(reader.id)
+    worker.end(signal.SIGKILL)
+    pair.workers.remove(worker)
+    pair.start_worker()
+    reader.read()
+    assert reader.answer == expected.answer
+    assert all(re.fullmatch(regex, text) for text in reader.texts)
+    assert reader.reasons == ["stop", "stop"]
     pair.await_workers(2)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from shared.grammar import Grammars
 from shared.job import Entry, Finish, Job, Sampling, Usage
 from shared.queue import Claimed, Write
 from worker import tiny
@@ -17,6 +18,7 @@ from worker.answer import Answer
 from worker.engine.engine import Output
 
 TOKENIZER = Tokenizer.from_file(str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"))
+GRAMMARS = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), ())
 
 
 def claim(n: int = 1, **sampling: Any) -> Claimed:
@@ -110,7 +112,7 @@ def test_another_worker_goes_on_from_the_log_alone(text: str, cut: int, flushes:
     if not (log and log[-1].kind == "end"):
         claimed = replace(claim(stop=stop), epoch=2, position=len(log), num_tokens=len(logged))
         heir = Answer(claimed, TOKENIZER, log)
-        assert heir.request().continued == (tuple(logged),)
+        assert heir.request(GRAMMARS).continued == (tuple(logged),)
         log += run(heir, token_ids[len(logged):], flushes)
     assert text_of(log) == whole
     assert [entry.position for entry in log] == list(range(1, len(log) + 1))

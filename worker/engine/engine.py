@@ -22,7 +22,7 @@ from torch import Tensor
 from shared.prefix import prefix_names
 from worker.engine.draft import Drafter
 from worker.engine.prefix import PrefixCache
-from worker.engine.request import NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
+from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Draws, Params, Row, Sampler
 from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Forward, Progress, Span, pack, schedule, share
@@ -106,8 +106,9 @@ class Engine:
         eos = frozenset() if sampling.ignore_eos else self.model.eos_token_ids
         params = Params.of(sampling, index, eos | frozenset(sampling.stop_token_ids))
         drawn = list(request.continued_token_ids(index))
-        drafts = self.num_speculative_tokens and sampling.speculative and not params.is_penalized
-        return Sequence(request.id, index, request.prompt_token_ids, sampling, params, drawn,
+        constraint = request.constraints[index] if request.constraints else None
+        drafts = self.num_speculative_tokens and sampling.speculative and not (params.is_penalized or constraint)
+        return Sequence(request.id, index, request.prompt_token_ids, sampling, params, drawn, constraint=constraint,
                         num_reprefilled_tokens=0 if self.replays_exactly(len(drawn)) else len(drawn),
                         drafter=Drafter(self.num_speculative_tokens) if drafts else None)
 
@@ -135,6 +136,7 @@ class Engine:
         self._admit()
         self._reuse()
         self._secure_memory()
+        self._constrain()
         self._draft()
         num_before = len(self._flights)
         for forward in self._plan():
@@ -224,6 +226,14 @@ class Engine:
         self._waiting.appendleft(self._group(group.number, {sequence.index: sequence}, group.prefix))
         self.num_preempted += 1
 
+    def _constrain(self) -> None:
+        """What may follow is found out while others are computed, of what is known to be drawn."""
+        if any(sequence.constraint and sequence.num_pending_tokens for sequence in self._computing()):
+            self._land(len(self._flights))
+        constraints = [sequence.constraint for sequence in self._computing() if sequence.constraint]
+        if constraints:
+            constraints[0].prepare(constraints)
+
     def _draft(self) -> None:
         """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
         decoding = [sequence for sequence in self._computing()
@@ -290,7 +300,8 @@ class Engine:
         """Neighbouring rows of one sequence are its next token, and what would come behind its draft."""
         if not sequences:
             return
-        rows = [Row(sequence.slot, sequence.num_output_tokens + offset)
+        rows = [Row(sequence.slot, sequence.num_output_tokens + offset,
+                    sequence.constraint.allowed() if sequence.constraint else None)
                 for sequence, same in groupby(sequences) for offset, _ in enumerate(same)]
         self._flights.append(Flight(sequences, self.sampler.sample(logits, rows)))
         for sequence, _ in groupby(sequences):
@@ -315,6 +326,10 @@ class Engine:
         for draw, expected in zip_longest(draws, draft):
             if not draw.is_valid:
                 return self._fail(sequence, NOT_A_NUMBER)
+            if sequence.constraint:
+                sequence.constraint.accept(draw.token_id)
+                if sequence.constraint.is_broken:
+                    return self._fail(sequence, NO_WAY_ON)
             taken.append(draw)
             sequence.output_token_ids.append(draw.token_id)
             if draw.token_id != expected or sequence.finish_reason:

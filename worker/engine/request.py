@@ -5,10 +5,13 @@ It knows token ids and numbers. It knows nothing of text, jobs or Redis.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from worker.engine.sampler import Logprobs
 
@@ -17,11 +20,34 @@ if TYPE_CHECKING:
 
 NOT_A_NUMBER = "not a number"                       # failures: its logits were none,
 OUT_OF_MEMORY = "out of memory"                     # or a step had no room for it alone
-FAILURES = (NOT_A_NUMBER, OUT_OF_MEMORY)
+NO_WAY_ON = "its grammar is too complex here"       # or what it must be could not be followed within the limits
+FAILURES = (NOT_A_NUMBER, OUT_OF_MEMORY, NO_WAY_ON)
 
 MAX_LOGPROBS = 64
 MAX_BIAS = 65_536
 MAX_PENALTY = 1e4
+
+
+class Constraint(Protocol):
+    """What one choice must be, as far as it has come."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Nobody can say what may."""
+
+    @staticmethod
+    def prepare(constraints: Sequence[Any]) -> None:
+        """Begins to find out what may follow each of them, beside whatever runs."""
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        """A bit for each token id that may follow, 32 in each."""
+
+    def accept(self, token_id: int) -> None:
+        """It was drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +59,7 @@ class Request:
     continued: tuple[tuple[int, ...], ...] = ()     # per choice, tokens already drawn and published: replayed
     finished: frozenset[int] = frozenset()          # choices that already ended
     salt: str = ""                                  # only requests of one salt share computed prefixes
+    constraints: tuple[Constraint, ...] = ()        # one for each choice, as far as that has come; or none
 
     def continued_token_ids(self, index: int) -> tuple[int, ...]:
         return self.continued[index] if self.continued else ()
@@ -64,6 +91,7 @@ def validate(request: Request, *, vocab_size: int, max_model_len: int, max_choic
              f"{num_prompt_tokens} prompt tokens and {sampling.max_tokens} more exceed {max_model_len}")
     _require(1 <= request.n <= max_choices, f"n is {request.n}, not within 1 and {max_choices}")
     _require(len(request.continued) in (0, request.n), "continued and n differ")
+    _require(len(request.constraints) in (0, request.n), "constraints and n differ")
     _require(request.finished < frozenset(range(request.n)), "finished names no choice, or all of them")
     _require(all(len(ids) <= sampling.max_tokens for ids in request.continued), "continued exceeds max_tokens")
     for name, token_ids in (

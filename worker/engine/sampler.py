@@ -18,6 +18,7 @@ from math import log
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -85,6 +86,7 @@ class Params:
 class Row(NamedTuple):
     slot: int
     position: int               # of the token to draw, counted from the answer's first
+    allowed: npt.NDArray[np.int32] | None = None    # a bit for each token id that may be drawn; None: all
 
 
 @dataclass(slots=True)
@@ -144,9 +146,10 @@ class Sampler:
         """Bias, penalties and min_tokens: what also moves a greedy row."""
         penalized = [i for i, p in enumerate(params) if p.is_penalized]
         biased = [i for i, p in enumerate(params) if p.bias]
-        too_short = [i for i, p in enumerate(params)
-                     if rows[i].position < p.sampling.min_tokens and p.stop_token_ids]
-        if not (penalized or biased or too_short):
+        constrained = [i for i, row in enumerate(rows) if row.allowed is not None]
+        too_short = [i for i, p in enumerate(params)        # what may follow is more than a wish
+                     if rows[i].position < p.sampling.min_tokens and p.stop_token_ids and rows[i].allowed is None]
+        if not (penalized or biased or too_short or constrained):
             return raw
         logits = raw.clone()
         for i in biased:
@@ -157,7 +160,22 @@ class Sampler:
                 _rows(logits, penalized), [rows[i].slot for i in penalized])
         for i in too_short:
             logits[i, send(params[i].stop_token_ids, self.device)] = float("-inf")
+        if constrained:
+            forbidden = self._forbidden(np.stack([row.allowed for row in rows if row.allowed is not None]))
+            if len(constrained) == len(rows):
+                return logits.masked_fill_(forbidden, float("-inf"))
+            places = send(constrained, self.device)
+            logits[places] = logits[places].masked_fill_(forbidden, float("-inf"))
         return logits
+
+    def _forbidden(self, allowed: npt.NDArray[np.int32]) -> Tensor:
+        """A truth value for each token id, of the bits of those that are allowed."""
+        if self.device.type == "cpu":
+            bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
+            return torch.from_numpy(bits).view(torch.bool)
+        words = send(~allowed, self.device, torch.int32)[:, :, None]
+        places = torch.arange(32, dtype=torch.int32, device=self.device)
+        return (words >> places & 1).bool().flatten(1)[:, :self.vocab_size]
 
     def _penalized(self, logits: Tensor, slots: list[int]) -> Tensor:
         assert self._counts is not None and self._seen is not None

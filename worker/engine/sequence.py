@@ -14,6 +14,7 @@ from worker.engine.sampler import Params
 
 if TYPE_CHECKING:
     from shared.job import Sampling
+    from worker.engine.request import Constraint
 
 WAITING = -1    # for a slot
 PENDING = -1    # in the place of a token id that only the device knows yet
@@ -36,6 +37,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0                          # of the prompt, copied and not computed
     num_reprefilled_tokens: int = 0                     # drawn by others, and too many to be replayed
+    constraint: Constraint | None = None
     drafter: Drafter | None = None
     draft_token_ids: list[int] = field(default_factory=list)        # that the next step verifies
 
@@ -104,7 +106,7 @@ class Sequence:
     def finish_reason(self) -> str | None:
         if not self.output_token_ids:
             return None
-        if self.output_token_ids[-1] in self.params.stop_token_ids:
+        if self.output_token_ids[-1] in self.params.stop_token_ids or (self.constraint and self.constraint.is_complete):
             return "stop"
         return "length" if len(self.output_token_ids) >= self.sampling.max_tokens else None
 

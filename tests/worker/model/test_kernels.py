@@ -148,7 +148,7 @@ def test_a_product_with_int8_weights(num_rows: int, num_in: int, num_out: int) -
 def test_experts_compute_for_those_who_chose_them(family: str) -> None:
     """What each does by turns, of its own layout, gate and biases; and bits that do not depend on who else chose."""
     torch.manual_seed(4)
-    model = AutoModelForCausalLM.from_config((FAMILIES | MORE_FAMILIES)[family]).to(DEVICE)
+    model = AutoModelForCausalLM.from_config((FAMILIES | MORE_FAMILIES)[family], dtype=torch.float32).to(DEVICE)
     module = next(module for module in model.modules() if hasattr(module, "is_transposed"))
     for weight in module.parameters():
         torch.nn.init.normal_(weight, std=0.2)

@@ -1,0 +1,108 @@
+"""What an answer must be, as clients say it: OpenAI's `response_format`, and the extensions of vLLM and SGLang.
+
+It knows the words for it. What can be enforced, shared/grammar.py decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared import grammar
+from shared.errors import InvalidGrammar, InvalidValue
+
+Choices = Annotated[list[str], Field(min_length=1, max_length=grammar.MAX_CHOICES)]
+Text = Annotated[str, Field(min_length=1, max_length=grammar.MAX_GRAMMAR_CHARS)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class JSONSchema(_Model):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="it is enforced either way")
+
+
+class ResponseFormat(_Model):
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JSONSchema | None = None
+    pattern: Text | None = None
+    grammar: Text | None = None
+
+
+class StructuredOutputs(_Model):
+    """vLLM's name for all of them; exactly one is given."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = Field(None, description="Lark's language or GBNF")
+
+
+class Constrained(_Model):
+    """The fields of a request that say what its answer must be; at most one of them may."""
+
+    response_format: ResponseFormat | None = Field(None, description="text, a JSON object, or JSON of a schema")
+    structured_outputs: StructuredOutputs | None = None
+    regex: Text | None = Field(None, description="the answer matches this regular expression")
+    choice: Choices | None = Field(None, description="the answer is one of these")
+    grammar: Text | None = Field(None, description="the answer is of this grammar: Lark's language or GBNF")
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+
+    @property
+    def is_constrained(self) -> bool:
+        return any(wish for _, wish in self._wishes())
+
+    def compile_grammar(self, check: Callable[[str], None]) -> str:
+        """In the form that travels with a job; empty: the answer may be anything. Raises BadRequest."""
+        found = [(param, wish) for param, wish in self._wishes() if wish]
+        if len(found) > 1:
+            raise InvalidValue(f"{found[0][0]} and {found[1][0]} cannot both be given.", param=found[1][0])
+        for param, (kind, value) in found:
+            try:
+                compiled = KINDS[kind](value)
+                check(compiled)
+            except InvalidGrammar as error:
+                raise InvalidGrammar(str(error), param=param) from None
+            return compiled
+        return ""
+
+    def _wishes(self) -> list[tuple[str, tuple[str, Any] | None]]:
+        wishes: list[tuple[str, tuple[str, Any] | None]] = [("response_format", _of_format(self.response_format))]
+        if outputs := self.structured_outputs:
+            wishes += [("structured_outputs", _given(kind, value)) for kind, value in (
+                ("schema", outputs.json_), ("schema", grammar.ANY_OBJECT if outputs.json_object else None),
+                ("regex", outputs.regex), ("choice", outputs.choice), ("grammar", outputs.grammar))]
+        return wishes + [(param, _given(kind, getattr(self, param))) for param, kind in (
+            ("regex", "regex"), ("choice", "choice"), ("grammar", "grammar"), ("guided_json", "schema"),
+            ("guided_regex", "regex"), ("guided_choice", "choice"), ("guided_grammar", "grammar"))]
+
+
+KINDS = {"schema": grammar.of_schema, "regex": grammar.of_regex, "choice": grammar.of_choice,
+         "grammar": grammar.of_grammar}
+
+
+def _given(kind: str, value: Any) -> tuple[str, Any] | None:
+    return None if value is None else (kind, value)
+
+
+def _of_format(wanted: ResponseFormat | None) -> tuple[str, Any] | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return "schema", grammar.ANY_OBJECT
+    kind, value = {"json_schema": ("schema", wanted.json_schema and (wanted.json_schema.schema_ or {})),
+                   "regex": ("regex", wanted.pattern), "grammar": ("grammar", wanted.grammar)}[wanted.type]
+    if value is None:
+        name = "pattern" if kind == "regex" else wanted.type
+        raise InvalidValue(f"response_format.{name} is required with type {wanted.type}.", param="response_format")
+    return kind, value

@@ -1,0 +1,101 @@
+"""What an answer must be: JSON of a schema, a match of a regular expression, one of some texts, or words of a grammar.
+
+A pod compiles it to check it before a job is queued, a worker to know which tokens may follow. Both do so by llguidance
+within limits of work and memory of its own, whatever is in a grammar; what it does not enforce, it refuses. Here a
+grammar is llguidance's own form of it, one string that travels with the job.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from shared.errors import InvalidGrammar
+
+MAX_GRAMMAR_CHARS = 256 << 10
+MAX_CHOICES = 1000
+MAX_CACHED = 64             # compiled grammars of one tokenizer
+MAX_CACHED_CHARS = 4 << 20  # of all of them
+MAX_ERROR_CHARS = 300
+# A limit of work each, at some 50,000 units of fuel in a millisecond when compiled and 14,000 in a step.
+LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=50_000,
+                        max_items_in_row=20_000, max_lexer_states=50_000, max_grammar_size=200_000,
+                        verbose_errors=False)
+# A model in doubt may write blanks for ever: what separates JSON's parts is short.
+JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
+ANY_OBJECT = {"type": "object"}
+
+
+def of_schema(schema: dict[str, Any] | str) -> str:
+    """A JSON schema, or its text."""
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    try:
+        return _bounded(LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS))
+    except (ValueError, RecursionError):
+        raise InvalidGrammar("The schema is nested too deeply, or is no JSON object.") from None
+
+
+def of_regex(regex: str) -> str:
+    return _bounded(LLMatcher.grammar_from_regex(regex))
+
+
+def of_choice(choice: Sequence[str]) -> str:
+    if len(choice) > MAX_CHOICES:
+        raise InvalidGrammar(f"At most {MAX_CHOICES} choices are allowed.")
+    return _bounded(grammar_from("choice", json.dumps(list(choice), ensure_ascii=False)))
+
+
+def of_grammar(text: str) -> str:
+    """Of Lark's language or of GBNF."""
+    try:
+        return _bounded(grammar_from("grammar", text))
+    except ValueError:
+        raise InvalidGrammar("The grammar is neither Lark's nor GBNF.") from None
+
+
+def _bounded(grammar: str) -> str:
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise InvalidGrammar(f"A schema, regular expression or grammar has at most {MAX_GRAMMAR_CHARS} characters.")
+    return grammar
+
+
+class Grammars:
+    """Those of one tokenizer: compiled once while they are in use, and copied for each answer. Safe among threads."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]):
+        self.vocab_size = vocab_size
+        self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = Lock()
+
+    def check(self, grammar: str) -> None:
+        """Raises InvalidGrammar, with the compiler's own words."""
+        self.matcher(grammar)
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """At the beginning of an answer. Raises InvalidGrammar."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is not None:
+                self._compiled.move_to_end(grammar)
+                return found.deep_copy()
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        trial = matcher.deep_copy()
+        trial.compute_bitmask()                         # some only show then what they are
+        if trial.is_error():
+            raise InvalidGrammar(_cause(trial.get_error()))
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > MAX_CACHED or sum(map(len, self._compiled)) > MAX_CACHED_CHARS:
+                self._compiled.popitem(last=False)
+        return matcher.deep_copy()
+
+
+def _cause(error: str) -> str:
+    """What the compiler says, as one line."""
+    return f"This cannot be enforced: {' '.join(error.split())[:MAX_ERROR_CHARS]}"

@@ -1,0 +1,85 @@
+"""What an answer must be, it is: with the official SDK, whatever the model would rather say."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+import jsonschema
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.system import MODEL, System
+
+WILD: dict[str, Any] = {"model": MODEL, "temperature": 2.0, "max_tokens": 400,
+                        "messages": [{"role": "user", "content": "Say something."}]}
+
+
+class City(BaseModel):
+    name: Literal["Paris", "Rome"]
+    rank: int
+    tags: list[Literal["old", "big"]]
+
+
+@pytest.fixture(scope="module")
+def client(system: System) -> openai.Client:
+    return openai.Client(base_url=f"{system.url}/v1", api_key="EMPTY", max_retries=0, timeout=60)
+
+
+def test_a_model_of_pydantic_is_parsed(client: openai.Client) -> None:
+    """And streamed: the same, piece by piece."""
+    for seed in range(3):
+        answer = client.chat.completions.parse(**WILD, seed=seed, response_format=City)
+        assert isinstance(answer.choices[0].message.parsed, City)
+        with client.chat.completions.stream(**WILD, seed=seed, response_format=City) as stream:
+            final = stream.get_final_completion()
+        assert final.choices[0].message.parsed == answer.choices[0].message.parsed
+        assert final.choices[0].finish_reason == "stop"
+
+
+FORMS: dict[str, tuple[dict[str, Any], Any]] = {
+    "object": ({"response_format": {"type": "json_object"}}, lambda text: isinstance(json.loads(text), dict)),
+    "schema": ({"guided_json": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4}},
+               lambda text: all(isinstance(item, bool) for item in json.loads(text))),
+    "regex": ({"regex": r"[A-Z]{3}-[0-9]{2,4}"}, lambda text: re.fullmatch(r"[A-Z]{3}-[0-9]{2,4}", text)),
+    "choice": ({"choice": ["left", "right"]}, lambda text: text in ("left", "right")),
+    "grammar": ({"grammar": 'root ::= "<" [a-c]+ ">"'}, lambda text: re.fullmatch("<[a-c]+>", text)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_kept(form: str, client: openai.Client) -> None:
+    """By three choices of every one; what is cut off at max_tokens says so."""
+    fields, judge = FORMS[form]
+    answer = client.chat.completions.create(**WILD, n=3, seed=5, extra_body=fields)
+    ended = [choice.message.content or "" for choice in answer.choices if choice.finish_reason == "stop"]
+    assert ended or form == "object"
+    assert all(judge(text) for text in ended)
+
+
+def test_a_schema_that_is_known_to_validators(client: openai.Client) -> None:
+    schema: dict[str, Any] = {
+        "type": "object", "additionalProperties": False, "required": ["id", "when", "parts"], "properties": {
+            "id": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{3}$"}, "when": {"type": "string", "format": "date"},
+            "parts": {"type": "array", "minItems": 1, "maxItems": 2, "items": {"anyOf": [
+                {"type": "integer", "minimum": 10, "maximum": 20}, {"$ref": "#/$defs/pair"}]}}},
+        "$defs": {"pair": {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"],
+                           "additionalProperties": False}}}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "order", "strict": True, "schema": schema}}
+    for seed in range(4):
+        answer = client.chat.completions.create(**WILD, seed=seed, response_format=wanted)
+        jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "integer", "minimum": 5, "maximum": 3}, {"$ref": "https://example.org/x.json"},
+    {"enum": [f"value number {i}" for i in range(20_000)]}, {"not": {"type": "string"}}],
+    ids=["contradictory", "elsewhere", "huge", "unsupported"])
+def test_what_cannot_be_enforced_is_refused_and_harms_nobody(schema: dict[str, Any], client: openai.Client) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**WILD, stream=True, response_format={
+            "type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert (refused.value.code, refused.value.param) == ("invalid_grammar", "response_format")
+    assert client.chat.completions.create(**WILD, extra_body={"choice": ["yes"]}).choices[0].message.content == "yes"

@@ -1,0 +1,169 @@
+"""Answers are what they must be, whatever the weights: random ones, which say anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from shared.grammar import Grammars, of_choice, of_grammar, of_regex, of_schema
+from shared.job import Sampling
+from tests.worker.engine.driver import run, token_ids
+from tests.worker.families import SMALL
+from worker import tiny
+from worker.constraint import GrammarConstraint
+from worker.engine.engine import Engine, Request
+from worker.engine.request import NO_WAY_ON
+from worker.model.attention import PAGE_LEN
+from worker.model.loading import load
+
+TOKENIZER = Tokenizer.from_file(str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"))
+EOS = 256
+GRAMMARS = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), [EOS])
+PROMPT = tuple(TOKENIZER.encode("Say something.", add_special_tokens=False).ids)
+SCHEMA: dict[str, Any] = {
+    "type": "object", "additionalProperties": False, "required": ["name", "tags"],
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 99},
+                   "tags": {"type": "array", "items": {"enum": ["red", "green", None]}, "maxItems": 3}}}
+REGEX = r"[a-f]{2,8}(-[0-9]{2}){1,3}"
+KINDS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "schema": (of_schema(SCHEMA), lambda text: jsonschema.validate(json.loads(text), SCHEMA)),
+    "regex": (of_regex(REGEX), lambda text: _require(re.fullmatch(REGEX, text))),
+    "choice": (of_choice(["yes", "no", "per\"haps\n"]), lambda text: _require(text in ("yes", "no", "per\"haps\n"))),
+    "grammar": (of_grammar('start: "(" start ")" | "x"'), lambda text: _require(
+        re.fullmatch(r"\(*x\)*", text) and text.count("(") == text.count(")"))),
+}
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 2.0, "top_p": 0.8}, {"top_k": 5, "num_logprobs": 2},
+    {"temperature": 1.5, "presence_penalty": 2.0, "frequency_penalty": 1.0, "repetition_penalty": 1.4},
+    {"ignore_eos": True}, {"min_tokens": 60}, {"logit_bias": ((EOS, 100.0),)}, {"logit_bias": ((EOS, -100.0),)}]
+
+
+def _require(value: object) -> None:
+    assert value
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("random")
+    torch.manual_seed(7)
+    module = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {
+        "vocab_size": TOKENIZER.get_vocab_size(), "eos_token_id": EOS}))
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.25)
+    module.save_pretrained(folder)
+    return folder
+
+
+def make_engine(folder: Path, **options: Any) -> Engine:
+    return Engine(load(str(folder), dtype="float32"), **{"max_num_seqs": 8, "prefill_chunk": 16} | options)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return make_engine(folder)
+
+
+def request(name: str, grammar: str, n: int = 1, continued: Sequence[int] = (), **sampling: Any) -> Request:
+    constraints = tuple(GrammarConstraint.of(GRAMMARS, grammar, list(continued)) for _ in range(n)) if grammar else ()
+    return Request(name, PROMPT, Sampling(**{"max_tokens": 90, "seed": 3} | sampling), n,
+                   (tuple(continued),) if continued else (), constraints=constraints)
+
+
+def text_of(ids: Sequence[int]) -> str:
+    return TOKENIZER.decode(list(ids), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_is_what_it_must_be(kind: str, engine: Engine) -> None:
+    """Sampled in every way, two choices each, beside each other and beside one that may say anything."""
+    grammar, judge = KINDS[kind]
+    requests = [request(str(number), grammar, 2, **sampling) for number, sampling in enumerate(SAMPLINGS)]
+    free = request("free", "", max_tokens=40, temperature=0.0, ignore_eos=True)
+    alone = token_ids(run(engine, {0: [free]})["free", 0])
+    found = run(engine, {0: [*requests[:2], free], 3: requests[2:]})
+    assert token_ids(found.pop(("free", 0))) == alone
+    ended = [outputs for outputs in found.values() if outputs[-1].finish_reason == "stop"]
+    assert len(ended) > len(found) / 2                  # brackets may open until there is no more room
+    for outputs in ended:
+        judge(text_of(token_ids(outputs)))
+    if kind == "choice":
+        assert len(ended) == len(found) and len({text_of(token_ids(outputs)) for outputs in ended}) > 1
+
+
+def test_an_answer_that_can_only_end_ends_at_once(engine: Engine) -> None:
+    """Without a token that says so."""
+    outputs = run(engine, {0: [request("one", of_choice(["yes"]))]})["one", 0]
+    assert (text_of(token_ids(outputs)), outputs[-1].finish_reason) == ("yes", "stop")
+    assert EOS not in token_ids(outputs)
+
+
+def test_it_goes_on_where_another_worker_has_left(engine: Engine) -> None:
+    """From every token on, to the same end, and an answer that lacks only its end has it."""
+    whole = token_ids(run(engine, {0: [request("whole", KINDS["schema"][0], max_tokens=200)]})["whole", 0])
+    for num_logged in range(1, len(whole) + 1):
+        logged = whole[:num_logged]
+        outputs = run(engine, {0: [request("heir", KINDS["schema"][0], continued=logged, max_tokens=200)]})["heir", 0]
+        assert logged + token_ids(outputs) == whole and outputs[-1].finish_reason == "stop"
+
+
+def batch() -> list[Request]:
+    """Two of them longer than a page."""
+    long = [request(name, of_regex("[ab]{280}"), max_tokens=290) for name in ("long", "longer")]
+    return long + [request(f"{kind} {number}", KINDS[kind][0], **sampling) for kind in ("schema", "regex")
+                   for number, sampling in enumerate(SAMPLINGS[:4])]
+
+
+@pytest.mark.parametrize("options", [{"runs_ahead": True}, {"numerics": "fast"}, {"kv_cache_bytes": 3 * PAGE_LEN}],
+                         ids=str)
+def test_however_it_is_computed(options: dict[str, Any], folder: Path, engine: Engine) -> None:
+    """A step ahead, in shared forwards, and short of memory, where the younger one gives way and replays."""
+    if "kv_cache_bytes" in options:
+        options = {"kv_cache_bytes": options["kv_cache_bytes"] * engine.model.kv_bytes_per_token}
+    other = make_engine(folder, **options)
+    expected, found = ({key: token_ids(outputs) for key, outputs in run(each, {0: batch()}).items()}
+                       for each in (engine, other))
+    assert found == expected
+    assert other.num_preempted == 0 or "kv_cache_bytes" in options
+    assert other.num_preempted > 0 or "kv_cache_bytes" not in options
+
+
+class Stuck:
+    """Its matcher gives up at the third token."""
+
+    is_complete = False
+
+    def __init__(self) -> None:
+        self.num_accepted = 0
+
+    @property
+    def is_broken(self) -> bool:
+        return self.num_accepted == 3
+
+    @staticmethod
+    def prepare(constraints: Sequence[Any]) -> None:
+        pass
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        return np.full(-(-TOKENIZER.get_vocab_size() // 32), -1, dtype=np.int32)
+
+    def accept(self, token_id: int) -> None:
+        self.num_accepted += 1
+
+
+def test_who_cannot_go_on_fails_alone(engine: Engine) -> None:
+    stuck = Request("stuck", PROMPT, Sampling(max_tokens=9, ignore_eos=True), constraints=(Stuck(),))
+    found = run(engine, {0: [stuck, request("other", of_choice(["yes"]))]})
+    assert [output.finish_reason for output in found["stuck", 0]] == [None, None, NO_WAY_ON]
+    assert text_of(token_ids(found["other", 0])) == "yes"
