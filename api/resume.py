@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from api.delivered import Delivered
 from api.pod import Pod
 from api.relay import Stream
-from api.wire.chat import FOLD_VERSION, ChunkFold, CompletionFold, TokenBytes
+from api.wire.chat import FOLD_VERSIONS, ChunkFold, CompletionFold, TokenBytes
 from shared.errors import (
     CompletionInProgress,
     CompletionNotFound,
@@ -129,7 +129,7 @@ async def _catch_up(stream: Stream, fold: ChunkFold) -> bytes:
 
 async def token_bytes(pod: Pod, found: Found) -> TokenBytes:
     """For log probabilities. Raises NoWorker when they are asked for and nobody announces the tokenizer."""
-    if found.header.fold_version != FOLD_VERSION:
+    if found.header.fold_version not in FOLD_VERSIONS:
         raise Unavailable(retry_after_s=RETRY_S)        # an answer of another release: its pods count its events
     if not found.header.logprobs:
         return lambda _: b""

@@ -12,13 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from api.directory import Served
-from api.wire.chat import FOLD_VERSION
+from api.wire.chat import fold_version
+from api.wire.dialects import Dialect, choose_dialect
 from api.wire.request import ChatRequest
 from shared.card import Card
-from shared.errors import ContextTooLong, InvalidValue
+from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, UnsupportedParameter
 from shared.job import Header, Job, Sampling
 from shared.prefix import prefix_names, some
 from shared.settings import Settings
+from shared.tokenizer import Tokenizer
 
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
@@ -37,8 +39,9 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
     if not prompt:
         raise InvalidValue("The messages make an empty prompt.", param="messages")
     sampling = resolve_sampling(request, card, len(prompt))
-    if request.is_constrained:
-        grammar = await asyncio.to_thread(request.compile_grammar, served.tokenizer.check_grammar)
+    dialect = choose_dialect(settings.tool_dialect, card.chat_templates.values()) if request.offered_tools else None
+    if request.is_constrained or request.calls.mode == "required":
+        grammar = await asyncio.to_thread(_compile, request, served.tokenizer, dialect)
         sampling = replace(sampling, grammar=grammar)
     n, created_s = request.n or 1, int(time.time())
     if n > card.max_num_seqs:
@@ -52,8 +55,26 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
                     num_prompt_tokens=len(prompt), tokenizer_id=card.tokenizer_id, stream=bool(request.stream),
                     include_usage=bool(options and options.include_usage),
                     continuous_usage=bool(options and options.continuous_usage_stats),
-                    logprobs=bool(request.logprobs), fold_version=FOLD_VERSION)
+                    logprobs=bool(request.logprobs), tool_dialect=dialect.name if dialect else "",
+                    has_named_tool=request.calls.is_named, fold_version=fold_version(dialect))
     return job, header
+
+
+def _compile(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
+    """What the answer must be: calls, if some are required, or what else was asked for. Raises BadRequest."""
+    choice = request.calls
+    if choice.mode != "required":
+        return request.compile_grammar(tokenizer.check_grammar)
+    if dialect is None:
+        raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
+                                   "to.", param="tool_choice")
+    is_one = choice.is_named or request.parallel_tool_calls is False
+    grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, is_token=tokenizer.has_token)
+    try:
+        tokenizer.check_grammar(grammar)
+    except InvalidGrammar as error:
+        raise InvalidGrammar(str(error), param="tools") from None
+    return grammar
 
 
 def _adapt_roles(messages: list[dict[str, Any]], card: Card) -> None:

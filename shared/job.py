@@ -108,6 +108,8 @@ class Header:
     include_usage: bool = False
     continuous_usage: bool = False
     logprobs: bool = False
+    tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects.py); empty: none
+    has_named_tool: bool = False                        # the one call was asked for: it is no reason to end
     fold_version: int = 1                               # of api/wire: how entries become events
 
     def encode(self) -> str:

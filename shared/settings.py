@@ -17,9 +17,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from shared.errors import BrokenEnvironment
 
 API_ONLY = frozenset({
-    "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "heartbeat_s", "max_pending_entries",
-    "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices", "max_redis_fraction",
-    "request_deadline_s"})
+    "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "tool_dialect", "heartbeat_s",
+    "max_pending_entries", "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices",
+    "max_redis_fraction", "request_deadline_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
     "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "device", "dtype",
@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     cors_origins: Words = Field((), description="web origins that a browser may call from; none: CORS is off")
     max_body_bytes: int = Field(8 << 20, gt=0, description="largest request body")
     max_messages: int = Field(2048, gt=0, description="most messages in one request")
+    tool_dialect: Literal["auto", "none", "hermes"] = Field(
+        "auto", description="how models write calls of tools; auto: as their chat template shows")
     heartbeat_s: float = Field(10.0, gt=0, description="longest silence on a stream before a comment is sent")
     max_pending_entries: int = Field(256, gt=0, description="log entries kept in memory for a slow client")
     sweep_s: float = Field(0.5, gt=0, description="silence after which a pod looks into a stream's log itself")

@@ -39,6 +39,10 @@ class Tokenizer:
         self._written = re.compile("(?=" + "|".join(map(re.escape, contents)) + ")") if contents else None
         self._token_bytes = _token_bytes(card.tokenizer_json)
 
+    def has_token(self, text: str) -> bool:
+        """Whether this is one added token, and no text."""
+        return text.encode() in self._added.values()
+
     def check_grammar(self, grammar: str) -> None:
         """Raises InvalidGrammar."""
         self._grammars.check(grammar)

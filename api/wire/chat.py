@@ -6,20 +6,26 @@ is a client's position. The hot path joins bytes: a head made once per request a
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json.encoder import encode_basestring_ascii as quote  # escapes U+2028, U+2029 and U+0085 too
 from typing import Any
 
+from api.wire.dialects import DIALECTS, CallReader, Dialect, Piece
 from shared.errors import job_error
 from shared.job import Delta, Entry, FinishReason, Header, TokenLogprob, Usage
 
-FOLD_VERSION = 1
+FOLD_VERSIONS = (1, 2)                                  # 2: with calls of tools
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after an `id:` breaks clients
 MIN_LOGPROB = -9999.0                                   # OpenAI's word for "very unlikely"; -inf is not JSON
 
 TokenBytes = Callable[[int], bytes]
+
+
+def fold_version(dialect: Dialect | None) -> int:
+    return FOLD_VERSIONS[dialect is not None]
 
 
 class ChunkFold:
@@ -41,6 +47,7 @@ class ChunkFold:
         self._head = head.encode()
         self._choice_heads = [f'{head}"choices":[{{"index":{index},"delta":'.encode() for index in range(header.n)]
         self._tail = b',"usage":null}' if header.include_usage else b"}"
+        self._calls = [Calls(completion_id, header, index) for index in range(header.n)] if header.tool_dialect else []
 
     def feed(self, entry: Entry) -> bytes:
         """The events of the next entry: none, one or several."""
@@ -73,13 +80,18 @@ class ChunkFold:
         return b"".join(map(self._event, chunks))
 
     def _delta(self, delta: Delta, entry: Entry) -> list[bytes]:
-        chunks = []
-        if delta.text or delta.logprobs:
-            logprobs = _dump(_logprobs(delta.logprobs, self._token_bytes)) if delta.logprobs else b"null"
-            content = b'{"content":%b}' % quote(delta.text).encode()
-            chunks.append(self._chunk(delta.index, content, logprobs, b"null", entry))
-        if delta.finish_reason:
-            chunks.append(self._chunk(delta.index, b"{}", b"null", quote(delta.finish_reason).encode(), entry))
+        chunks, bodies, reason = [], [_content(delta.text)] if delta.text else [], delta.finish_reason
+        if self._calls:
+            calls = self._calls[delta.index]
+            bodies, reason = list(calls.bodies(delta.text, reason)), calls.reason(reason)
+        if delta.logprobs and not bodies:
+            bodies = [_content("")]
+        for number, body in enumerate(bodies):
+            has_logprobs = delta.logprobs and not number
+            logprobs = _dump(_logprobs(delta.logprobs, self._token_bytes)) if has_logprobs else b"null"
+            chunks.append(self._chunk(delta.index, body, logprobs, b"null", entry))
+        if reason:
+            chunks.append(self._chunk(delta.index, b"{}", b"null", quote(reason).encode(), entry))
         return chunks
 
     def _chunk(self, index: int, delta: bytes, logprobs: bytes, reason: bytes, entry: Entry) -> bytes:
@@ -97,6 +109,49 @@ class ChunkFold:
         if self.header.include_usage:
             events += self._event(b'%b"choices":[],"usage":%b}' % (self._head, _dump(usage_body(finish.usage))))
         return events + DONE
+
+
+class Calls:
+    """The calls of tools in one choice's text."""
+
+    def __init__(self, completion_id: str, header: Header, index: int) -> None:
+        self.reader = CallReader(DIALECTS[header.tool_dialect])
+        self.num_calls = 0
+        self._name = f"{completion_id}/{index}"
+        self._is_named = header.has_named_tool
+
+    def next_id(self) -> str:
+        """The same on every pod."""
+        self.num_calls += 1
+        return f"call_{hashlib.sha256(f'{self._name}/{self.num_calls}'.encode()).hexdigest()[:24]}"
+
+    def bodies(self, text: str, reason: FinishReason | None) -> Iterator[bytes]:
+        """The deltas that a piece of text makes."""
+        for piece in self.reader.feed(text) + (self.reader.finish() if reason else []):
+            yield _content(piece.value) if piece.kind == "text" else self._call(piece)
+
+    def _call(self, piece: Piece) -> bytes:
+        if piece.kind == "call":
+            call = {"id": self.next_id(), "type": "function", "function": {"name": piece.value, "arguments": ""}}
+            return _dump({"tool_calls": [{"index": self.num_calls - 1} | call]})
+        return _dump({"tool_calls": [{"index": self.num_calls - 1, "function": {"arguments": piece.value}}]})
+
+    def reason(self, reason: FinishReason | None) -> FinishReason | None:
+        return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
+
+    def message(self, text: str) -> dict[str, Any]:
+        """The whole."""
+        content, calls = "", list[dict[str, Any]]()
+        for piece in self.reader.feed(text) + self.reader.finish():
+            if piece.kind == "text":
+                content += piece.value
+            elif piece.kind == "call":
+                function = {"name": piece.value, "arguments": ""}
+                calls.append({"id": self.next_id(), "type": "function", "function": function})
+            else:
+                calls[-1]["function"]["arguments"] += piece.value
+        return {"role": "assistant", "content": content or None, "refusal": None, "tool_calls": calls} if calls else (
+            _message(content))
 
 
 class CompletionFold:
@@ -132,8 +187,20 @@ class CompletionFold:
 
     def _choice(self, index: int) -> dict[str, Any]:
         logprobs = _logprobs(self._logprobs[index], self._token_bytes) if self.header.logprobs else None
-        message = {"role": "assistant", "content": "".join(self._texts[index]), "refusal": None}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self._reasons[index]}
+        text, reason = "".join(self._texts[index]), self._reasons[index]
+        message = _message(text)
+        if self.header.tool_dialect:
+            calls = Calls(self._id, self.header, index)
+            message, reason = calls.message(text), calls.reason(reason)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _message(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "refusal": None}
+
+
+def _content(text: str) -> bytes:
+    return b'{"content":%b}' % quote(text).encode()
 
 
 def _head(completion_id: str, kind: str, header: Header) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from api.wire.format import Constrained, JSONSchema, ResponseFormat, StructuredOutputs
+from api.wire.tools import ToolChoice, read_choice, require_names
 from shared.errors import (
     BadRequest,
     InvalidType,
@@ -21,7 +22,6 @@ from shared.errors import (
     MissingField,
     NotJSON,
     UnsupportedContent,
-    UnsupportedParameter,
 )
 from shared.job import MAX_TOP_LOGPROBS
 
@@ -149,7 +149,8 @@ class ChatRequest(Constrained):
     ignore_eos: bool | None = None
     speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, a function or some")
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
     user: str | None = None
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
@@ -181,6 +182,9 @@ class ChatRequest(Constrained):
                 raise ValueError("a tool is {'type': 'function', 'function': {'name': …}}")
             if _is_deep(tool):
                 raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
+            if not isinstance(function.get("parameters") or {}, dict):
+                raise ValueError("a tool's parameters are a JSON schema")
+        require_names(tools or ())
         return tools
 
     @model_validator(mode="after")
@@ -189,8 +193,7 @@ class ChatRequest(Constrained):
             raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidValue("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise UnsupportedParameter("This server does not enforce tool choices yet.", param="tool_choice")
+        read_choice(self.tool_choice, self.tools or ())
         return self
 
     @property
@@ -198,8 +201,17 @@ class ChatRequest(Constrained):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def calls(self) -> ToolChoice:
+        """What may be called, and whether something must."""
+        return read_choice(self.tool_choice, self.tools or ())
+
+    @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        return None if self.tool_choice == "none" else self.tools or None
+        """What the model is shown."""
+        choice = self.calls
+        if choice.mode == "none" or not self.tools:
+            return None
+        return [tool for tool in self.tools if choice.names is None or tool["function"]["name"] in choice.names]
 
 
 def _is_bias(key: Any, value: Any) -> bool:

@@ -195,3 +195,44 @@ def test_two_pods_number_the_events_alike(answer: tuple[int, list[Entry]], data:
     assert b"".join(map(again.feed, log[:cut])) == before
     assert again.num_events == num_events == len(events(before))
     assert before + b"".join(map(again.feed, log[cut:])) == stream(log, n=n)
+
+
+CALLING = ["I look", ". ", "<tool", '_call>\n{"name": "f", "arguments": {"a"', ': 1}}\n</tool_call>\n<tool_call>',
+           '{"name": "g", "arguments": {}}', "</tool_call>"]
+
+
+def calling(reason: FinishReason) -> list[Entry]:
+    deltas = [Delta(0, (i,), text) for i, text in enumerate(CALLING)]
+    return make_log(*([delta] for delta in deltas), [Delta(0, (9,), "", reason)])
+
+
+@pytest.mark.parametrize(("reason", "is_named", "expected"), [
+    ("stop", False, "tool_calls"), ("stop", True, "stop"), ("length", False, "length")])
+def test_calls_are_told_from_text(reason: FinishReason, is_named: bool, expected: str) -> None:
+    """Streamed and whole are the same; an index, an id and a name come first, then pieces of arguments."""
+    header: dict[str, Any] = {"tool_dialect": "hermes", "has_named_tool": is_named}
+    said = [event["choices"][0] for event in events(stream(calling(reason), **header))]
+    assert "".join(choice["delta"].get("content") or "" for choice in said) == "I look."
+    assert [choice["finish_reason"] for choice in said if choice["finish_reason"]] == [expected]
+    calls: dict[int, dict[str, Any]] = {}
+    for call in (call for choice in said for call in choice["delta"].get("tool_calls", [])):
+        if call["index"] in calls:
+            assert call.keys() == {"index", "function"} and call["function"].keys() == {"arguments"}
+            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        else:
+            assert call["index"] == len(calls) and call["function"]["arguments"] == ""
+            calls[call["index"]] = {key: value for key, value in call.items() if key != "index"}
+    message = collect(calling(reason), **header)["choices"][0]
+    assert message["message"] == {"role": "assistant", "content": "I look.", "refusal": None,
+                                  "tool_calls": list(calls.values())}
+    assert message["finish_reason"] == expected
+    assert [(call["function"]["name"], call["function"]["arguments"]) for call in calls.values()] == [
+        ("f", '{"a": 1}'), ("g", "{}")]
+    assert len({call["id"] for call in calls.values()}) == 2
+
+
+def test_text_without_calls_is_as_it_was_without_tools() -> None:
+    assert stream(HI, tool_dialect="hermes") == stream(HI)
+    assert collect(HI, tool_dialect="hermes") == collect(HI)
+    spaced = make_log([Delta(0, (1,), " a <b> \n"), Delta(0, (2,), "", "stop")])
+    assert collect(spaced, tool_dialect="hermes") == collect(spaced)
