@@ -9,11 +9,13 @@ import asyncio
 import secrets
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from api.directory import Served
 from api.wire.chat import fold_version
 from api.wire.dialects import Dialect, choose_dialect
+from api.wire.reasoning import BEGIN, END, mode_of
 from api.wire.request import ChatRequest
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, UnsupportedParameter
@@ -22,6 +24,7 @@ from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
+MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in which a template may begin a thought
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
@@ -31,18 +34,17 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
     card = served.card
     messages = [message.for_template() for message in request.messages]
     _adapt_roles(messages, card)
-    encode = served.tokenizer.encode_chat
-    if num_body_bytes > INLINE_BYTES:
-        prompt = await asyncio.to_thread(encode, messages, request.offered_tools)
-    else:
-        prompt = encode(messages, request.offered_tools)
+    encode = partial(served.tokenizer.encode_chat, messages, request.offered_tools, **request.template_variables)
+    prompt = await asyncio.to_thread(encode) if num_body_bytes > INLINE_BYTES else encode()
     if not prompt:
         raise InvalidValue("The messages make an empty prompt.", param="messages")
     sampling = resolve_sampling(request, card, len(prompt))
+    think_begin_id, think_end_id = map(served.tokenizer.added_id, (BEGIN, END))
+    reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], think_begin_id, think_end_id, card.chat_templates.values())
     dialect = choose_dialect(settings.tool_dialect, card.chat_templates.values()) if request.offered_tools else None
     if request.is_constrained or request.calls.mode == "required":
         grammar = await asyncio.to_thread(_compile, request, served.tokenizer, dialect)
-        sampling = replace(sampling, grammar=grammar)
+        sampling = replace(sampling, grammar=grammar, grammar_after=think_end_id if reasoning == "open" else None)
     n, created_s = request.n or 1, int(time.time())
     if n > card.max_num_seqs:
         raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")
@@ -55,8 +57,9 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
                     num_prompt_tokens=len(prompt), tokenizer_id=card.tokenizer_id, stream=bool(request.stream),
                     include_usage=bool(options and options.include_usage),
                     continuous_usage=bool(options and options.continuous_usage_stats),
-                    logprobs=bool(request.logprobs), tool_dialect=dialect.name if dialect else "",
-                    has_named_tool=request.calls.is_named, fold_version=fold_version(dialect))
+                    logprobs=bool(request.logprobs), reasoning=reasoning,
+                    think_end_id=think_end_id if reasoning else None, tool_dialect=dialect.name if dialect else "",
+                    has_named_tool=request.calls.is_named, fold_version=fold_version(dialect, reasoning))
     return job, header
 
 
@@ -69,7 +72,8 @@ def _compile(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
                                    "to.", param="tool_choice")
     is_one = choice.is_named or request.parallel_tool_calls is False
-    grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, is_token=tokenizer.has_token)
+    grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one,
+                              is_token=lambda text: tokenizer.added_id(text) is not None)
     try:
         tokenizer.check_grammar(grammar)
     except InvalidGrammar as error:

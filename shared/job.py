@@ -44,6 +44,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     speculative: bool = True                            # tokens may be drafted; the answer is the same
     grammar: str = ""                                   # what the answer must be (shared/grammar.py); empty: anything
+    grammar_after: int | None = None                    # the token behind which it must; until then it may not end
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ class Header:
     include_usage: bool = False
     continuous_usage: bool = False
     logprobs: bool = False
+    reasoning: Literal["", "open", "maybe"] = ""        # whether it begins with a thought (api/wire/reasoning.py)
+    think_end_id: int | None = None                     # the token that ends it, where it is one
     tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects.py); empty: none
     has_named_tool: bool = False                        # the one call was asked for: it is no reason to end
     fold_version: int = 1                               # of api/wire: how entries become events

@@ -39,9 +39,10 @@ class Tokenizer:
         self._written = re.compile("(?=" + "|".join(map(re.escape, contents)) + ")") if contents else None
         self._token_bytes = _token_bytes(card.tokenizer_json)
 
-    def has_token(self, text: str) -> bool:
-        """Whether this is one added token, and no text."""
-        return text.encode() in self._added.values()
+    def added_id(self, text: str) -> int | None:
+        """Of a text that is one added token."""
+        token_id: int | None = self.fast.token_to_id(text)
+        return token_id if token_id in self._added else None
 
     def check_grammar(self, grammar: str) -> None:
         """Raises InvalidGrammar."""
@@ -51,17 +52,19 @@ class Tokenizer:
     def _grammars(self) -> Grammars:
         return Grammars(self.card.tokenizer_json, self.card.vocab_size, self.card.eos_token_ids)
 
-    def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+                    ) -> list[int]:
         """Token ids of the rendered chat. Raises TemplateRefused, or BadRequest when there is no chat template."""
         try:
-            pieces = self._render(messages, tools)
+            pieces = self._render(messages, tools, variables)
             return [i for piece in pieces if piece for i in self.fast.encode(piece, add_special_tokens=False).ids]
         except RecursionError:
             raise TemplateRefused("The messages or the tools are nested too deeply.") from None
         except (UnicodeEncodeError, TypeError):         # a lone surrogate
             raise TemplateRefused("The messages hold text that is not valid Unicode.") from None
 
-    def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
+                ) -> list[str]:
         """The text of the chat, cut wherever it would read as a token that only a template may write."""
         template = self.templates.get("tool_use" if tools else "default") or self.templates.get("default")
         if template is None:
@@ -72,7 +75,7 @@ class Tokenizer:
             messages = [{name: value if name == "role" else _map_strings(value, written, cut)
                          for name, value in message.items()} for message in messages]
             tools = _map_strings(tools, written, cut)
-        text = template.render(messages, tools=tools, special_tokens=self.card.special_tokens)
+        text = template.render(messages, tools=tools, special_tokens=self.card.special_tokens, **variables)
         return text.split(cut) if cut else [text]
 
     def token_bytes(self, token_id: int) -> bytes:

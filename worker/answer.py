@@ -59,8 +59,8 @@ class Answer:
     def request(self, grammars: Grammars) -> Request:
         """What the engine computes: the choices that have not ended, from where they stand. Raises InvalidGrammar."""
         finished = frozenset(i for i, choice in enumerate(self.choices) if choice.finish_reason)
-        grammar = self.job.sampling.grammar
-        constraints = [GrammarConstraint.of(grammars, grammar, choice.token_ids) for choice in self.choices
+        grammar, after = self.job.sampling.grammar, self.job.sampling.grammar_after
+        constraints = [GrammarConstraint.of(grammars, grammar, choice.token_ids, after) for choice in self.choices
                        ] if grammar else []
         return Request(self.job.id, self.job.prompt_token_ids, self.job.sampling, self.job.n,
                        tuple(tuple(choice.token_ids) for choice in self.choices), finished, self.job.tenant,

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from json.encoder import encode_basestring_ascii as quote  # escapes U+2028, U+2029 and U+0085 too
 from typing import Any
 
 from api.wire.dialects import DIALECTS, CallReader, Dialect, Piece
+from api.wire.reasoning import Mode, ThoughtReader
 from shared.errors import job_error
 from shared.job import Delta, Entry, FinishReason, Header, TokenLogprob, Usage
 
-FOLD_VERSIONS = (1, 2)                                  # 2: with calls of tools
+FOLD_VERSIONS = (1, 2)                                  # 2: with thoughts and calls of tools
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after an `id:` breaks clients
 MIN_LOGPROB = -9999.0                                   # OpenAI's word for "very unlikely"; -inf is not JSON
@@ -24,8 +26,8 @@ MIN_LOGPROB = -9999.0                                   # OpenAI's word for "ver
 TokenBytes = Callable[[int], bytes]
 
 
-def fold_version(dialect: Dialect | None) -> int:
-    return FOLD_VERSIONS[dialect is not None]
+def fold_version(dialect: Dialect | None, reasoning: Mode) -> int:
+    return FOLD_VERSIONS[bool(dialect or reasoning)]
 
 
 class ChunkFold:
@@ -47,7 +49,7 @@ class ChunkFold:
         self._head = head.encode()
         self._choice_heads = [f'{head}"choices":[{{"index":{index},"delta":'.encode() for index in range(header.n)]
         self._tail = b',"usage":null}' if header.include_usage else b"}"
-        self._calls = [Calls(completion_id, header, index) for index in range(header.n)] if header.tool_dialect else []
+        self._parts = [Parts(completion_id, header, index) for index in range(header.n)] if _has_parts(header) else []
 
     def feed(self, entry: Entry) -> bytes:
         """The events of the next entry: none, one or several."""
@@ -81,9 +83,9 @@ class ChunkFold:
 
     def _delta(self, delta: Delta, entry: Entry) -> list[bytes]:
         chunks, bodies, reason = [], [_content(delta.text)] if delta.text else [], delta.finish_reason
-        if self._calls:
-            calls = self._calls[delta.index]
-            bodies, reason = list(calls.bodies(delta.text, reason)), calls.reason(reason)
+        if self._parts:
+            parts = self._parts[delta.index]
+            bodies, reason = list(parts.bodies(delta)), parts.reason(reason)
         if delta.logprobs and not bodies:
             bodies = [_content("")]
         for number, body in enumerate(bodies):
@@ -97,7 +99,8 @@ class ChunkFold:
     def _chunk(self, index: int, delta: bytes, logprobs: bytes, reason: bytes, entry: Entry) -> bytes:
         tail = self._tail
         if self.header.continuous_usage:
-            usage = Usage(self.header.num_prompt_tokens, entry.num_tokens, self._num_cached_tokens)
+            usage = Usage(self.header.num_prompt_tokens, entry.num_tokens, self._num_cached_tokens,
+                          sum(parts.num_reasoning_tokens for parts in self._parts))
             tail = b',"usage":%b}' % _dump(usage_body(usage))
         return b'%b%b,"logprobs":%b,"finish_reason":%b}]%b' % (self._choice_heads[index], delta, logprobs, reason, tail)
 
@@ -107,51 +110,92 @@ class ChunkFold:
             return self._event(_dump(job_error(finish.error).body()))    # nested, or clients take it for a chunk
         events = self._opening(entry)
         if self.header.include_usage:
-            events += self._event(b'%b"choices":[],"usage":%b}' % (self._head, _dump(usage_body(finish.usage))))
+            usage = _with_reasoning(finish.usage, self._parts)
+            events += self._event(b'%b"choices":[],"usage":%b}' % (self._head, _dump(usage_body(usage))))
         return events + DONE
 
 
-class Calls:
-    """The calls of tools in one choice's text."""
+class Parts:
+    """One choice's text: what was thought, what is said, and which tools are called."""
 
     def __init__(self, completion_id: str, header: Header, index: int) -> None:
-        self.reader = CallReader(DIALECTS[header.tool_dialect])
-        self.num_calls = 0
+        self.num_reasoning_tokens = 0
         self._name = f"{completion_id}/{index}"
         self._is_named = header.has_named_tool
+        self._end_id = header.think_end_id
+        self._thoughts = ThoughtReader(header.reasoning)
+        self._calls = CallReader(DIALECTS[header.tool_dialect]) if header.tool_dialect else None
+        self._num_calls = 0
 
-    def next_id(self) -> str:
-        """The same on every pod."""
-        self.num_calls += 1
-        return f"call_{hashlib.sha256(f'{self._name}/{self.num_calls}'.encode()).hexdigest()[:24]}"
+    def read(self, delta: Delta) -> list[Piece]:
+        """What the next delta turns out to say."""
+        was_inside = self._thoughts.is_inside
+        thoughts = self._thoughts.feed(delta.text) + (self._thoughts.finish() if delta.finish_reason else [])
+        if was_inside or any(thought.is_reasoning for thought in thoughts) or self._thoughts.is_inside:
+            self.num_reasoning_tokens += self._num_thought(delta.token_ids)
+        pieces: list[Piece] = []
+        for is_reasoning, text in thoughts:
+            if is_reasoning or self._calls is None:
+                pieces.append(Piece("reasoning" if is_reasoning else "text", text))
+            else:
+                pieces += self._calls.feed(text)
+        if delta.finish_reason and self._calls is not None:
+            pieces += self._calls.finish()
+        return pieces
 
-    def bodies(self, text: str, reason: FinishReason | None) -> Iterator[bytes]:
-        """The deltas that a piece of text makes."""
-        for piece in self.reader.feed(text) + (self.reader.finish() if reason else []):
-            yield _content(piece.value) if piece.kind == "text" else self._call(piece)
+    def _num_thought(self, token_ids: Sequence[int]) -> int:
+        """Up to the token that ends the thought."""
+        if self._end_id is not None and self._end_id in token_ids:
+            return token_ids.index(self._end_id) + 1
+        return len(token_ids) if self._thoughts.is_inside else 0
 
-    def _call(self, piece: Piece) -> bytes:
-        if piece.kind == "call":
-            call = {"id": self.next_id(), "type": "function", "function": {"name": piece.value, "arguments": ""}}
-            return _dump({"tool_calls": [{"index": self.num_calls - 1} | call]})
-        return _dump({"tool_calls": [{"index": self.num_calls - 1, "function": {"arguments": piece.value}}]})
+    def bodies(self, delta: Delta) -> Iterator[bytes]:
+        """The deltas of its events."""
+        for piece in self.read(delta):
+            if piece.kind == "text":
+                yield _content(piece.value)
+            elif piece.kind == "reasoning":
+                yield b'{"reasoning_content":%b,"reasoning":%b}' % ((quote(piece.value).encode(),) * 2)
+            elif piece.kind == "call":
+                call = self._new_call(piece.value)
+                yield _dump({"tool_calls": [{"index": self._num_calls - 1} | call]})
+            else:
+                arguments = {"index": self._num_calls - 1, "function": {"arguments": piece.value}}
+                yield _dump({"tool_calls": [arguments]})
+
+    def _new_call(self, name: str) -> dict[str, Any]:
+        """With an id that is the same on every pod."""
+        self._num_calls += 1
+        digest = hashlib.sha256(f"{self._name}/{self._num_calls}".encode()).hexdigest()
+        return {"id": f"call_{digest[:24]}", "type": "function", "function": {"name": name, "arguments": ""}}
 
     def reason(self, reason: FinishReason | None) -> FinishReason | None:
-        return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
+        return "tool_calls" if reason == "stop" and self._num_calls and not self._is_named else reason
 
-    def message(self, text: str) -> dict[str, Any]:
+    def message(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The whole."""
-        content, calls = "", list[dict[str, Any]]()
-        for piece in self.reader.feed(text) + self.reader.finish():
-            if piece.kind == "text":
-                content += piece.value
-            elif piece.kind == "call":
-                function = {"name": piece.value, "arguments": ""}
-                calls.append({"id": self.next_id(), "type": "function", "function": function})
-            else:
+        texts, calls = {"text": "", "reasoning": ""}, list[dict[str, Any]]()
+        for piece in (piece for delta in deltas for piece in self.read(delta)):
+            if piece.kind == "call":
+                calls.append(self._new_call(piece.value))
+            elif piece.kind == "arguments":
                 calls[-1]["function"]["arguments"] += piece.value
-        return {"role": "assistant", "content": content or None, "refusal": None, "tool_calls": calls} if calls else (
-            _message(content))
+            else:
+                texts[piece.kind] += piece.value
+        message = _message(texts["text"])
+        if calls:
+            message |= {"content": texts["text"] or None, "tool_calls": calls}
+        if texts["reasoning"]:
+            message |= {"reasoning_content": texts["reasoning"], "reasoning": texts["reasoning"]}
+        return message
+
+
+def _has_parts(header: Header) -> bool:
+    return bool(header.reasoning or header.tool_dialect)
+
+
+def _with_reasoning(usage: Usage, parts: Sequence[Parts]) -> Usage:
+    return replace(usage, num_reasoning_tokens=sum(each.num_reasoning_tokens for each in parts)) if parts else usage
 
 
 class CompletionFold:
@@ -162,18 +206,14 @@ class CompletionFold:
         self.ended = False
         self._id = completion_id
         self._token_bytes = token_bytes
-        self._texts: list[list[str]] = [[] for _ in range(header.n)]
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(header.n)]
-        self._reasons: list[FinishReason | None] = [None] * header.n
+        self._deltas: list[list[Delta]] = [[] for _ in range(header.n)]
         self._usage = Usage(header.num_prompt_tokens, 0)
 
     def feed(self, entry: Entry) -> None:
         """Takes the next entry. Raises the JobEnded of a terminal that is none of success."""
         if entry.kind == "delta":
             for delta in entry.deltas:
-                self._texts[delta.index].append(delta.text)
-                self._logprobs[delta.index].extend(delta.logprobs)
-                self._reasons[delta.index] = delta.finish_reason or self._reasons[delta.index]
+                self._deltas[delta.index].append(delta)
         elif entry.kind == "end":
             self.ended = True
             if entry.finish.error:
@@ -181,18 +221,17 @@ class CompletionFold:
             self._usage = entry.finish.usage
 
     def body(self) -> bytes:
-        choices = [self._choice(index) for index in range(self.header.n)]
-        tail = {"choices": choices, "usage": usage_body(self._usage)}
+        parts = [Parts(self._id, self.header, index) for index in range(self.header.n)]
+        choices = [self._choice(index, parts[index]) for index in range(self.header.n)]
+        tail = {"choices": choices, "usage": usage_body(_with_reasoning(self._usage, parts))}
         return _head(self._id, "chat.completion", self.header).encode() + _dump(tail)[1:]
 
-    def _choice(self, index: int) -> dict[str, Any]:
-        logprobs = _logprobs(self._logprobs[index], self._token_bytes) if self.header.logprobs else None
-        text, reason = "".join(self._texts[index]), self._reasons[index]
-        message = _message(text)
-        if self.header.tool_dialect:
-            calls = Calls(self._id, self.header, index)
-            message, reason = calls.message(text), calls.reason(reason)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+    def _choice(self, index: int, parts: Parts) -> dict[str, Any]:
+        deltas = self._deltas[index]
+        entries = [entry for delta in deltas for entry in delta.logprobs]
+        logprobs = _logprobs(entries, self._token_bytes) if self.header.logprobs else None
+        message, reason = parts.message(deltas), deltas[-1].finish_reason if deltas else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": parts.reason(reason)}
 
 
 def _message(content: str) -> dict[str, Any]:

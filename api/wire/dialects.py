@@ -22,7 +22,7 @@ MAX_NAME_CHARS = 256
 class Piece(NamedTuple):
     """What a stretch of text turned out to be."""
 
-    kind: Literal["text", "call", "arguments"]          # of a call: first its name, then its arguments in pieces
+    kind: Literal["text", "reasoning", "call", "arguments"]     # of a call: its name, then its arguments in pieces
     value: str
 
 

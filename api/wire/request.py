@@ -33,9 +33,13 @@ MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_TOOLS = 128
+MAX_TEMPLATE_VARIABLES = 16
 MAX_NESTING = 64                                        # of a tool's schema, or of a call's arguments
 
+TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "special_tokens"})
+
 Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # no token that a template alone may write
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -67,6 +71,8 @@ class Message(_Model):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
@@ -84,6 +90,8 @@ class Message(_Model):
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.name is not None:
             message["name"] = self.name
+        if thought := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = thought
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         if self.tool_calls:
@@ -151,6 +159,10 @@ class ChatRequest(Constrained):
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, a function or some")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="what the chat template makes of it; none: enable_thinking is false")
+    chat_template_kwargs: dict[str, Word | int | float | bool | None] | None = Field(
+        None, max_length=MAX_TEMPLATE_VARIABLES, description="variables of the chat template: words and numbers")
     user: str | None = None
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
@@ -199,6 +211,16 @@ class ChatRequest(Constrained):
     @property
     def answer_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Beside what every template is given, which a request cannot change."""
+        effort: dict[str, Any] = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
+        if self.reasoning_effort == "none":
+            effort["enable_thinking"] = False
+        given = self.chat_template_kwargs or {}
+        return effort | {name: value for name, value in given.items()
+                         if name not in TEMPLATE_NAMES and not name.endswith("_token")}
 
     @property
     def calls(self) -> ToolChoice:

@@ -139,6 +139,28 @@ def test_however_it_is_computed(options: dict[str, Any], folder: Path, engine: E
     assert other.num_preempted > 0 or "kv_cache_bytes" not in options
 
 
+def test_a_form_begins_behind_a_token_and_no_answer_ends_before(engine: Engine) -> None:
+    """What is thought may be anything; a worker that takes over in the middle of it thinks on."""
+    after, choice = 264, of_choice(["yes", "no"])            # </think>
+
+    def think(name: str, seed: int, continued: Sequence[int] = (), bias: float = 5.0) -> tuple[list[int], str | None]:
+        constraint = GrammarConstraint.of(GRAMMARS, choice, continued, after)
+        sampling = Sampling(max_tokens=60, temperature=1.5, seed=seed, logit_bias=((after, bias), (EOS, 50.0)))
+        outputs = run(engine, {0: [Request(name, PROMPT, sampling, continued=(tuple(continued),) if continued else (),
+                                           constraints=(constraint,))]})[name, 0]
+        return [*continued, *token_ids(outputs)], outputs[-1].finish_reason
+
+    answers = [think("whole", seed) for seed in range(12)]
+    assert all(EOS not in thought for thought, _ in answers)
+    ended = [(seed, thought) for seed, (thought, reason) in enumerate(answers) if reason == "stop"]
+    seed, thought = max(ended, key=lambda each: len(each[1]))
+    place = thought.index(after)
+    assert place > 0 and text_of(thought[place + 1:]) in ("yes", "no")
+    for num_logged in (1, place, place + 1):
+        assert think("heir", seed, thought[:num_logged]) == (thought, "stop")
+    assert think("never", seed, bias=-100.0)[1] == "length"
+
+
 class Stuck:
     """Its matcher gives up at the third token."""
 

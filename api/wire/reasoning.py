@@ -1,0 +1,91 @@
+"""What a model thinks before it answers: the text between <think> and </think>, told apart whatever pieces it comes in.
+
+A template may open it, or the model does with its first word. Blanks about the two markers are nobody's. It knows text
+and token ids, nothing of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from api.wire.markers import MAX_BLANKS, num_begun, trimmed
+
+BEGIN, END = "<think>", "</think>"
+
+Mode = Literal["", "open", "maybe"]                     # never; the prompt has begun it; the model may begin it
+
+
+class Thought(NamedTuple):
+    is_reasoning: bool
+    text: str
+
+
+def mode_of(prompt: Sequence[int], begin_id: int | None, end_id: int | None, templates: Iterable[str]) -> Mode:
+    """Of a prompt, and of what the model's templates speak of."""
+    last = next((token_id for token_id in reversed(prompt) if token_id in (begin_id, end_id)), None)
+    if last is not None and last == begin_id:
+        return "open"
+    return "maybe" if any(END in template for template in templates) else ""
+
+
+class ThoughtReader:
+    """Reads text in pieces; every character a bounded number of times."""
+
+    def __init__(self, mode: Mode) -> None:
+        self._state: Literal["begin", "first", "thought", "behind", "answer"] = {
+            "open": "first", "maybe": "begin", "": "answer"}[mode]  # type: ignore[assignment]
+        self._held = ""
+
+    @property
+    def is_inside(self) -> bool:
+        return self._state in ("first", "thought")
+
+    def feed(self, text: str) -> list[Thought]:
+        self._held += text
+        thoughts: list[Thought] = []
+        while self._read(thoughts):
+            pass
+        return thoughts
+
+    def finish(self) -> list[Thought]:
+        held, self._held = self._held, ""
+        return [Thought(self.is_inside, held)] if held else []
+
+    def _read(self, thoughts: list[Thought]) -> bool:
+        """Whether more can be said of what is held."""
+        if self._state == "begin":
+            return self._begin()
+        if self._state in ("first", "behind"):
+            self._held = self._held.lstrip()
+            if self._held:
+                self._state = "thought" if self._state == "first" else "answer"
+            return bool(self._held)
+        if self._state == "thought":
+            return self._think(thoughts)
+        if self._held:
+            thoughts.append(Thought(False, self._held))
+            self._held = ""
+        return False
+
+    def _begin(self) -> bool:
+        """Whether the first word is the marker."""
+        word = self._held.lstrip()
+        if word.startswith(BEGIN):
+            self._state, self._held = "first", word[len(BEGIN):]
+            return True
+        if BEGIN.startswith(word) and len(self._held) < MAX_BLANKS:
+            return False
+        self._state = "answer"
+        return True
+
+    def _think(self, thoughts: list[Thought]) -> bool:
+        place = self._held.find(END)
+        cut = trimmed(self._held, place if place >= 0 else len(self._held) - num_begun(self._held, END))
+        if cut:
+            thoughts.append(Thought(True, self._held[:cut]))
+        if place < 0:
+            self._held = self._held[cut:]
+            return False
+        self._state, self._held = "behind", self._held[place + len(END):]
+        return True

@@ -1,0 +1,99 @@
+"""What a model thinks, over HTTP: told from the answer, counted, kept out of a form that the answer must keep."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from shared import connection
+from shared.job import Delta
+from tests.api.scripted import CHATML, Script, ScriptedWorker, ask, byte_card, byte_tokenizer, error_of, until_known
+
+CHAT = "/v1/chat/completions"
+TEMPLATE = (CHATML.removesuffix("{% endif %}") + "{% if enable_thinking is not defined or enable_thinking %}<think>\n"
+            "{% endif %}{% endif %}{# </think> #}{{ reasoning_effort }}{{ tone }}")
+THINK, END_OF_THOUGHT = 258, 259
+
+
+@pytest.fixture
+async def thinker(redis_url: str, http: httpx.AsyncClient) -> AsyncIterator[ScriptedWorker]:
+    """Its template opens a thought unless it is told not to."""
+    tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    redis = connection.connect(redis_url)
+    worker = ScriptedWorker(redis, replace(byte_card("scripted/thinker"), tokenizer_json=tokenizer.to_str(),
+                                           chat_templates={"default": TEMPLATE}, vocab_size=260))
+    await worker.announce()
+    await until_known(http, worker)
+    yield worker
+    await worker.leave()
+    await redis.aclose()
+
+
+async def think(script: Script) -> None:
+    """Ten tokens and the one that ends a thought, then an answer of three."""
+    for char in "I wonder:\n":
+        await script.say(Delta(0, (ord(char),), char))
+    await script.say(Delta(0, (END_OF_THOUGHT, 10), "</think>\n"))
+    await script.say(Delta(0, (ord("Y"), ord("e")), "Ye"))
+    await script.say(Delta(0, (ord("s"),), "s", "stop"))
+    await script.end()
+
+
+async def test_a_thought_is_told_from_the_answer(http: httpx.AsyncClient, thinker: ScriptedWorker) -> None:
+    """Streamed and whole, in both fields that clients know, with its tokens."""
+    answers: list[Any] = []
+    for stream in (False, True):
+        fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        asked = asyncio.create_task(http.post(CHAT, json=ask(thinker.model, **fields)))
+        script = await thinker.claim()
+        assert script.job.prompt_token_ids[-2:] == (THINK, 10)
+        await think(script)
+        answers.append((await asked).text)
+    whole = json.loads(answers[0])
+    message = whole["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "Yes", "refusal": None, "reasoning_content": "I wonder:",
+                       "reasoning": "I wonder:"}
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 11}
+    events = [json.loads(line.removeprefix("data: ")) for line in answers[1].splitlines()
+              if line.startswith("data: {")]
+    assert events[-1]["usage"] == whole["usage"]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    for field, text in (("content", "Yes"), ("reasoning_content", "I wonder:"), ("reasoning", "I wonder:")):
+        assert "".join(delta.get(field) or "" for delta in deltas) == text
+
+
+async def test_whoever_is_told_not_to_think_answers_at_once(http: httpx.AsyncClient, thinker: ScriptedWorker) -> None:
+    for fields in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        asked = asyncio.create_task(http.post(CHAT, json=ask(thinker.model, **fields)))
+        script = await thinker.claim()
+        assert THINK not in script.job.prompt_token_ids
+        await script.answer("Yes")
+        message = (await asked).json()["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": "Yes", "refusal": None}
+
+
+async def test_a_form_is_kept_behind_the_thought(http: httpx.AsyncClient, thinker: ScriptedWorker) -> None:
+    asked = asyncio.create_task(http.post(CHAT, json=ask(thinker.model, choice=["Yes"])))
+    script = await thinker.claim()
+    assert script.job.sampling.grammar and script.job.sampling.grammar_after == END_OF_THOUGHT
+    await think(script)
+    assert (await asked).json()["choices"][0]["message"]["content"] == "Yes"
+
+
+async def test_variables_reach_the_template_and_are_words(http: httpx.AsyncClient, thinker: ScriptedWorker) -> None:
+    asked = asyncio.create_task(http.post(CHAT, json=ask(
+        thinker.model, reasoning_effort="high", chat_template_kwargs={"tone": "x1", "messages": 5, "eos_token": "no"})))
+    script = await thinker.claim()
+    assert bytes(i for i in script.job.prompt_token_ids if i < 256).endswith(b"assistant\n\nhighx1")
+    await script.answer("")
+    await asked
+    for value in ("<|im_end|>", [1], "a b"):
+        refused = await http.post(CHAT, json=ask(thinker.model, chat_template_kwargs={"tone": value}))
+        assert error_of(refused, 400)["param"] == "chat_template_kwargs"
