@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api.wire.request import ChatRequest
+from api.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 COMPONENTS = "#/components/schemas/"
 
@@ -18,9 +19,15 @@ _ERROR: dict[str, Any] = {"content": {"application/json": {"schema": {"$ref": CO
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "The request is refused.", **_ERROR},
                                            "5XX": {"description": "The service failed, or is full.", **_ERROR}}
 
-_REQUEST = {"schema": {"$ref": COMPONENTS + "ChatRequest"}}
-CHAT: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": _REQUEST}},
+
+
+def request(name: str) -> dict[str, Any]:
+    """The body that a route takes, by the name of its model."""
+    schema = {"schema": {"$ref": COMPONENTS + name}}
+    return {"requestBody": {"required": True, "content": {"application/json": schema}}}
+
+
+CHAT: dict[str, Any] = request("ChatRequest") | {
     "responses": {"200": {"description": "A chat.completion; with `stream`, chat.completion.chunk events and [DONE].",
                           "content": {"application/json": {}, "text/event-stream": {}}}}}
 
@@ -36,9 +43,11 @@ def complete(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            request = ChatRequest.model_json_schema(ref_template=COMPONENTS + "{model}")
             components = schema.setdefault("components", {})
-            components["schemas"] = {"Error": ERROR_SCHEMA, **request.pop("$defs"), "ChatRequest": request}
+            components["schemas"] = {"Error": ERROR_SCHEMA}
+            for model in (ChatRequest, TokenizeRequest, DetokenizeRequest):
+                one = model.model_json_schema(ref_template=COMPONENTS + "{model}")
+                components["schemas"] |= one.pop("$defs", {}) | {model.__name__: one}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"key": []}, {}]
             app.openapi_schema = schema

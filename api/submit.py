@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from api.directory import Served
 from api.wire.chat import fold_version
 from api.wire.dialects import Dialect, choose_dialect
 from api.wire.reasoning import BEGIN, END, mode_of
-from api.wire.request import ChatRequest
+from api.wire.request import ChatRequest, Message
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, UnsupportedParameter
 from shared.job import Header, Job, Sampling
@@ -32,8 +33,7 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
                    pod_id: str, settings: Settings) -> tuple[Job, Header]:
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
     card = served.card
-    messages = [message.for_template() for message in request.messages]
-    _adapt_roles(messages, card)
+    messages = adapted(request.messages, card)
     encode = partial(served.tokenizer.encode_chat, messages, request.offered_tools, **request.template_variables)
     prompt = await asyncio.to_thread(encode) if num_body_bytes > INLINE_BYTES else encode()
     if not prompt:
@@ -72,8 +72,7 @@ def _compile(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
                                    "to.", param="tool_choice")
     is_one = choice.is_named or request.parallel_tool_calls is False
-    grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one,
-                              is_token=lambda text: tokenizer.added_id(text) is not None)
+    grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, added_id=tokenizer.added_id)
     try:
         tokenizer.check_grammar(grammar)
     except InvalidGrammar as error:
@@ -81,12 +80,15 @@ def _compile(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None
     return grammar
 
 
-def _adapt_roles(messages: list[dict[str, Any]], card: Card) -> None:
-    """Most templates know no developer: what one says stands in a system turn, as OpenAI itself reads it."""
+def adapted(said: Sequence[Message], card: Card) -> list[dict[str, Any]]:
+    """Messages as the model's template takes them. Most know no developer: what one says stands in a system turn, as
+    OpenAI itself reads it."""
+    messages = [message.for_template() for message in said]
     if not any("developer" in template for template in card.chat_templates.values()):
         for message in messages:
             if message["role"] == "developer":
                 message["role"] = "system"
+    return messages
 
 
 def resolve_sampling(request: ChatRequest, card: Card, num_prompt_tokens: int) -> Sampling:

@@ -63,6 +63,20 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):         # a lone surrogate
             raise TemplateRefused("The messages hold text that is not valid Unicode.") from None
 
+    def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; what reads as an added token in it is text too. Raises TemplateRefused."""
+        try:
+            cut = _unused_cut(text)
+            pieces = _insert(text, self._written, cut).split(cut) if self._written else [text]
+            ids = [i for piece in pieces if piece for i in self.fast.encode(piece, add_special_tokens=False).ids]
+        except (UnicodeEncodeError, TypeError):         # a lone surrogate
+            raise TemplateRefused("The text is not valid Unicode.") from None
+        if not add_special_tokens:
+            return ids
+        bare, dressed = (self.fast.encode("a", add_special_tokens=special).ids for special in (False, True))
+        place = next(i for i in range(len(dressed)) if dressed[i:i + len(bare)] == bare)
+        return [*dressed[:place], *ids, *dressed[place + len(bare):]]
+
     def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
                 ) -> list[str]:
         """The text of the chat, cut wherever it would read as a token that only a template may write."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from json.encoder import encode_basestring_ascii as quote  # escapes U+2028, U+2029 and U+0085 too
 from typing import Any
 
-from api.wire.dialects import DIALECTS, CallReader, Dialect, Piece
+from api.wire.dialects import DIALECTS, Dialect, Piece
 from api.wire.reasoning import Mode, ThoughtReader
 from shared.errors import job_error
 from shared.job import Delta, Entry, FinishReason, Header, TokenLogprob, Usage
@@ -124,7 +124,7 @@ class Parts:
         self._is_named = header.has_named_tool
         self._end_id = header.think_end_id
         self._thoughts = ThoughtReader(header.reasoning)
-        self._calls = CallReader(DIALECTS[header.tool_dialect]) if header.tool_dialect else None
+        self._calls = DIALECTS[header.tool_dialect].reader() if header.tool_dialect else None
         self._num_calls = 0
 
     def read(self, delta: Delta) -> list[Piece]:

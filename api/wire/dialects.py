@@ -1,8 +1,10 @@
 """How models write calls of tools into their text, and how to read them out of it, whatever pieces it comes in.
 
-A dialect is known by the words of the model's chat template. Its grammar makes a model call; its reader finds calls
-that a model makes by itself. A reader reads every character once, or a bounded number of times; what does not become a
-call is text, as it was written. It knows text, nothing of events or requests.
+Hermes' and Qwen's between <tool_call> and </tool_call>, anywhere; Mistral's as one array behind a token that is not
+shown; Llama's (3.1 and on) as bare objects at the beginning. A dialect is known by the words of the model's chat
+template. Its grammar makes a model call; its reader finds calls that a model makes by itself. A reader reads every
+character once, or a bounded number of times; what does not become a call is text, as it was written. It knows text,
+nothing of events or requests.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from api.wire.markers import num_begun, trimmed
+from api.wire.markers import MAX_BLANKS, num_begun, trimmed
 
 MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
 MAX_NAME_CHARS = 256
@@ -28,26 +30,48 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialect:
-    """Calls between two markers: {"name": …, "arguments": {…}}."""
+    """Calls as JSON, {"name": …, arguments: {…}}, each between two markers, or all of them at an answer's beginning."""
 
     name: str
+    signs: tuple[str, ...]                              # of a chat template: all of them are in it
     begin: str
     end: str
+    key: str = "arguments"
+    between: str = "\n"                                 # two calls
+    blank: str = ""                                     # between a marker and the JSON
+    is_leading: bool = False                            # begin and end are about all calls, and no text comes before
+    hidden: str = ""                                    # a token before them, which no text shows
 
-    def grammar(self, tools: Iterable[Mapping[str, Any]], *, is_one: bool, is_token: Callable[[str], bool]) -> str:
+    def grammar(self, tools: Iterable[Mapping[str, Any]], *, is_one: bool, added_id: Callable[[str], int | None]
+                ) -> str:
         """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more.
 
-        Markers that are tokens of their own are no text to a grammar."""
-        begin, end = (marker if is_token(marker) else _quoted(marker) for marker in (self.begin, self.end))
-        bodies = [f'{_quoted(json.dumps(tool["name"]) + ", " + chr(34) + "arguments" + chr(34) + ": ")} '
-                  f"%json {json.dumps(_schema(tool))}" for tool in tools]
-        head, tail = _quoted('\n{"name": '), _quoted("}\n")
-        more = "" if is_one else ' ("\\n" call)*'
-        return f"start: call{more}\ncall: {begin} {head} body {tail} {end}\nbody: " + "\n | ".join(bodies) + "\n"
+        Markers that are tokens of their own are no text to a grammar: `added_id` knows them."""
+        def marker(text: str) -> str:
+            token_id = added_id(text) if text else None
+            return _quoted(text) if token_id is None else f"<[{token_id}]>"
+
+        bodies = []
+        for tool in tools:
+            head = f"{json.dumps(tool['name'])}, {json.dumps(self.key)}: "
+            bodies.append(f"{_quoted(head)} %json {json.dumps(_schema(tool))}")
+        begin, end = marker(self.begin), marker(self.end)
+        one = f"{_quoted(self.blank + OPENING)} body {_quoted('}' + self.blank)}"
+        start, call = (f"{begin} calls {end}", one) if self.is_leading else ("calls", f"{begin} {one} {end}")
+        hidden = marker(self.hidden) if self.hidden and added_id(self.hidden) is not None else ""
+        more = "" if is_one else f" ({_quoted(self.between)} call)*"
+        rules = [f"start: {hidden} {start}", f"calls: call{more}", f"call: {call}", "body: " + "\n | ".join(bodies)]
+        return "\n".join(rules) + "\n"
+
+    def reader(self) -> CallReader:
+        return LeadingReader(self) if self.is_leading else CallReader(self)
 
 
-HERMES = Dialect("hermes", "<tool_call>", "</tool_call>")           # Qwen's too
-DIALECTS = {dialect.name: dialect for dialect in (HERMES,)}
+HERMES = Dialect("hermes", ("<tool_call>", "</tool_call>"), "<tool_call>", "</tool_call>", blank="\n")     # Qwen's too
+MISTRAL = Dialect("mistral", ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]"), "[", "]", between=", ", is_leading=True,
+                  hidden="[TOOL_CALLS]")
+LLAMA = Dialect("llama", ("ipython", '"parameters"'), "", "", key="parameters", between="; ", is_leading=True)
+DIALECTS = {dialect.name: dialect for dialect in (HERMES, MISTRAL, LLAMA)}
 
 
 def choose_dialect(wanted: str, templates: Iterable[str]) -> Dialect | None:
@@ -57,8 +81,9 @@ def choose_dialect(wanted: str, templates: Iterable[str]) -> Dialect | None:
 
 def dialect_of(templates: Iterable[str]) -> Dialect | None:
     """The one in which a chat template shows its model calls."""
+    texts = list(templates)
     return next((dialect for dialect in DIALECTS.values()
-                 if any(dialect.begin in template and dialect.end in template for template in templates)), None)
+                 if any(all(sign in text for sign in dialect.signs) for text in texts)), None)
 
 
 def _quoted(text: str) -> str:
@@ -72,12 +97,14 @@ def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
     return schema | {"x-guidance": options}
 
 
+OPENING = '{"name": '
+COMPACT = OPENING.replace(" ", "").removesuffix(":")    # what any call begins with, but for blanks
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[^\s])')
 TAIL = re.compile(r"\s*\}\s*")
 
 
 class CallReader:
-    """Reads text in pieces. Blanks about a call belong to nobody."""
+    """Reads text in pieces, with calls between markers. Blanks about a call belong to nobody."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -128,9 +155,10 @@ class CallReader:
                 self._in_string = self._is_escaped = False
                 self._read = self._arguments
                 return True
-        elif len(self._held) < MAX_HEAD_CHARS and self._dialect.end not in self._held:
+        elif len(self._held) < MAX_HEAD_CHARS and _may_be_call(self._held):
             return False
-        pieces.append(Piece("text", self._marker))      # no call: it reads on behind the marker
+        if self._marker:
+            pieces.append(Piece("text", self._marker))  # no call: it reads on behind the marker
         self._marker, self._read = "", self._text
         return True
 
@@ -171,6 +199,68 @@ class CallReader:
             return False
         self._read = self._text
         return True
+
+
+class LeadingReader(CallReader):
+    """Calls at the beginning, and nothing else before them."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__(dialect)
+        self._read = self._first
+
+    def finish(self) -> list[Piece]:
+        held, self._held = self._marker + self._held, ""
+        is_text = self._read in (self._first, self._head, self._rest)
+        return [Piece("text", held)] if held and is_text else []
+
+    def _first(self, _: list[Piece]) -> bool:
+        """Whether it begins as calls do."""
+        opening = self._held.lstrip()
+        begin = self._dialect.begin or "{"
+        if not opening.startswith(begin) and begin.startswith(opening) and len(self._held) < MAX_BLANKS:
+            return False
+        if not opening.startswith(begin):
+            self._read = self._rest
+            return True
+        size = len(self._held) - len(opening) + len(self._dialect.begin)
+        self._marker, self._held = self._held[:size], self._held[size:]
+        self._read = self._head
+        return True
+
+    def _text(self, _: list[Piece]) -> bool:
+        """What turned out to be no call."""
+        self._read = self._rest
+        return True
+
+    def _rest(self, pieces: list[Piece]) -> bool:
+        if self._is_behind:
+            self._held = self._held.lstrip()
+            self._is_behind = not self._held
+        if self._held:
+            pieces.append(Piece("text", self._held))
+            self._held = ""
+        return False
+
+    def _tail(self, _: list[Piece]) -> bool:
+        """Another call, or the end of them."""
+        match = TAIL.match(self._held)
+        if match is None and not self._held.strip() and len(self._held) < MAX_HEAD_CHARS:
+            return False
+        rest = self._held[match.end():] if match else self._held
+        separator, end = self._dialect.between.strip(), self._dialect.end
+        if match and not rest and len(self._held) < MAX_HEAD_CHARS:
+            return False
+        if match and rest.startswith(separator):
+            self._held, self._read = rest[len(separator):], self._head
+        else:
+            self._held = rest[len(end):] if match and rest.startswith(end) else rest
+            self._read, self._is_behind = self._rest, True
+        return True
+
+
+def _may_be_call(text: str) -> bool:
+    compact = "".join(text.split())
+    return compact.startswith(COMPACT) or COMPACT.startswith(compact)
 
 
 def _name(raw: str) -> str | None:

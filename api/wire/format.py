@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from api.wire.body import Fields
 from shared import grammar
 from shared.errors import InvalidGrammar, InvalidValue
 
@@ -17,25 +18,21 @@ Choices = Annotated[list[str], Field(min_length=1, max_length=grammar.MAX_CHOICE
 Text = Annotated[str, Field(min_length=1, max_length=grammar.MAX_GRAMMAR_CHARS)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
-
-
-class JSONSchema(_Model):
+class JSONSchema(Fields):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="it is enforced either way")
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JSONSchema | None = None
     pattern: Text | None = None
     grammar: Text | None = None
 
 
-class StructuredOutputs(_Model):
+class StructuredOutputs(Fields):
     """vLLM's name for all of them; exactly one is given."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
@@ -45,7 +42,7 @@ class StructuredOutputs(_Model):
     grammar: Text | None = Field(None, description="Lark's language or GBNF")
 
 
-class Constrained(_Model):
+class Constrained(Fields):
     """The fields of a request that say what its answer must be; at most one of them may."""
 
     response_format: ResponseFormat | None = Field(None, description="text, a JSON object, or JSON of a schema")

@@ -10,19 +10,13 @@ import json
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
+from api.wire.body import Fields, names_of, read_object, validate
 from api.wire.format import Constrained, JSONSchema, ResponseFormat, StructuredOutputs
 from api.wire.tools import ToolChoice, read_choice, require_names
-from shared.errors import (
-    BadRequest,
-    InvalidType,
-    InvalidValue,
-    MissingField,
-    NotJSON,
-    UnsupportedContent,
-)
+from shared.errors import InvalidValue, UnsupportedContent
 from shared.job import MAX_TOP_LOGPROBS
 
 log = logging.getLogger(__name__)
@@ -43,16 +37,12 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # no tok
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
-
-
-class Function(_Model):
+class Function(Fields):
     name: str = Field(min_length=1, max_length=256)
     arguments: str | None = None
 
 
-class ToolCall(_Model):
+class ToolCall(Fields):
     id: str | None = None
     type: Literal["function"] = "function"
     function: Function
@@ -63,7 +53,7 @@ class TextPart(TypedDict):
     text: str
 
 
-class Message(_Model):
+class Message(Fields):
     """One turn. Content comes as a string or as text parts, and is a string from here on."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -125,7 +115,7 @@ def _is_deep(value: Any, room: int = MAX_NESTING) -> bool:
     return room == 0 or any(_is_deep(element, room - 1) for element in inner)
 
 
-class StreamOptions(_Model):
+class StreamOptions(Fields):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -245,47 +235,18 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and 0 < len(name) <= 256
 
 
+NAMES = names_of(ChatRequest, Message, ToolCall, Function, StreamOptions, ResponseFormat, JSONSchema, StructuredOutputs)
+
+
 def parse(body: bytes, max_messages: int) -> ChatRequest:
     """A request from its body. Raises the BadRequest that says what is wrong with it."""
-    raw = _object(body)
+    raw = read_object(body)
     if unknown := raw.keys() - ChatRequest.model_fields.keys():
         log.debug("fields without effect: %d", len(unknown))
+    require_few_messages(raw, max_messages)
+    return validate(ChatRequest, raw, NAMES)
+
+
+def require_few_messages(raw: dict[str, Any], max_messages: int) -> None:
     if isinstance(raw.get("messages"), list) and len(raw["messages"]) > max_messages:
         raise InvalidValue(f"At most {max_messages} messages are allowed.", param="messages")
-    try:
-        return ChatRequest.model_validate(raw)
-    except ValidationError as error:
-        raise _refusal(error) from None
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        text = body.decode()                            # json.loads takes other encodings, and bytes that are no text
-        raw = json.loads(text, parse_constant=_refuse_constant)
-        if "\\ud" in text or "\\uD" in text:            # half a surrogate pair is JSON, but no text either
-            json.dumps(raw, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        raise NotJSON from None
-    if not isinstance(raw, dict):
-        raise NotJSON("The body of the request must be a JSON object.")
-    return raw
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)                              # NaN and Infinity are not JSON
-
-
-_NAMES = {field.alias or name for model in (
-    ChatRequest, Message, ToolCall, Function, StreamOptions, ResponseFormat, JSONSchema, StructuredOutputs)
-    for name, field in model.model_fields.items()}
-
-
-def _refusal(error: ValidationError) -> BadRequest:
-    """The first thing that is wrong, without a word of the input: paths hold names of ours and numbers alone."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
-                   if isinstance(part, int) or part in _NAMES).lstrip(".")
-    kind = first["type"]
-    leaf = MissingField if kind == "missing" else InvalidType if kind.endswith("_type") else InvalidValue
-    text = first["msg"].removeprefix("Value error, ")
-    return leaf(f"{path}: {text}" if path else text, param=path or None)

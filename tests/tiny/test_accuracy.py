@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -23,6 +25,13 @@ GOAL = 0.90                                             # of every other skill
 BELOW_GOAL: dict[str, float] = {}
 
 
+def said(message: dict[str, Any]) -> str:
+    """An answer as the model wrote it."""
+    calls = [f'<tool_call>\n{{"name": {json.dumps(call["function"]["name"])}, "arguments": '
+             f'{call["function"]["arguments"]}}}\n</tool_call>' for call in message.get("tool_calls", ())]
+    return "\n".join([message["content"] or "", *calls]).strip()
+
+
 async def ask(url: str, questions: list[Question]) -> list[bool]:
     places = asyncio.Semaphore(CONCURRENCY)
 
@@ -33,7 +42,7 @@ async def ask(url: str, questions: list[Question]) -> list[bool]:
         async with places:
             answer = await client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
-        return question.check(answer.json()["choices"][0]["message"]["content"])
+        return question.check(said(answer.json()["choices"][0]["message"]))
 
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         return list(await asyncio.gather(*(one(client, question) for question in questions)))

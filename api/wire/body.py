@@ -1,0 +1,65 @@
+"""A request's body: JSON of one object, checked against what a model of pydantic asks for.
+
+Refusals hold names of ours and numbers alone, not a word of the input. It knows JSON, nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.errors import BadRequest, InvalidType, InvalidValue, MissingField, NotJSON
+
+
+class Fields(BaseModel):
+    """What every part of a request is: types as they are in JSON, unknown fields without effect."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def names_of(*models: type[BaseModel]) -> frozenset[str]:
+    """The names of their fields, as clients write them."""
+    return frozenset(field.alias or name for model in models for name, field in model.model_fields.items())
+
+
+def validate(model: type[Model], raw: dict[str, Any], names: Collection[str]) -> Model:
+    """Raises the BadRequest that says what is wrong, in paths of these names."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise _refusal(error, names) from None
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Raises NotJSON."""
+    try:
+        text = body.decode()                            # json.loads takes other encodings, and bytes that are no text
+        raw = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text or "\\uD" in text:            # half a surrogate pair is JSON, but no text either
+            json.dumps(raw, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise NotJSON from None
+    if not isinstance(raw, dict):
+        raise NotJSON("The body of the request must be a JSON object.")
+    return raw
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)                              # NaN and Infinity are not JSON
+
+
+def _refusal(error: ValidationError, names: Collection[str]) -> BadRequest:
+    """The first thing that is wrong."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
+                   if isinstance(part, int) or part in names).lstrip(".")
+    kind = first["type"]
+    leaf = MissingField if kind == "missing" else InvalidType if kind.endswith("_type") else InvalidValue
+    text = first["msg"].removeprefix("Value error, ")
+    return leaf(f"{path}: {text}" if path else text, param=path or None)
