@@ -59,7 +59,8 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
                     continuous_usage=bool(options and options.continuous_usage_stats),
                     logprobs=bool(request.logprobs), reasoning=reasoning,
                     think_end_id=think_end_id if reasoning else None, tool_dialect=dialect.name if dialect else "",
-                    has_named_tool=request.calls.is_named, fold_version=fold_version(dialect, reasoning))
+                    has_named_tool=request.calls.is_named, has_functions=request.is_legacy,
+                    fold_version=fold_version(dialect, reasoning))
     return job, header
 
 

@@ -99,6 +99,13 @@ class NotFound(APIError):
     text = "There is nothing at this address."
 
 
+class NoEmbeddings(NotFound):
+    """The address is OpenAI's, and nobody answers it."""
+
+    code = "embeddings_not_served"
+    text = "No worker of this service serves embeddings: it completes chats."
+
+
 class ModelNotFound(NotFound):
     code = "model_not_found"
     text = "The model does not exist. GET /v1/models lists those that do."

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from api import client as resuming
+from api.wire.request import REFUSED, ChatRequest
 from shared.keys import SHARD_KEYS, TENANT_KEYS
 from shared.settings import Settings
 from tests.system import System
@@ -22,6 +23,18 @@ def rows(first_cell: str) -> list[list[str]]:
     lines = [line for line in README.splitlines() if re.match(rf"\| `{first_cell}", line)]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [[name.strip("`"), *rest] for name, *rest in cells]
+
+
+def test_every_field_of_a_request_is_listed() -> None:
+    """Once, with what is made of it: known fields are acted on or refused, and what has no effect is no field."""
+    rows = re.findall(r"^\| (`.*) \| (acted on|accepted without effect|refused) \|$", README, re.MULTILINE)
+    listed = {what: [name for fields, found in rows if found == what
+                     for name in re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", fields))]
+              for what in ("acted on", "accepted without effect", "refused")}
+    known = set(ChatRequest.model_fields)
+    assert sorted(listed["acted on"] + listed["refused"]) == sorted(known - {"user"})
+    assert set(listed["refused"]) == set(REFUSED)
+    assert not (set(listed["accepted without effect"]) - {"user"}) & known
 
 
 def test_the_settings_are_listed_as_they_are() -> None:

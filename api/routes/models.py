@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`: the names that workers announce."""
+"""`GET /v1/models` and `GET /v1/models/{id}`: the names that workers announce; and what no model does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from api.pod import Pod
 from shared.card import Card
-from shared.errors import ModelNotFound
+from shared.errors import ModelNotFound, NoEmbeddings
 
 
 def router(pod: Pod) -> APIRouter:
@@ -26,6 +26,11 @@ def router(pod: Pod) -> APIRouter:
         if card is None:
             raise ModelNotFound(param="model")
         return _model(model, card)
+
+    @routes.post("/v1/embeddings")
+    async def create_embeddings() -> None:
+        """Refused: no worker serves embeddings."""
+        raise NoEmbeddings
 
     return routes
 

@@ -82,10 +82,11 @@ class ChunkFold:
         return b"".join(map(self._event, chunks))
 
     def _delta(self, delta: Delta, entry: Entry) -> list[bytes]:
-        chunks, bodies, reason = [], [_content(delta.text)] if delta.text else [], delta.finish_reason
+        chunks, bodies = [], [_content(delta.text)] if delta.text else []
+        reason: str | None = delta.finish_reason
         if self._parts:
             parts = self._parts[delta.index]
-            bodies, reason = list(parts.bodies(delta)), parts.reason(reason)
+            bodies, reason = list(parts.bodies(delta)), parts.reason(delta.finish_reason)
         if delta.logprobs and not bodies:
             bodies = [_content("")]
         for number, body in enumerate(bodies):
@@ -121,7 +122,7 @@ class Parts:
     def __init__(self, completion_id: str, header: Header, index: int) -> None:
         self.num_reasoning_tokens = 0
         self._name = f"{completion_id}/{index}"
-        self._is_named = header.has_named_tool
+        self._is_named, self._has_functions = header.has_named_tool, header.has_functions
         self._end_id = header.think_end_id
         self._thoughts = ThoughtReader(header.reasoning)
         self._calls = DIALECTS[header.tool_dialect].reader() if header.tool_dialect else None
@@ -158,10 +159,12 @@ class Parts:
                 yield b'{"reasoning_content":%b,"reasoning":%b}' % ((quote(piece.value).encode(),) * 2)
             elif piece.kind == "call":
                 call = self._new_call(piece.value)
-                yield _dump({"tool_calls": [{"index": self._num_calls - 1} | call]})
+                yield self._call_body({"index": self._num_calls - 1} | call)
             else:
-                arguments = {"index": self._num_calls - 1, "function": {"arguments": piece.value}}
-                yield _dump({"tool_calls": [arguments]})
+                yield self._call_body({"index": self._num_calls - 1, "function": {"arguments": piece.value}})
+
+    def _call_body(self, call: dict[str, Any]) -> bytes:
+        return _dump({"function_call": call["function"]} if self._has_functions else {"tool_calls": [call]})
 
     def _new_call(self, name: str) -> dict[str, Any]:
         """With an id that is the same on every pod."""
@@ -169,8 +172,10 @@ class Parts:
         digest = hashlib.sha256(f"{self._name}/{self._num_calls}".encode()).hexdigest()
         return {"id": f"call_{digest[:24]}", "type": "function", "function": {"name": name, "arguments": ""}}
 
-    def reason(self, reason: FinishReason | None) -> FinishReason | None:
-        return "tool_calls" if reason == "stop" and self._num_calls and not self._is_named else reason
+    def reason(self, reason: FinishReason | None) -> str | None:
+        if reason != "stop" or not self._num_calls or self._is_named:
+            return reason
+        return "function_call" if self._has_functions else "tool_calls"
 
     def message(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The whole."""
@@ -184,7 +189,8 @@ class Parts:
                 texts[piece.kind] += piece.value
         message = _message(texts["text"])
         if calls:
-            message |= {"content": texts["text"] or None, "tool_calls": calls}
+            called = {"function_call": calls[0]["function"]} if self._has_functions else {"tool_calls": calls}
+            message |= {"content": texts["text"] or None} | called
         if texts["reasoning"]:
             message |= {"reasoning_content": texts["reasoning"], "reasoning": texts["reasoning"]}
         return message

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 from api.wire.body import Fields, names_of, read_object, validate
 from api.wire.format import Constrained, JSONSchema, ResponseFormat, StructuredOutputs
 from api.wire.tools import ToolChoice, read_choice, require_names
-from shared.errors import InvalidValue, UnsupportedContent
+from shared.errors import InvalidValue, UnsupportedContent, UnsupportedParameter
 from shared.job import MAX_TOP_LOGPROBS
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ MAX_TOOLS = 128
 MAX_TEMPLATE_VARIABLES = 16
 MAX_NESTING = 64                                        # of a tool's schema, or of a call's arguments
 
+REFUSED = ("audio", "modalities", "web_search_options")            # they would change the answer
 TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "special_tokens"})
 
 Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
@@ -56,11 +57,12 @@ class TextPart(TypedDict):
 class Message(Fields):
     """One turn. Content comes as a string or as text parts, and is a string from here on."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: Function | None = Field(None, description="the older name of one tool call")
     reasoning_content: str | None = None
     reasoning: str | None = None
 
@@ -71,13 +73,15 @@ class Message(Fields):
 
     @model_validator(mode="after")
     def _must_say_something(self) -> Message:
+        if self.function_call and not self.tool_calls:
+            self.tool_calls = [ToolCall(function=self.function_call)]
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is required")
         return self
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: arguments of tool calls as an object, not as text."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        message: dict[str, Any] = {"role": "tool" if self.role == "function" else self.role, "content": self.content}
         if self.name is not None:
             message["name"] = self.name
         if thought := self.reasoning_content or self.reasoning:
@@ -148,12 +152,17 @@ class ChatRequest(Constrained):
     speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, a function or some")
+    functions: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="the older name of tools")
+    function_call: str | dict[str, Any] | None = Field(None, description="the older name of tool_choice")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="what the chat template makes of it; none: enable_thinking is false")
     chat_template_kwargs: dict[str, Word | int | float | bool | None] | None = Field(
         None, max_length=MAX_TEMPLATE_VARIABLES, description="variables of the chat template: words and numbers")
     user: str | None = None
+    audio: dict[str, Any] | None = Field(None, description="refused")
+    modalities: list[str] | None = Field(None, description="refused, but for text alone")
+    web_search_options: dict[str, Any] | None = Field(None, description="refused")
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
@@ -195,8 +204,31 @@ class ChatRequest(Constrained):
             raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidValue("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+        for param in REFUSED:
+            if getattr(self, param) not in (None, ["text"]):
+                raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        if self.is_legacy:
+            self._modernize()
         read_choice(self.tool_choice, self.tools or ())
         return self
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether calls are spoken of as functions, and answered so."""
+        return self.functions is not None
+
+    def _modernize(self) -> None:
+        if self.tools is not None or self.tool_choice is not None:
+            raise InvalidValue("functions and tools cannot both be given.", param="functions")
+        try:
+            self.tools = self._tools_are_functions([{"type": "function", "function": each}
+                                                    for each in self.functions or ()])
+        except ValueError:
+            raise InvalidValue("A function has a name of its own and parameters that are a JSON schema.",
+                               param="functions") from None
+        named = self.function_call if isinstance(self.function_call, dict) else None
+        self.tool_choice = self.function_call if named is None else {"type": "function", "function": named}
+        self.parallel_tool_calls = False
 
     @property
     def answer_limit(self) -> int | None:

@@ -231,6 +231,19 @@ def test_calls_are_told_from_text(reason: FinishReason, is_named: bool, expected
     assert len({call["id"] for call in calls.values()}) == 2
 
 
+def test_who_asked_with_functions_is_answered_with_one() -> None:
+    header: dict[str, Any] = {"tool_dialect": "hermes", "has_functions": True}
+    log = make_log([Delta(0, (1,), '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')],
+                   [Delta(0, (2,), "", "stop")])
+    (choice,) = collect(log, **header)["choices"]
+    assert choice["finish_reason"] == "function_call"
+    assert choice["message"] == {"role": "assistant", "content": None, "refusal": None,
+                                 "function_call": {"name": "f", "arguments": '{"a": 1}'}}
+    deltas = [event["choices"][0]["delta"] for event in events(stream(log, **header))]
+    assert [delta["function_call"] for delta in deltas if "function_call" in delta] == [
+        {"name": "f", "arguments": ""}, {"arguments": '{"a": 1}'}]
+
+
 def test_text_without_calls_is_as_it_was_without_tools() -> None:
     assert stream(HI, tool_dialect="hermes") == stream(HI)
     assert collect(HI, tool_dialect="hermes") == collect(HI)

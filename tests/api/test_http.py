@@ -417,6 +417,11 @@ async def test_an_unknown_model_is_a_404(http: httpx.AsyncClient) -> None:
         assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
+async def test_embeddings_are_refused_in_words(http: httpx.AsyncClient) -> None:
+    error = error_of(await http.post("/v1/embeddings", json={"model": "m", "input": "a"}), 404)
+    assert error["code"] == "embeddings_not_served" and "completes chats" in str(error["message"])
+
+
 async def test_a_model_without_a_worker_is_a_503(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     await worker.announce(ttl_s=-1)
     async with asyncio.timeout(WAIT_S):

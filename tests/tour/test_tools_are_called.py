@@ -81,6 +81,18 @@ def test_who_must_call_calls(choice: Any, allowed: set[str], reason: str, client
     assert names <= allowed
 
 
+def test_functions_are_what_tools_were_once(client: openai.Client) -> None:
+    function = TOOLS[0]["function"]
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, functions=[function], temperature=0)
+    message = answer.choices[0].message
+    assert answer.choices[0].finish_reason == "function_call" and message.function_call
+    assert json.loads(message.function_call.arguments) == {"city": "Paris"}
+    told = [*QUESTION, message.model_dump(exclude_none=True),
+            {"role": "function", "name": "get_weather", "content": "sunny, 21 degrees"}]
+    again = client.chat.completions.create(model=MODEL, messages=told, functions=[function], temperature=0)
+    assert "sunny" in (again.choices[0].message.content or "")
+
+
 def test_several_calls_at_once(client: openai.Client) -> None:
     """As many as the model wants, each of its schema."""
     counts = set()
