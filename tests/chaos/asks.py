@@ -52,6 +52,7 @@ ASKS = (
     Ask("sampled log probabilities", "Reverse window.", RAMBLE | {"seed": 15, "logprobs": True, "max_tokens": 200}),
     Ask("penalties", "Count from 1 to 100.", RAMBLE | {"seed": 16, "presence_penalty": 0.6, "frequency_penalty": 0.2,
                                                        "repetition_penalty": 1.1}),
+    Ask("a form to keep", "Say something.", {"temperature": 1.3, "seed": 18, "regex": "([a-z]{2,8} [0-9]{1,3}; ){18}"}),
     Ask("a narrow draw", "Spell yellow.", {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "seed": 17,
                                            "ignore_eos": True, "logit_bias": {"65": 2}}),
 )
