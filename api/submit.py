@@ -34,7 +34,7 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
     card = served.card
     messages = adapted(request.messages, card)
-    encode = partial(served.tokenizer.encode_chat, messages, request.offered_tools, **request.template_variables)
+    encode = partial(served.tokenizer.encode_chat, messages, request.offered_tools, request.template_variables)
     prompt = await asyncio.to_thread(encode) if num_body_bytes > INLINE_BYTES else encode()
     if not prompt:
         raise InvalidValue("The messages make an empty prompt.", param="messages")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -69,9 +70,17 @@ class Grammars:
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]):
         self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
-        self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+        self._tokenizer_json = tokenizer_json
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
+
+    @cached_property                                    # not everybody needs it, and it takes some 20 MiB
+    def _tokenizer(self) -> LLTokenizer:
+        eos = list(self.eos_token_ids) or None
+        try:
+            return LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=eos)
+        except ValueError:                              # a kind of tokenizer that llguidance does not know
+            raise InvalidGrammar("Nothing can be enforced with this model's tokenizer.") from None
 
     def check(self, grammar: str) -> None:
         """Raises InvalidGrammar, with the compiler's own words."""

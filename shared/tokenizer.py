@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -38,6 +38,7 @@ class Tokenizer:
         # The lookahead finds occurrences that overlap as well.
         self._written = re.compile("(?=" + "|".join(map(re.escape, contents)) + ")") if contents else None
         self._token_bytes = _token_bytes(card.tokenizer_json)
+        self._grammars = Grammars(card.tokenizer_json, card.vocab_size, card.eos_token_ids)
 
     def added_id(self, text: str) -> int | None:
         """Of a text that is one added token."""
@@ -48,12 +49,8 @@ class Tokenizer:
         """Raises InvalidGrammar."""
         self._grammars.check(grammar)
 
-    @cached_property                                    # not every pod needs it, and it takes some 20 MiB
-    def _grammars(self) -> Grammars:
-        return Grammars(self.card.tokenizer_json, self.card.vocab_size, self.card.eos_token_ids)
-
-    def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
-                    ) -> list[int]:
+    def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None,
+                    variables: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
         """Token ids of the rendered chat. Raises TemplateRefused, or BadRequest when there is no chat template."""
         try:
             pieces = self._render(messages, tools, variables)

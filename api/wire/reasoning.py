@@ -14,6 +14,8 @@ from api.wire.markers import MAX_BLANKS, num_begun, trimmed
 BEGIN, END = "<think>", "</think>"
 
 Mode = Literal["", "open", "maybe"]                     # never; the prompt has begun it; the model may begin it
+State = Literal["begin", "first", "thought", "behind", "answer"]
+FIRST: dict[Mode, State] = {"open": "first", "maybe": "begin", "": "answer"}
 
 
 class Thought(NamedTuple):
@@ -33,8 +35,7 @@ class ThoughtReader:
     """Reads text in pieces; every character a bounded number of times."""
 
     def __init__(self, mode: Mode) -> None:
-        self._state: Literal["begin", "first", "thought", "behind", "answer"] = {
-            "open": "first", "maybe": "begin", "": "answer"}[mode]  # type: ignore[assignment]
+        self._state = FIRST[mode]
         self._held = ""
 
     @property

@@ -31,7 +31,7 @@ MAX_TEMPLATE_VARIABLES = 16
 MAX_NESTING = 64                                        # of a tool's schema, or of a call's arguments
 
 REFUSED = ("audio", "modalities", "web_search_options")            # they would change the answer
-TEMPLATE_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "special_tokens"})
+TEMPLATE_NAMES = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", "special_tokens"})
 
 Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # no token that a template alone may write

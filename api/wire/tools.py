@@ -25,8 +25,10 @@ def read_choice(choice: Any, tools: Tools) -> ToolChoice:
     """Raises InvalidValue."""
     if choice is None:
         return ToolChoice("auto" if tools else "none")
-    if choice in ("none", "auto") and isinstance(choice, str):
-        return ToolChoice(choice)                       # type: ignore[arg-type]
+    if choice == "none":
+        return ToolChoice("none")
+    if choice == "auto":
+        return ToolChoice("auto")
     if not tools:
         raise InvalidValue("tool_choice is only allowed when tools are given.", param="tool_choice")
     if choice == "required":

@@ -88,8 +88,9 @@ async def test_a_form_is_kept_behind_the_thought(http: httpx.AsyncClient, thinke
 
 
 async def test_variables_reach_the_template_and_are_words(http: httpx.AsyncClient, thinker: ScriptedWorker) -> None:
-    asked = asyncio.create_task(http.post(CHAT, json=ask(
-        thinker.model, reasoning_effort="high", chat_template_kwargs={"tone": "x1", "messages": 5, "eos_token": "no"})))
+    variables = {"tone": "x1", "messages": 5, "self": 1, "eos_token": "no"}
+    asked = asyncio.create_task(http.post(CHAT, json=ask(thinker.model, reasoning_effort="high",
+                                                         chat_template_kwargs=variables)))
     script = await thinker.claim()
     assert bytes(i for i in script.job.prompt_token_ids if i < 256).endswith(b"assistant\n\nhighx1")
     await script.answer("")

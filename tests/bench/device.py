@@ -48,7 +48,7 @@ class Ceiling(NamedTuple):
 
 
 class Point(NamedTuple):
-    numerics: str
+    numerics: Literal["exact", "fast"]
     num_rows: int
     num_prompt_tokens: int
     sampling: str
@@ -57,8 +57,8 @@ class Point(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--points", nargs="+", default=["exact:1:128:greedy"],
-                        help="numerics:rows:prompt tokens:sampling (%(default)s)")
+    parser.add_argument("--points", nargs="+", type=read_point, default=[read_point("exact:1:128:greedy")],
+                        help="numerics:rows:prompt tokens:sampling")
     parser.add_argument("--prompts", nargs="*", type=int, default=[512, 2048], help="chunks of a prompt, in tokens")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quantization", choices=["none", "int8"], default="none")
@@ -70,11 +70,15 @@ def main() -> None:
     began_s = time.perf_counter()
     model = make_model(args.shape, args.device, args.quantization)
     print(f"{model!r}: made and proved in {time.perf_counter() - began_s:.1f} s", flush=True)
-    for text in args.points:
-        numerics, num_rows, num_prompt_tokens, sampling = text.split(":")
-        decode(model, Point(numerics, int(num_rows), int(num_prompt_tokens), sampling), ceiling, args.kernels)
+    for point in args.points:
+        decode(model, point, ceiling, args.kernels)
     for chunk in args.prompts:
         prefill(model, chunk, ceiling)
+
+
+def read_point(text: str) -> Point:
+    numerics, num_rows, num_prompt_tokens, sampling = text.split(":")
+    return Point("fast" if numerics == "fast" else "exact", int(num_rows), int(num_prompt_tokens), sampling)
 
 
 def device_name(device: str) -> str:
@@ -154,7 +158,7 @@ def decode(model: Model, point: Point, ceiling: Ceiling, shows_kernels: bool) ->
 def make_engine(model: Model, point: Point) -> Engine:
     return Engine(model, max_num_seqs=max(8, point.num_rows), max_model_len=4096, prefill_chunk=512,
                   kv_cache_bytes=24 * GIB if model.device.type == "cuda" else GIB, enable_prefix_caching=False,
-                  num_speculative_tokens=0, numerics=point.numerics)  # type: ignore[arg-type]
+                  num_speculative_tokens=0, numerics=point.numerics)
 
 
 def timed_steps(engine: Engine) -> Iterator[float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from shared import grammar
 from shared.errors import InvalidGrammar
@@ -106,13 +106,20 @@ def test_what_is_made_to_be_slow_is_compiled_or_refused(name: str, grammars: Gra
     """And what may follow is found out too, step by step, or the matcher gives up; how long it took, the bench says."""
     try:
         matcher = grammars.matcher(HOSTILE[name]())
-    except (InvalidGrammar, RecursionError):
+    except InvalidGrammar:
         return
     for _ in range(20):
         allowed = matcher.compute_bitmask()
         token_ids = [i for i in range(TOKENIZER.get_vocab_size()) if allowed[i // 8] >> i % 8 & 1]
         if matcher.is_stopped() or not token_ids or not matcher.consume_token(token_ids[len(token_ids) // 2]):
             return
+
+
+def test_a_tokenizer_that_is_not_known_is_refused_when_it_is_needed() -> None:
+    """And not before: its model serves all who ask for no form."""
+    words = Grammars(Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str(), 2, [])
+    with pytest.raises(InvalidGrammar, match="tokenizer"):
+        words.check(of_choice(["a"]))
 
 
 def test_a_copy_goes_its_own_way_and_the_cache_is_bounded(grammars: Grammars) -> None:
