@@ -12,55 +12,59 @@ from api.directory import Served
 from api.idempotency import UNSUBMITTED_S, Reservation
 from api.pod import Pod
 from api.relay import Stream
-from api.submit import make_job
-from api.wire.request import ChatRequest
+from api.submit import Order, make_job
+from api.wire.languages import ID_KINDS
 from shared.errors import APIError, Overloaded
 from shared.job import Header
 from shared.keys import new_completion_id
 
 
-async def submit(pod: Pod, served: Served, request: ChatRequest, completion_id: str, *, num_body_bytes: int,
-                 tenant: str) -> tuple[Stream, Header]:
+async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> tuple[Stream, Header]:
     """Listens, then submits. Raises what make_job does, or Overloaded with the time at which the line has moved."""
     pod.limits.check_memory()
-    job, header = await make_job(request, served, completion_id, num_body_bytes=num_body_bytes, tenant=tenant,
-                                 pod_id=pod.id, settings=pod.settings)
+    job, header = await make_job(order, served, completion_id, pod_id=pod.id, settings=pod.settings,
+                                 retain_s=pod.limits.retain_s(is_stored=order.record is not None))
+    if order.record:
+        await pod.store.put(order.tenant, replace(order.record, id=job.id))
     queue = served.queue                                # whoever found it has had the relay listen to its shard
     stream = pod.relay.open(job.id, queue, Delivered(job, header.encode()))
     try:
-        await queue.submit(job, header, retain_s=pod.limits.retain_s())
+        await queue.submit(job, header)
     except Overloaded as refusal:
         pod.relay.close(stream)
+        if order.record:
+            await pod.store.remove(order.tenant, job.id)
         refusal.retry_after_s = await pod.limits.retry_after_s(queue.shard.id)
         raise
     except BaseException:
-        pod.part(stream, complete=False)                # it may have been accepted
+        pod.part(stream)                                # it may have been accepted
         raise
     return stream, header
 
 
-async def submit_once(pod: Pod, served: Served, request: ChatRequest, key: str, *, body: bytes, tenant: str) -> str:
+def new_id(served: Served, order: Order) -> str:
+    return new_completion_id(served.queue.shard, ID_KINDS[order.language])
+
+
+async def submit_once(pod: Pod, served: Served, order: Order, key: str, body: bytes) -> str:
     """As submit, under a key: the id of the completion that it stands for, which is in line, runs or has ended.
 
     Who comes second submits as well: the first may have died before it did, and the same id twice is one job.
     """
-    shard = served.queue.shard
-    reservation = await pod.reservations.reserve(tenant, key, body, new_completion_id(shard))
+    reservation = await pod.reservations.reserve(order.tenant, key, body, new_id(served, order))
     if not await _is_known(pod, reservation):
         if reservation.age_s > UNSUBMITTED_S:
             # Its answer is not kept any more. Another one has another id: the key begins anew.
             await pod.reservations.give_back(reservation)
-            reservation = await pod.reservations.reserve(tenant, key, body, new_completion_id(shard))
-        await _submit_reserved(pod, served, request, reservation, num_body_bytes=len(body), tenant=tenant)
+            reservation = await pod.reservations.reserve(order.tenant, key, body, new_id(served, order))
+        await _submit_reserved(pod, served, order, reservation)
     return reservation.completion_id
 
 
-async def _submit_reserved(pod: Pod, served: Served, request: ChatRequest, reservation: Reservation, *,
-                           num_body_bytes: int, tenant: str) -> None:
+async def _submit_reserved(pod: Pod, served: Served, order: Order, reservation: Reservation) -> None:
     queue = pod.directory.queue(reservation.shard)
     try:
-        stream, _ = await submit(pod, replace(served, queue=queue), request, reservation.completion_id,
-                                 num_body_bytes=num_body_bytes, tenant=tenant)
+        stream, _ = await submit(pod, replace(served, queue=queue), order, reservation.completion_id)
     except APIError:
         if reservation.is_ours:
             await pod.reservations.give_back(reservation)

@@ -16,7 +16,7 @@ from api import docs
 from api.answer import REQUEST_ID, answer, new_request_id
 from api.auth import Door
 from api.pod import Pod
-from api.routes import chat, completion, health, models, tokens
+from api.routes import chat, completions, health, models, stored, tokens
 from api.sse import COMPLETION_ID
 from shared.errors import APIError, BadRequest, MethodNotAllowed, NotFound, Unavailable
 
@@ -32,7 +32,8 @@ def make_app(pod: Pod) -> FastAPI:
     app = FastAPI(title="Baton", description="Chat completions whose streams cannot be lost.", redirect_slashes=False,
                   responses=docs.ERRORS)
     app.include_router(chat.router(pod, door))
-    app.include_router(completion.router(pod, door))
+    app.include_router(stored.router(pod, door))
+    app.include_router(completions.router(pod, door))
     app.include_router(models.router(pod), dependencies=[Depends(door)])
     app.include_router(tokens.router(pod), dependencies=[Depends(door)])
     app.include_router(health.router(pod))
@@ -43,8 +44,8 @@ def make_app(pod: Pod) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _half_sent)
     if settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-                           allow_headers=["*"], expose_headers=EXPOSED_HEADERS)
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins),
+                           allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS)
     app.add_middleware(_Outermost, pod=pod)
     return app
 

@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from api.wire.completions import CompletionRequest
+from api.wire.metadata import MetadataRequest
 from api.wire.request import ChatRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -27,11 +29,15 @@ def request(name: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": schema}}}
 
 
-CHAT: dict[str, Any] = request("ChatRequest") | {
-    "responses": {"200": {"description": "A chat.completion; with `stream`, chat.completion.chunk events and [DONE].",
-                          "content": {"application/json": {}, "text/event-stream": {}}}}}
+def answers(name: str, whole: str, event: str) -> dict[str, Any]:
+    """Of a route that takes such a request, and answers with one object or with events."""
+    return request(name) | {"responses": {"200": {
+        "description": f"A {whole}; with `stream`, {event}.",
+        "content": {"application/json": {}, "text/event-stream": {}}}}}
 
 
+CHAT = answers("ChatRequest", "chat.completion", "chat.completion.chunk events and [DONE]")
+COMPLETIONS = answers("CompletionRequest", "text_completion", "text_completion events and [DONE]")
 COMPLETION: dict[str, Any] = {
     "responses": {"200": {"description": "The chat.completion; with `stream`, the events behind `starting_after`.",
                           "content": {"application/json": {}, "text/event-stream": {}}}}}
@@ -45,7 +51,7 @@ def complete(app: FastAPI) -> None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             components = schema.setdefault("components", {})
             components["schemas"] = {"Error": ERROR_SCHEMA}
-            for model in (ChatRequest, TokenizeRequest, DetokenizeRequest):
+            for model in (ChatRequest, CompletionRequest, MetadataRequest, TokenizeRequest, DetokenizeRequest):
                 one = model.model_json_schema(ref_template=COMPONENTS + "{model}")
                 components["schemas"] |= one.pop("$defs", {}) | {model.__name__: one}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

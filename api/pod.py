@@ -13,6 +13,7 @@ from api.idempotency import Reservations
 from api.limits import Limits
 from api.metrics import Metrics
 from api.relay import Relay, Stream
+from api.stored import Store
 from shared import connection
 from shared.reaper import reap
 from shared.settings import Settings
@@ -32,6 +33,7 @@ class Pod:
         self.directory = Directory(self.redis, settings, self.relay.hear)
         self.limits = Limits(self.redis, self.directory, settings)
         self.reservations = Reservations(self.redis, settings)
+        self.store = Store(self.redis, settings)
         self.metrics = Metrics()
         self.draining = False
         self._goodbyes: set[asyncio.Task[None]] = set()
@@ -58,10 +60,10 @@ class Pod:
         await asyncio.gather(*self._goodbyes)
         await self.redis.aclose()
 
-    def part(self, stream: Stream, complete: bool) -> None:
+    def part(self, stream: Stream) -> None:
         """A request is over. An answer that is not complete waits a moment for a reader, here or elsewhere."""
         self.relay.close(stream)
-        if not complete and not self.relay.relays(stream.job_id):
+        if not stream.has_ended and not self.relay.relays(stream.job_id):
             task = asyncio.create_task(self._leave(stream))
             self._goodbyes.add(task)
             task.add_done_callback(self._goodbyes.discard)

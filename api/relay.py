@@ -53,6 +53,11 @@ class Stream:
         position = self.last.position if self.last else 0
         return f"<Stream {self.job_id} at {position}, {len(self._pending)} pending, silent for {self.silent_s:.1f} s>"
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of it was given."""
+        return self.last is not None and self.last.kind == "end"
+
     def push(self, entry: Entry) -> None:
         """Takes what was pushed, if it is the next; else remembers that the log must be read.
 

@@ -11,16 +11,19 @@ from contextlib import contextmanager
 from api.delivered import Delivered
 from api.pod import Pod
 from api.relay import Stream
-from api.wire.chat import FOLD_VERSIONS, ChunkFold, CompletionFold, TokenBytes
+from api.wire.fold import FOLD_VERSIONS, EventFold, TokenBytes
+from api.wire.languages import Asked, event_fold, whole_fold
 from shared.errors import (
     CompletionInProgress,
     CompletionNotFound,
     InvalidValue,
     PositionNotReached,
+    ResponseNotFound,
     StreamLost,
     Unavailable,
     job_error,
 )
+from shared.job import Language
 from shared.keys import shard_of
 from shared.queue import Behind, Found, Queue
 
@@ -28,14 +31,13 @@ MAX_POSITION_DIGITS = 15
 RETRY_S = 1.0                                           # until what runs may have come to its end, or to a position
 
 
-async def find(pod: Pod, tenant: str, completion_id: str) -> tuple[Queue, Found]:
-    """The shard of an answer, and how it stands. Raises CompletionNotFound, also when it is another tenant's."""
+async def find(pod: Pod, tenant: str, completion_id: str, language: Language) -> tuple[Queue, Found]:
+    """The shard of an answer, and how it stands. Raises NotFound, also when it is another tenant's or language's."""
     shard = shard_of(completion_id)
-    if shard is None:
-        raise CompletionNotFound
-    found = await Queue(pod.redis, shard, pod.settings).find(completion_id)     # the id may be invented: not kept yet
-    if found is None or found.tenant != tenant:
-        raise CompletionNotFound
+    # The id may be invented: its queue is not kept yet.
+    found = await Queue(pod.redis, shard, pod.settings).find(completion_id) if shard else None
+    if shard is None or found is None or found.tenant != tenant or found.header.language != language:
+        raise ResponseNotFound if language == "responses" else CompletionNotFound
     return pod.directory.queue(shard), found
 
 
@@ -48,11 +50,12 @@ def position(text: str | None, param: str) -> int:
     return int(text)
 
 
-async def whole(pod: Pod, queue: Queue, found: Found) -> bytes:
-    """A finished answer, as one object. Raises the JobEnded that it ended with, or CompletionInProgress."""
-    if found.finish is None:
+async def whole(pod: Pod, queue: Queue, found: Found, asked: Asked | None = None) -> bytes:
+    """An answer, as one object. Raises the JobEnded that it ended with, or CompletionInProgress, where its language
+    has no words for that."""
+    fold = whole_fold(found.job_id, found.header, await token_bytes(pod, found), asked)
+    if found.finish is None and not fold.tells_halves:
         raise CompletionInProgress(retry_after_s=RETRY_S)
-    fold = CompletionFold(found.job_id, found.header, await token_bytes(pod, found))
     with _kept_until_now(found):
         for entry in await queue.read(found.job_id):
             fold.feed(entry)
@@ -82,13 +85,14 @@ async def join(pod: Pod, queue: Queue, found: Found) -> Stream:
     return stream
 
 
-async def follow(pod: Pod, queue: Queue, found: Found, after: int) -> tuple[Stream, ChunkFold, bytes]:
+async def follow(pod: Pod, queue: Queue, found: Found, after: int, asked: Asked | None = None
+                 ) -> tuple[Stream, EventFold, bytes]:
     """A stream that goes on behind event `after`, its fold, and of the events that have happened already those at once.
 
     Raises PositionNotReached or InvalidValue when there is no such event, and what an answer ended with when nothing
     else is left to say.
     """
-    fold = ChunkFold(found.job_id, found.header, await token_bytes(pod, found), after)
+    fold = event_fold(found.job_id, found.header, await token_bytes(pod, found), asked, after=after)
     await pod.relay.hear(queue.shard)
     stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
     try:
@@ -107,7 +111,7 @@ async def _attend(pod: Pod, stream: Stream) -> None:
     stream.look()                                       # at what came before the pod was pushed to
 
 
-async def _catch_up(stream: Stream, fold: ChunkFold) -> bytes:
+async def _catch_up(stream: Stream, fold: EventFold) -> bytes:
     """Reads until there is something to say; the rest comes as in any stream."""
     said = b""
     while not (said or fold.ended):

@@ -7,13 +7,13 @@ error event has said that it is not.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.relay import Stream
-from api.wire.chat import HEARTBEAT, ChunkFold
+from api.wire.fold import HEARTBEAT, EventFold
 from shared.errors import APIError, Draining
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
@@ -21,14 +21,23 @@ HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": 
 COMPLETION_ID = "x-baton-completion-id"
 
 
+class Source(Protocol):
+    """Where entries come from: a stream of the relay, or several."""
+
+    unsent_s: float
+
+    def batches(self) -> AsyncIterator[list[Any]]: ...
+    def leave(self) -> None: ...
+
+
 class EventStream(Response):
     """Relays one stream to one client, behind what was `said` already by its fold.
 
-    `on_first` runs at the first event, `on_close(complete)` however it ends.
+    `on_first` runs at the first entry, `on_close` however it ends.
     """
 
-    def __init__(self, stream: Stream, fold: ChunkFold, headers: Mapping[str, str], *, said: bytes = b"",
-                 on_first: Callable[[], None] = lambda: None, on_close: Callable[[bool], None]) -> None:
+    def __init__(self, stream: Source, fold: EventFold, headers: Mapping[str, str], *, said: bytes = b"",
+                 on_first: Callable[[], None] = lambda: None, on_close: Callable[[], None]) -> None:
         super().__init__(None, 200, HEADERS | dict(headers))
         del self.headers["content-length"]
         self._stream = stream
@@ -44,7 +53,7 @@ class EventStream(Response):
             await self._relay(send)
         finally:
             watch.cancel()
-            self._on_close(self._fold.ended)
+            self._on_close()
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -55,10 +64,11 @@ class EventStream(Response):
         try:
             if await self._say(self._said, send):
                 return
+            began = False
             async for entries in self._stream.batches():
-                began = self._fold.num_events > 0
                 body = b"".join(map(self._fold.feed, entries)) if entries else HEARTBEAT
-                if not began and self._fold.num_events:
+                if entries and not began:
+                    began = True
                     self._on_first()
                 if await self._say(body, send):
                     return

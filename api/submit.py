@@ -9,18 +9,20 @@ import asyncio
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from api.directory import Served
-from api.wire.chat import fold_version
+from api.stored import Record
+from api.wire.completions import CompletionRequest
 from api.wire.dialects import Dialect, choose_dialect
-from api.wire.reasoning import BEGIN, END, mode_of
+from api.wire.parts import fold_version
+from api.wire.reasoning import BEGIN, END, Mode, mode_of
 from api.wire.request import ChatRequest, Message
+from api.wire.sampled import Sampled
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, UnsupportedParameter
-from shared.job import Header, Job, Sampling
+from shared.job import Header, Job, Language, Sampling
 from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
@@ -29,46 +31,102 @@ MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in 
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
-async def make_job(request: ChatRequest, served: Served, completion_id: str, *, num_body_bytes: int, tenant: str,
-                   pod_id: str, settings: Settings) -> tuple[Job, Header]:
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What somebody asks of a model, whichever language it was said in."""
+
+    request: ChatRequest | CompletionRequest
+    tenant: str
+    num_body_bytes: int
+    language: Language = "chat"
+    is_unread: bool = False                             # it goes on with nobody reading
+    record: Record | None = None                        # what is stored of it; its log is kept for `store_s` then
+    priority: int = 0
+
+
+class Reading(NamedTuple):
+    """How an answer's text is to be read."""
+
+    dialect: Dialect | None = None
+    reasoning: Mode = ""
+    think_end_id: int | None = None
+
+
+async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: str, settings: Settings, retain_s: float
+                   ) -> tuple[Job, Header]:
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
-    card = served.card
-    messages = adapted(request.messages, card)
-    encode = partial(served.tokenizer.encode_chat, messages, request.offered_tools, request.template_variables)
-    prompt = await asyncio.to_thread(encode) if num_body_bytes > INLINE_BYTES else encode()
-    if not prompt:
-        raise InvalidValue("The messages make an empty prompt.", param="messages")
+    request, card = order.request, served.card
+    is_long = order.num_body_bytes > INLINE_BYTES
+    prompt = (await asyncio.to_thread(_encode, request, served.tokenizer) if is_long else
+              _encode(request, served.tokenizer))
     sampling = resolve_sampling(request, card, len(prompt))
-    think_begin_id, think_end_id = map(served.tokenizer.added_id, (BEGIN, END))
-    reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], think_begin_id, think_end_id, card.chat_templates.values())
-    dialect = choose_dialect(settings.tool_dialect, card.chat_templates.values()) if request.offered_tools else None
-    if request.is_constrained or request.calls.mode == "required":
-        grammar = await asyncio.to_thread(_compile, request, served.tokenizer, dialect)
-        sampling = replace(sampling, grammar=grammar, grammar_after=think_end_id if reasoning == "open" else None)
+    reading = (_reading(request, prompt, served.tokenizer, settings.tool_dialect)
+               if isinstance(request, ChatRequest) else Reading())
+    if request.is_constrained or _must_call(request):
+        grammar = await asyncio.to_thread(_compile, request, served.tokenizer, reading.dialect)
+        sampling = replace(sampling, grammar=grammar,
+                           grammar_after=reading.think_end_id if reading.reasoning == "open" else None)
     n, created_s = request.n or 1, int(time.time())
     if n > card.max_num_seqs:
         raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")
-    job = Job(id=completion_id, tenant=tenant, pod=pod_id, prompt_token_ids=tuple(prompt), sampling=sampling,
-              tokenizer_id=card.tokenizer_id, weights_id=card.weights_id, n=n, created_s=created_s,
-              prefix=some(prefix_names(tenant, prompt, card.prefill_chunk_tokens)),
+    job = Job(id=completion_id, tenant=order.tenant, pod="" if order.is_unread else pod_id,
+              prompt_token_ids=tuple(prompt), sampling=sampling, tokenizer_id=card.tokenizer_id,
+              weights_id=card.weights_id, n=n, priority=order.priority, created_s=created_s, retain_s=retain_s,
+              prefix=some(prefix_names(order.tenant, prompt, card.prefill_chunk_tokens)),
               deadline_s=settings.request_deadline_s)
-    options = request.stream_options
-    header = Header(model=request.model, created_s=created_s, fingerprint=card.fingerprint, seed=sampling.seed, n=n,
-                    num_prompt_tokens=len(prompt), tokenizer_id=card.tokenizer_id, stream=bool(request.stream),
-                    include_usage=bool(options and options.include_usage),
-                    continuous_usage=bool(options and options.continuous_usage_stats),
-                    logprobs=bool(request.logprobs), reasoning=reasoning,
-                    think_end_id=think_end_id if reasoning else None, tool_dialect=dialect.name if dialect else "",
-                    has_named_tool=request.calls.is_named, has_functions=request.is_legacy,
-                    fold_version=fold_version(dialect, reasoning))
-    return job, header
+    return job, _header(order, job, reading, card)
 
 
-def _compile(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
+def _header(order: Order, job: Job, reading: Reading, card: Card) -> Header:
+    request, options = order.request, order.request.stream_options
+    chat = request if isinstance(request, ChatRequest) else None
+    return Header(model=request.model, created_s=job.created_s, fingerprint=card.fingerprint, seed=job.sampling.seed,
+                  n=job.n, num_prompt_tokens=len(job.prompt_token_ids), tokenizer_id=card.tokenizer_id,
+                  stream=bool(request.stream), include_usage=bool(options and options.include_usage),
+                  continuous_usage=bool(options and options.continuous_usage_stats),
+                  logprobs=request.num_logprobs is not None, reasoning=reading.reasoning,
+                  think_end_id=reading.think_end_id if reading.reasoning else None,
+                  tool_dialect=reading.dialect.name if reading.dialect else "",
+                  has_named_tool=bool(chat and chat.calls.is_named), has_functions=bool(chat and chat.is_legacy),
+                  language=order.language, fold_version=fold_version(reading.dialect, reading.reasoning))
+
+
+def _encode(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's token ids. Raises BadRequest, also when there are none."""
+    if isinstance(request, ChatRequest):
+        prompt, param = tokenizer.encode_chat(adapted(request.messages, tokenizer.card), request.offered_tools,
+                                              request.template_variables), "messages"
+    else:
+        prompt, param = _encode_prompt(request, tokenizer), "prompt"
+    if not prompt:
+        raise InvalidValue("The prompt is empty.", param=param)
+    return prompt
+
+
+def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int]:
+    [prompt] = request.prompts
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt, add_special_tokens=request.add_special_tokens is not False)
+    _refuse_unknown_ids(prompt, tokenizer.card, "prompt")
+    return prompt
+
+
+def _reading(request: ChatRequest, prompt: Sequence[int], tokenizer: Tokenizer, tool_dialect: str) -> Reading:
+    templates = tokenizer.card.chat_templates.values()
+    think_begin_id, think_end_id = map(tokenizer.added_id, (BEGIN, END))
+    reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], think_begin_id, think_end_id, templates)
+    return Reading(choose_dialect(tool_dialect, templates) if request.offered_tools else None, reasoning, think_end_id)
+
+
+def _must_call(request: Sampled) -> bool:
+    return isinstance(request, ChatRequest) and request.calls.mode == "required"
+
+
+def _compile(request: Sampled, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
     """What the answer must be: calls, if some are required, or what else was asked for. Raises BadRequest."""
-    choice = request.calls
-    if choice.mode != "required":
+    if not isinstance(request, ChatRequest) or request.calls.mode != "required":
         return request.compile_grammar(tokenizer.check_grammar)
+    choice = request.calls
     if dialect is None:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
                                    "to.", param="tool_choice")
@@ -92,14 +150,15 @@ def adapted(said: Sequence[Message], card: Card) -> list[dict[str, Any]]:
     return messages
 
 
-def resolve_sampling(request: ChatRequest, card: Card, num_prompt_tokens: int) -> Sampling:
+def resolve_sampling(request: Sampled, card: Card, num_prompt_tokens: int) -> Sampling:
     """Every parameter with its default filled in and its token ids checked. Raises BadRequest."""
     room = card.max_model_len - num_prompt_tokens
     max_tokens = request.answer_limit or room
     if room < 1 or max_tokens > room:
         asked = f" and {max_tokens} in the completion" if request.answer_limit else ""
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
         raise ContextTooLong(f"This model's maximum context length is {card.max_model_len} tokens. However, you "
-                             f"requested {num_prompt_tokens} tokens in the messages{asked}.", param="messages")
+                             f"requested {num_prompt_tokens} tokens in the {param}{asked}.", param=param)
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidValue("min_tokens must not be above max_tokens.", param="min_tokens")
     biases = {int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()}
@@ -117,7 +176,7 @@ def resolve_sampling(request: ChatRequest, card: Card, num_prompt_tokens: int) -
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
         logit_bias=tuple(biases.items()),
-        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        num_logprobs=request.num_logprobs,
         min_tokens=request.min_tokens or 0,
         ignore_eos=bool(request.ignore_eos),
         speculative=request.speculative is not False,

@@ -83,7 +83,7 @@ async def _requeue(console: Console, redis: Redis, settings: Settings, job_id: s
         if letter["job"] == job_id:
             job = replace(Job.decode(letter["request"]), id=new_completion_id(queue.shard), pod="",
                           created_s=int(time.time()))
-            await queue.submit(job, Header.decode(letter["header"]), retain_s=settings.retain_s)
+            await queue.submit(job, Header.decode(letter["header"]))
             console.print(f"{job_id} is submitted again as {job.id}")
             return
     _, job_fields = await _find(redis, settings, job_id)

@@ -118,6 +118,13 @@ class CompletionNotFound(NotFound):
     text = "There is no such completion, or it is not kept any more."
 
 
+class ResponseNotFound(NotFound):
+    """As CompletionNotFound, in the language of responses."""
+
+    code = "response_not_found"
+    text = "There is no such response, or it is not kept any more."
+
+
 class MethodNotAllowed(APIError):
     status = 405
     type = "invalid_request_error"

@@ -13,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 SCHEMA_VERSION = 1
 
+Language = Literal["chat", "completions", "responses", "messages"]
+"""In which a request was made, and its answer is told (api/wire)."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 MAX_SEED = 2**64 - 1
@@ -114,6 +117,7 @@ class Header:
     tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects.py); empty: none
     has_named_tool: bool = False                        # the one call was asked for: it is no reason to end
     has_functions: bool = False                         # calls are answered as OpenAI did before there were tools
+    language: Language = "chat"
     fold_version: int = 1                               # of api/wire: how entries become events
 
     def encode(self) -> str:
@@ -185,6 +189,7 @@ class Job:
     priority: int = 0                                   # 0: interactive; higher waits behind lower
     created_s: int = 0
     deadline_s: float = 3600.0                          # of life after acceptance, in Redis time
+    retain_s: float | None = None                       # how long its log is kept after its end; None: as settings say
     version: int = SCHEMA_VERSION
 
     def encode(self) -> bytes:

@@ -7,6 +7,7 @@ shard serves one model; its tag is a short hash of the model's canonical name, w
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from dataclasses import dataclass
 
@@ -38,8 +39,14 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
 
 TENANT_KEYS: dict[str, tuple[str, str, str]] = {
     # What spans models lies under the tenant's own tag, `{t.<tenant>}`.
+    "stored:<id>": ("string", "api", "what was asked, of an answer to be stored, JSON; `request_deadline_s + store_s`"),
+    "completions": ("zset", "api", "chat completions that are stored → the ms at which they were asked for"),
     "idempotency:<hash>": ("string", "api", "what an Idempotency-Key stands for; `request_deadline_s + retain_s`"),
 }
+
+
+KINDS = ("chatcmpl-", "cmpl-", "resp_", "msg_")          # how ids begin, by the language that was asked in
+COMPLETION_ID = re.compile(rf"(?:{'|'.join(KINDS)})([0-9A-Za-z]+-[0-9A-Za-z]+)-[0-9A-Za-z]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +72,18 @@ def tenant_key(tenant: str, name: str) -> str:
     return f"{{t.{tenant}}}:{name}"
 
 
-def new_completion_id(shard: Shard) -> str:
+def new_completion_id(shard: Shard, kind: str = "chatcmpl-") -> str:
     """An id that says where its log is, and that nobody guesses: the shard and 128 random bits."""
-    return f"chatcmpl-{shard.id}-{secrets.token_hex(16)}"
+    return completion_id(shard, secrets.token_hex(16), kind)
+
+
+def completion_id(shard: Shard, digits: str, kind: str = "chatcmpl-") -> str:
+    """The id of 32 hex digits that are given."""
+    assert kind in KINDS
+    return f"{kind}{shard.id}-{digits}"
 
 
 def shard_of(completion_id: str) -> Shard | None:
     """The shard of a completion id, None when the text is not one."""
-    parts = completion_id.split("-")
-    if len(parts) != 4 or parts[0] != "chatcmpl" or not all(part.isalnum() and part.isascii() for part in parts[1:]):
-        return None
-    return Shard(f"{parts[1]}-{parts[2]}")
+    match = COMPLETION_ID.fullmatch(completion_id)
+    return Shard(match[1]) if match else None

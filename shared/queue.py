@@ -22,11 +22,12 @@ from shared.keys import Shard
 from shared.settings import Settings
 
 LUA = Path(__file__).parent / "lua"
-VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "leave", "restore")
+VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "leave", "restore", "erase")
 MAX_REAPED = 64                                         # jobs put back by one reap
 MAX_PODS = 8                                            # that relay one answer: the newest are pushed to
 MAX_ATTENDED = 1024                                     # jobs of one `attend`, in which Redis does nothing else
 STALLED_REAPS = 4                                       # due, and none has come: Redis stood still
+ERASED_S = 60.0                                         # until what was erased is gone; nobody finds it meanwhile
 MIN_DEADLINE_S = 1.0                                    # of a job that is put back: late, it must still be ended
 PREFIX_TTL_S = 600.0                                    # how long a worker is believed to hold a prompt's beginning
 
@@ -107,11 +108,11 @@ class Queue:
     def __repr__(self) -> str:
         return f"<Queue {self.shard.id}>"
 
-    async def submit(self, job: Job, header: Header, *, retain_s: float) -> int:
+    async def submit(self, job: Job, header: Header) -> int:
         """Puts a job in line; the jobs in line. Raises Overloaded or TenantOverloaded."""
         limits = self.settings
         outcome, num_queued = await self._run(
-            "submit", *self._acceptance(job, header.encode(), job.deadline_s, retain_s), limits.max_queued,
+            "submit", *self._acceptance(job, header.encode(), job.deadline_s), limits.max_queued,
             limits.max_tenant_choices)
         if outcome == b"full":
             raise Overloaded
@@ -161,8 +162,7 @@ class Queue:
         for entry in entries:
             args += (entry.position, entry.num_tokens, entry.kind, entry.data)
         found: int | None = await self._run(
-            "restore", *self._acceptance(job, header, rest_s, self.settings.retain_s), worker, self._lease_ms,
-            numerics_id, epoch, *args)
+            "restore", *self._acceptance(job, header, rest_s), worker, self._lease_ms, numerics_id, epoch, *args)
         return found
 
     async def read(self, job_id: str, after: Entry | None = None, limit: int | None = None) -> list[Entry]:
@@ -205,6 +205,10 @@ class Queue:
         """Ends a job whoever holds it; False when it has ended or is unknown."""
         return await self._run("cancel", job_id, code) is not None
 
+    async def erase(self, job_id: str) -> bool:
+        """Ends a job if it lives; nobody finds it any more. False when it is unknown."""
+        return await self._run("erase", job_id, round(ERASED_S * 1000)) is not None
+
     async def attend(self, pod: str, job_ids: Sequence[str]) -> int:
         """This pod relays these jobs: they have a reader for `reader_ttl_s` more. How many of them live."""
         num_live = 0
@@ -219,13 +223,13 @@ class Queue:
         return outcome
 
     async def find(self, job_id: str) -> Found | None:
-        """Whose a job is and how it stands; None when it is unknown or expired."""
+        """Whose a job is and how it stands; None when it is unknown, expired or erased."""
         async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "request")
+            pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "request", "erased")
             pipe.xrange(self.shard.key(f"out:{job_id}"), count=1)
             pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
-            (tenant, request), oldest, newest = await pipe.execute()
-        if tenant is None or not oldest or not newest:
+            (tenant, request, erased), oldest, newest = await pipe.execute()
+        if tenant is None or erased or not oldest or not newest:
             return None
         first, last = _entry(*oldest[0]), _entry(*newest[0])
         return Found(job_id, tenant.decode(), first.header,
@@ -276,9 +280,9 @@ class Queue:
             rows = await pipe.execute()
         return [{key.decode(): value.decode() for key, value in row.items()} for row in rows]
 
-    def _acceptance(self, job: Job, header: str, deadline_s: float, retain_s: float) -> tuple[Any, ...]:
+    def _acceptance(self, job: Job, header: str, deadline_s: float) -> tuple[Any, ...]:
         """What accept() of lua/prelude.lua takes."""
-        num_prompt_tokens = len(job.prompt_token_ids)
+        num_prompt_tokens, retain_s = len(job.prompt_token_ids), job.retain_s or self.settings.retain_s
         cost = job.n * job.sampling.max_tokens + num_prompt_tokens
         reader_ttl_s = self.settings.reader_ttl_s if job.pod else 0
         return (job.id, job.encode(), header, job.tenant, job.n, job.pod, job.priority, round(deadline_s * 1000),

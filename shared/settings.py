@@ -19,7 +19,7 @@ from shared.errors import BrokenEnvironment
 API_ONLY = frozenset({
     "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "tool_dialect", "heartbeat_s",
     "max_pending_entries", "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices",
-    "max_redis_fraction", "request_deadline_s"})
+    "max_redis_fraction", "request_deadline_s", "store_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
     "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "device", "dtype",
@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     max_redis_fraction: float = Field(0.85, gt=0, le=1, description="share of Redis' maxmemory before submit refuses")
     request_deadline_s: float = Field(3600.0, gt=0, description="what a request may take, waiting included")
     retain_s: float = Field(600.0, gt=0, description="how long the log of a finished answer is kept")
+    store_s: float = Field(86_400.0, gt=0, description="how long, where the answer is to be stored")
 
     # ── the worker ──
     model: str = Field("", description="folder or hub name of a model; empty: the built-in one")

@@ -60,6 +60,14 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):         # a lone surrogate
             raise TemplateRefused("The messages hold text that is not valid Unicode.") from None
 
+    def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a whole prompt, in which special tokens are meant where they are written. Raises BadRequest."""
+        try:
+            ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError):         # a lone surrogate
+            raise TemplateRefused("The text is not valid Unicode.") from None
+        return ids
+
     def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; what reads as an added token in it is text too. Raises TemplateRefused."""
         try:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from api import docs
 from api.pod import Pod
-from api.routes.chat import read_body
+from api.respond import read_body
 from api.submit import adapted
 from api.wire.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
 from shared.errors import InvalidValue
@@ -22,7 +22,7 @@ def router(pod: Pod) -> APIRouter:
     @routes.post("/tokenize", openapi_extra=docs.request("TokenizeRequest"))
     async def tokenize(request: Request) -> dict[str, Any]:
         """Token ids of a text, or of a chat as the model would read it."""
-        asked = parse_tokenize(await read_body(request, pod.settings.max_body_bytes), pod.settings.max_messages)
+        asked = parse_tokenize(await read_body(pod, request), pod.settings.max_messages)
         served = await pod.directory.find(asked.model)
         token_ids = await asyncio.to_thread(_encode, asked, served.tokenizer)
         strings = [served.tokenizer.fast.id_to_token(i) for i in token_ids] if asked.return_token_strs else None
@@ -32,7 +32,7 @@ def router(pod: Pod) -> APIRouter:
     @routes.post("/detokenize", openapi_extra=docs.request("DetokenizeRequest"))
     async def detokenize(request: Request) -> dict[str, str]:
         """The text of tokens, special ones as they are written."""
-        asked = parse_detokenize(await read_body(request, pod.settings.max_body_bytes))
+        asked = parse_detokenize(await read_body(pod, request))
         served = await pod.directory.find(asked.model)
         if any(token_id >= served.card.vocab_size for token_id in asked.tokens):
             raise InvalidValue(f"token ids are below {served.card.vocab_size} for this model.", param="tokens")

@@ -14,18 +14,15 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from api.wire.body import Fields, names_of, read_object, validate
-from api.wire.format import Constrained, JSONSchema, ResponseFormat, StructuredOutputs
+from api.wire.format import JSONSchema, ResponseFormat, StructuredOutputs
+from api.wire.metadata import Metadata
+from api.wire.sampled import Count, Sampled, StreamOptions
 from api.wire.tools import ToolChoice, read_choice, require_names
 from shared.errors import InvalidValue, UnsupportedContent, UnsupportedParameter
 from shared.job import MAX_TOP_LOGPROBS
 
 log = logging.getLogger(__name__)
 
-MAX_CHOICES = 128
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_BIASES = 1024
-MAX_STOP_TOKEN_IDS = 128
 MAX_TOOLS = 128
 MAX_TEMPLATE_VARIABLES = 16
 MAX_NESTING = 64                                        # of a tool's schema, or of a call's arguments
@@ -33,9 +30,7 @@ MAX_NESTING = 64                                        # of a tool's schema, or
 REFUSED = ("audio", "modalities", "web_search_options")            # they would change the answer
 TEMPLATE_NAMES = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", "special_tokens"})
 
-Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # no token that a template alone may write
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Function(Fields):
@@ -119,37 +114,13 @@ def _is_deep(value: Any, room: int = MAX_NESTING) -> bool:
     return room == 0 or any(_is_deep(element, room - 1) for element in inner)
 
 
-class StreamOptions(Fields):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
-class ChatRequest(Constrained):
+class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, description="the conversation so far")
-    model: str = Field(min_length=1, description="a name of GET /v1/models")
-    stream: bool | None = Field(None, description="answer with server-sent events")
-    stream_options: StreamOptions | None = None
-    max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
     max_completion_tokens: Count | None = Field(None, ge=1, description="the newer name of max_tokens; it wins")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt")
-    temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token, always")
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Count | None = Field(None, ge=-1, description="0 or -1: off")
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES, description="token id → -100 … 100")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="the same seed repeats the same answer")
-    stop: list[str] | None = Field(None, max_length=MAX_STOPS, description="a string or a list of strings")
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
-    min_tokens: Count | None = Field(None, ge=0)
-    ignore_eos: bool | None = None
-    speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, a function or some")
     functions: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="the older name of tools")
@@ -159,30 +130,11 @@ class ChatRequest(Constrained):
         None, description="what the chat template makes of it; none: enable_thinking is false")
     chat_template_kwargs: dict[str, Word | int | float | bool | None] | None = Field(
         None, max_length=MAX_TEMPLATE_VARIABLES, description="variables of the chat template: words and numbers")
-    user: str | None = None
+    store: bool | None = Field(None, description="the answer is kept for `store_s`, and can be listed")
+    metadata: Metadata | None = Field(None, description="kept beside an answer that is stored")
     audio: dict[str, Any] | None = Field(None, description="refused")
     modalities: list[str] | None = Field(None, description="refused, but for text alone")
     web_search_options: dict[str, Any] | None = Field(None, description="refused")
-
-    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
-    @classmethod
-    def _stop_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_lengths(cls, stop: list[str] | None) -> list[str] | None:
-        if stop and not all(0 < len(text) <= MAX_STOP_CHARS for text in stop):
-            raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
-        return stop
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _bias_entries(cls, biases: Any) -> Any:
-        # Whole, so that no key of the client's becomes part of an error's path.
-        if isinstance(biases, dict) and not all(_is_bias(key, value) for key, value in biases.items()):
-            raise ValueError("keys are token ids, values are numbers from -100 to 100")
-        return biases
 
     @field_validator("tools")
     @classmethod
@@ -200,8 +152,6 @@ class ChatRequest(Constrained):
 
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidValue("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
         for param in REFUSED:
@@ -235,6 +185,10 @@ class ChatRequest(Constrained):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
     def template_variables(self) -> dict[str, Any]:
         """Beside what every template is given, which a request cannot change."""
         effort: dict[str, Any] = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
@@ -256,11 +210,6 @@ class ChatRequest(Constrained):
         if choice.mode == "none" or not self.tools:
             return None
         return [tool for tool in self.tools if choice.names is None or tool["function"]["name"] in choice.names]
-
-
-def _is_bias(key: Any, value: Any) -> bool:
-    return (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
-            and isinstance(value, (int, float)) and not isinstance(value, bool) and -100 <= value <= 100)
 
 
 def _is_name(name: Any) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from api.wire.body import Fields, names_of, read_object, validate
 from api.wire.request import NAMES, Message, require_few_messages
+from api.wire.sampled import TokenId
 from shared.errors import InvalidValue
 
 MAX_TOKENS = 1 << 20
-
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class TokenizeRequest(Fields):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.wire.chat import DONE, ChunkFold, CompletionFold
+from api.wire.chat import ChunkFold, CompletionFold
+from api.wire.fold import DONE
 from shared.errors import DeadlineExceeded, JobFailed
 from shared.job import Delta, Entry, Finish, FinishReason, Header, TokenLogprob, Usage, encode_deltas
 

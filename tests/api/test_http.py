@@ -466,7 +466,7 @@ async def test_a_full_line_is_a_429_with_a_time_to_come_back(http: httpx.AsyncCl
 async def test_what_the_framework_refuses_has_openais_shape(http: httpx.AsyncClient) -> None:
     assert error_of(await http.get("/v1/nothing"), 404)["code"] == "not_found"
     assert error_of(await http.post(f"{CHAT}/"), 404)["code"] == "not_found"
-    response = await http.get(CHAT)
+    response = await http.put(CHAT)
     assert error_of(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
     assert error_of(await http.delete("/v1/models"), 405)["code"] == "method_not_allowed"

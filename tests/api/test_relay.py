@@ -37,7 +37,7 @@ async def make_script(redis: Redis) -> Script:
     job = Job(id=new_completion_id(worker.queue.shard), tenant="t", pod="p", prompt_token_ids=(1,),
               sampling=Sampling(max_tokens=10), tokenizer_id=worker.card.tokenizer_id,
               weights_id=worker.card.weights_id)
-    await worker.queue.submit(job, HEADER, retain_s=60)
+    await worker.queue.submit(job, HEADER)
     return await worker.claim()
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.wire import request
-from api.wire.request import MAX_CHOICES, ChatRequest, Message, parse
+from api.wire import request, sampled
+from api.wire.request import ChatRequest, Message, parse
 from shared.errors import BadRequest
 from shared.grammar import MAX_GRAMMAR_CHARS
 
@@ -122,7 +122,7 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"top_logprobs": 3}, "invalid_value", "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
     ({"n": 0}, "invalid_value", "n"),
-    ({"n": MAX_CHOICES + 1}, "invalid_value", "n"),
+    ({"n": sampled.MAX_CHOICES + 1}, "invalid_value", "n"),
     ({"n": "2"}, "invalid_type", "n"),
     ({"n": True}, "invalid_type", "n"),
     ({"max_tokens": 0}, "invalid_value", "max_tokens"),
@@ -146,15 +146,15 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"-1": 1}}, "invalid_value", "logit_bias"),
     ({"logit_bias": {"1": HUGE}}, "invalid_value", "logit_bias"),
     ({"logit_bias": {"1": True}}, "invalid_value", "logit_bias"),
-    ({"logit_bias": {str(i): 1 for i in range(request.MAX_BIASES + 1)}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {str(i): 1 for i in range(sampled.MAX_BIASES + 1)}}, "invalid_value", "logit_bias"),
     ({"logit_bias": [1]}, "invalid_type", "logit_bias"),
     ({"stop": ""}, "invalid_value", "stop"),
     ({"stop": ["x" * 257]}, "invalid_value", "stop"),
-    ({"stop": ["x"] * (request.MAX_STOPS + 1)}, "invalid_value", "stop"),
+    ({"stop": ["x"] * (sampled.MAX_STOPS + 1)}, "invalid_value", "stop"),
     ({"stop": [1]}, "invalid_type", "stop[0]"),
     ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids[0]"),
     ({"stop_token_ids": [HUGE]}, "invalid_value", "stop_token_ids[0]"),
-    ({"stop_token_ids": [1] * (request.MAX_STOP_TOKEN_IDS + 1)}, "invalid_value", "stop_token_ids"),
+    ({"stop_token_ids": [1] * (sampled.MAX_STOP_TOKEN_IDS + 1)}, "invalid_value", "stop_token_ids"),
     ({"tools": [TOOL] * (request.MAX_TOOLS + 1)}, "invalid_value", "tools"),
     ({"tools": [{"type": "function"}]}, "invalid_value", "tools"),
     ({"tools": [TOOL | {"x": json.loads("[" * 100 + "]" * 100)}]}, "invalid_value", "tools"),

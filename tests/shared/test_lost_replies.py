@@ -48,8 +48,8 @@ async def queue(redis_url: str) -> AsyncIterator[Queue]:
 
 async def submit(queue: Queue) -> Job:
     job = Job(id=new_completion_id(queue.shard), tenant="t", pod="", prompt_token_ids=(1, 2, 3), tokenizer_id="tok",
-              weights_id="w", sampling=Sampling(max_tokens=8))
-    await queue.submit(job, HEADER, retain_s=60)
+              weights_id="w", retain_s=60, sampling=Sampling(max_tokens=8))
+    await queue.submit(job, HEADER)
     return job
 
 

@@ -44,7 +44,7 @@ async def publish_all(server: RedisServer, queue: Queue, pause_s: float
                       ) -> tuple[Claimed, list[Write], list[tuple[float, int]]]:
     """The job, its entries, and how long the file was when each had been acknowledged."""
     job: Job = make_job(created_s=int(time.time()))
-    await queue.submit(job, HEADER, retain_s=60)
+    await queue.submit(job, HEADER)
     claimed = await claim_one(queue)
     writes, sizes = [], []
     for k in range(1, NUM_ENTRIES + 1):

@@ -35,7 +35,7 @@ def queue(each_redis: Redis) -> Queue:
 
 def make_job(**changes: Any) -> Job:
     job = Job(id=new_completion_id(SHARD), tenant="t", pod="pod1", prompt_token_ids=(1, 2, 3),
-              sampling=Sampling(max_tokens=8, seed=2**63), tokenizer_id="tok", weights_id="w")
+              sampling=Sampling(max_tokens=8, seed=2**63), tokenizer_id="tok", weights_id="w", retain_s=5)
     return replace(job, **changes)
 
 
@@ -44,7 +44,7 @@ HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_promp
 
 async def submit(queue: Queue, job: Job | None = None) -> Job:
     job = job or make_job()
-    await queue.submit(job, HEADER, retain_s=5)
+    await queue.submit(job, HEADER)
     return job
 
 

@@ -121,9 +121,10 @@ class Verbs(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from(["t", "u"]), twice=TWICE)
     def submit(self, tenant: str, twice: bool) -> None:
         job = Job(id=new_completion_id(self.queue.shard), tenant=tenant, pod="p", prompt_token_ids=(1, 2, 3),
-                  sampling=Sampling(max_tokens=8), tokenizer_id="tok", weights_id="w", deadline_s=NEVER_S)
+                  sampling=Sampling(max_tokens=8), tokenizer_id="tok", weights_id="w", deadline_s=NEVER_S,
+                  retain_s=NEVER_S)
         for _ in range(1 + twice):
-            self.run(self.queue.submit(job, HEADER, retain_s=NEVER_S))
+            self.run(self.queue.submit(job, HEADER))
         self.jobs[job.id] = Known(tenant)
 
     @rule(worker=WORKERS, free=st.integers(1, 4), twice=TWICE)

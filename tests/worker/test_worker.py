@@ -85,7 +85,7 @@ def make_job(worker: Worker, **changes: Any) -> Job:
 
 
 async def ask(worker: Worker, job: Job) -> None:
-    await worker.queue.submit(job, HEADER, retain_s=60)
+    await worker.queue.submit(job, HEADER)
 
 
 async def read_until(worker: Worker, job: Job, enough: Callable[[list[Entry]], bool]) -> list[Entry]:

@@ -1,0 +1,131 @@
+"""An order's answer over HTTP: a stream of events, or one object once all has come; also of what was begun before.
+
+It knows requests and responses, nothing of what is asked in which language.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from fastapi import Depends, Header, Request, Response
+
+from api.accept import new_id, submit, submit_once
+from api.auth import Door
+from api.directory import Served
+from api.pod import Pod
+from api.relay import Stream
+from api.resume import find, follow, join, position, token_bytes
+from api.sse import COMPLETION_ID, EventStream, Source
+from api.submit import Order
+from api.wire.fold import WholeFold
+from api.wire.languages import Asked, event_fold, whole_fold
+from shared.errors import BodyTooLarge, Draining, TooSlow
+
+DRAINED_BYTES = 1 << 20                                 # of a refused body: closing at once can swallow the refusal
+BODY_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and what for if it was asked before."""
+
+    request: Request
+    tenant: str
+    key: str | None
+    last_event_id: str | None
+
+    @classmethod
+    def through(cls, door: Door) -> Callable[..., Awaitable[Caller]]:
+        """A dependency of a route."""
+        async def come(request: Request, idempotency_key: Key = None, last_event_id: LastEventID = None,
+                       tenant: str = Depends(door)) -> Caller:
+            return cls(request, tenant, idempotency_key, last_event_id)
+
+        return come
+
+
+Key = Annotated[str | None, Header(description="the same key and body: the same completion")]
+LastEventID = Annotated[str | None, Header(description="with an Idempotency-Key: the last event that you have")]
+
+
+async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: bytes, asked: Asked | None = None
+                  ) -> Response:
+    """Submits an order, once for an Idempotency-Key, and answers it."""
+    began_s, request = time.monotonic(), caller.request
+    if caller.key is not None:
+        after = position(caller.last_event_id, "Last-Event-ID")
+        completion_id = await submit_once(pod, served, order, caller.key, body)
+        return await again(pod, order, completion_id, after, request, asked)
+    stream, header = await submit(pod, served, order, new_id(served, order))
+    token_bytes = served.tokenizer.token_bytes
+    if header.stream:
+        fold = event_fold(stream.job_id, header, token_bytes, asked)
+        return EventStream(stream, fold, {COMPLETION_ID: stream.job_id}, said=fold.begin(),
+                           on_first=lambda: pod.metrics.ttft_s.observe(time.monotonic() - began_s),
+                           on_close=partial(pod.part, stream))
+    return await collect(pod, [stream], stream, whole_fold(stream.job_id, header, token_bytes, asked), request)
+
+
+async def again(pod: Pod, order: Order, completion_id: str, after: int, request: Request, asked: Asked | None
+                ) -> Response:
+    """The answer that others may have begun, told as its log says that it was asked for."""
+    queue, found = await find(pod, order.tenant, completion_id, order.language)
+    if found.header.stream:
+        stream, fold, said = await follow(pod, queue, found, after, asked)
+        return EventStream(stream, fold, {COMPLETION_ID: completion_id}, said=said, on_close=partial(pod.part, stream))
+    fold_whole = whole_fold(completion_id, found.header, await token_bytes(pod, found), asked)
+    stream = await join(pod, queue, found)
+    return await collect(pod, [stream], stream, fold_whole, request)
+
+
+async def collect(pod: Pod, streams: list[Stream], source: Source, fold: WholeFold, request: Request) -> Response:
+    """Reads streams to their end. Raises what ended them, or Draining when the client or the pod left."""
+    watch = asyncio.create_task(_watch(request, source))
+    try:
+        async for entries in source.batches():
+            for entry in entries:
+                fold.feed(entry)
+            if fold.ended:
+                return Response(fold.body(), media_type="application/json", headers={COMPLETION_ID: fold.id})
+    finally:
+        watch.cancel()
+        for stream in streams:
+            pod.part(stream)
+    raise Draining(retry_after_s=0.1)                   # to a client that has left this goes nowhere
+
+
+async def _watch(request: Request, source: Source) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    source.leave()
+
+
+async def read_order(pod: Pod, caller: Caller) -> bytes:
+    """The body of a request that is to become a job. Raises Draining, and what read_body does."""
+    body = await read_body(pod, caller.request)
+    if pod.draining:
+        raise Draining(retry_after_s=0.1)
+    return body
+
+
+async def read_body(pod: Pod, request: Request) -> bytes:
+    """The body, whatever its content type says. Raises TooSlow, or BodyTooLarge once a part of the rest was read."""
+    pieces, num_bytes, max_bytes = [], 0, pod.settings.max_body_bytes
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                num_bytes += len(piece)
+                if num_bytes <= max_bytes:
+                    pieces.append(piece)
+                elif num_bytes > max_bytes + DRAINED_BYTES:
+                    break
+    except TimeoutError:
+        raise TooSlow from None
+    if num_bytes > max_bytes:
+        raise BodyTooLarge(f"The body of a request has at most {max_bytes} bytes.")
+    return b"".join(pieces)

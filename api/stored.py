@@ -1,0 +1,94 @@
+"""What was asked for answers that are to be stored. The answers themselves are their logs, kept longer than others.
+
+It knows records and where Redis has them, nothing of HTTP or of languages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from redis.asyncio import Redis
+
+from shared.connection import refusals
+from shared.job import Language
+from shared.keys import tenant_key
+from shared.settings import Settings
+
+MAX_STORED = 10_000                                     # chat completions that a tenant can list; the oldest leave
+MAX_SCANNED = 2_000                                     # of them, looked at for one page
+SCAN = 100                                              # of them, in one round trip
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One request, as far as its answer does not hold it."""
+
+    id: str                                             # of the completion
+    language: Language
+    model: str
+    created_ms: int
+    metadata: dict[str, str] = field(default_factory=dict)
+    items: tuple[dict[str, Any], ...] = ()              # of the conversation, this request's behind those before
+    num_before: int = 0                                 # items that earlier requests and their answers brought
+    asked: dict[str, Any] = field(default_factory=dict)     # what the answer repeats
+
+
+class Store:
+    """The records of all tenants."""
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self._redis = redis
+        self._lifetime_ms = round((settings.request_deadline_s + settings.store_s) * 1000)
+
+    async def put(self, tenant: str, record: Record) -> None:
+        """Before its job is submitted: a record without a job is found by nobody."""
+        with refusals():
+            await self._redis.set(_key(tenant, record.id), json.dumps(asdict(record)), px=self._lifetime_ms)
+            if record.language == "chat":
+                index = tenant_key(tenant, "completions")
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    pipe.zadd(index, {record.id: record.created_ms})
+                    pipe.zremrangebyscore(index, "-inf", record.created_ms - self._lifetime_ms)
+                    pipe.zremrangebyrank(index, 0, -MAX_STORED - 1)
+                    pipe.pexpire(index, self._lifetime_ms)
+                    await pipe.execute()
+
+    async def get(self, tenant: str, completion_id: str) -> Record | None:
+        return _decode(await self._redis.get(_key(tenant, completion_id)))
+
+    async def update(self, tenant: str, record: Record, metadata: dict[str, str]) -> Record:
+        changed = replace(record, metadata=metadata)
+        with refusals():
+            await self._redis.set(_key(tenant, record.id), json.dumps(asdict(changed)), xx=True, keepttl=True)
+        return changed
+
+    async def remove(self, tenant: str, completion_id: str) -> None:
+        await self._redis.delete(_key(tenant, completion_id))
+        await self._redis.zrem(tenant_key(tenant, "completions"), completion_id)
+
+    async def page(self, tenant: str, *, after: str | None, limit: int, newest_first: bool,
+                   suits: Callable[[Record], bool]) -> tuple[list[Record], bool]:
+        """Up to `limit` chat completions behind `after`, and whether there are more."""
+        index, found = tenant_key(tenant, "completions"), list[Record]()
+        begin = 0
+        if after is not None:
+            rank: Any = await (self._redis.zrevrank if newest_first else self._redis.zrank)(index, after)
+            begin = 0 if rank is None else rank + 1
+        for start in range(begin, begin + MAX_SCANNED, SCAN):
+            ids: Any = await self._redis.zrange(index, start, start + SCAN - 1, desc=newest_first)
+            records = await self._redis.mget([_key(tenant, each.decode()) for each in ids]) if ids else []
+            found += [record for raw in records if (record := _decode(raw)) and suits(record)]
+            if len(found) > limit or len(ids) < SCAN:
+                break
+        return found[:limit], len(found) > limit
+
+
+def _key(tenant: str, completion_id: str) -> str:
+    return tenant_key(tenant, f"stored:{completion_id}")
+
+
+def _decode(raw: Any) -> Record | None:
+    return None if raw is None else Record(**json.loads(raw))

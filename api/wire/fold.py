@@ -1,0 +1,102 @@
+"""What every language folds an answer's log with: events that are counted, or the whole answer.
+
+Pure and versioned (`Header.fold_version`): the same log gives the same events on every pod, so the ordinal of an event
+is a client's position. It knows no language.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from shared.errors import job_error
+from shared.job import Delta, Entry, Header, Usage
+
+FOLD_VERSIONS = (1, 2)                                  # 2: with thoughts and calls of tools
+DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after an `id:` breaks clients
+
+TokenBytes = Callable[[int], bytes]
+
+
+class EventFold(ABC):
+    """Folds a log into the events of a stream, as bytes ready to send.
+
+    A client that returns names the last event that it has, `after`: up to it events are counted and not said again.
+    """
+
+    def __init__(self, header: Header, after: int = 0) -> None:
+        self.header = header
+        self.after = after
+        self.num_events = 0
+        self.ended = False                              # the terminal was folded: nothing follows
+
+    def begin(self) -> bytes:
+        """What can be said before anything is drawn; once, however often it is asked for."""
+        return b""
+
+    @abstractmethod
+    def feed(self, entry: Entry) -> bytes:
+        """The events of the next entry: none, one or several."""
+
+    def error(self, body: dict[str, Any]) -> bytes:
+        """An error that stands in no log, as the last event. Without a position: the client may return to its own."""
+        return b"data: %b\n\n" % dump(body)
+
+    def _failure(self, code: str) -> bytes:
+        """The error with which a log ends. Nested, or clients take it for a chunk."""
+        self.ended = True
+        return self._event(dump(job_error(code).body()))
+
+    def _event(self, body: bytes) -> bytes:
+        self.num_events += 1
+        if self.num_events <= self.after:
+            return b""
+        return b"id: %d\ndata: %b\n\n" % (self.num_events, body)
+
+
+class WholeFold(ABC):
+    """Folds a log into one object."""
+
+    tells_halves = False                                # an answer that runs, or has failed, is an object too
+
+    def __init__(self, completion_id: str, header: Header) -> None:
+        self.header = header
+        self.ended = False
+        self.usage = Usage(header.num_prompt_tokens, 0)
+        self.deltas: list[list[Delta]] = [[] for _ in range(header.n)]
+        self.id = completion_id
+
+    def feed(self, entry: Entry) -> None:
+        """Takes the next entry. Raises the JobEnded of a terminal that is none of success."""
+        if entry.kind == "delta":
+            for delta in entry.deltas:
+                self.deltas[delta.index].append(delta)
+        elif entry.kind == "end":
+            self.ended = True
+            if entry.finish.error:
+                raise job_error(entry.finish.error)
+            self.usage = entry.finish.usage
+
+    @abstractmethod
+    def body(self) -> bytes:
+        """The object, once all entries were fed."""
+
+
+def dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def head(completion_id: str, kind: str, header: Header, **more: Any) -> str:
+    """The beginning that all chunks of an answer share, up to the comma before `choices`."""
+    return dump({"id": completion_id, "object": kind, "created": header.created_s, "model": header.model, **more,
+                 "system_fingerprint": header.fingerprint}).decode()[:-1] + ","
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    return {"prompt_tokens": usage.num_prompt_tokens, "completion_tokens": usage.num_completion_tokens,
+            "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.num_reasoning_tokens}}

@@ -1,0 +1,31 @@
+"""Which fold tells an answer in the language that it was asked in. It knows the names of languages alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from api.wire.chat import ChunkFold, CompletionFold
+from api.wire.completions import TextChunkFold, TextFold
+from api.wire.fold import EventFold, TokenBytes, WholeFold
+from shared.job import Header, Language
+
+Asked = Mapping[str, Any]
+"""What was asked for, as far as the answer repeats it."""
+
+ID_KINDS: dict[Language, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "responses": "resp_", "messages": "msg_"}
+
+
+def event_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None, *,  # noqa: ARG001
+               after: int = 0) -> EventFold:
+    """Of a stream, behind the event `after`."""
+    if header.language == "completions":
+        return TextChunkFold(completion_id, header, after)
+    return ChunkFold(completion_id, header, token_bytes, after)
+
+
+def whole_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None  # noqa: ARG001
+               ) -> WholeFold:
+    if header.language == "completions":
+        return TextFold(completion_id, header)
+    return CompletionFold(completion_id, header, token_bytes)

@@ -1,0 +1,107 @@
+"""What one choice says, told apart: what was thought, what is text, and which tools are called.
+
+The answers of every language are made of it. It knows deltas and their text, nothing of events.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from api.wire.dialects import DIALECTS, Dialect, Piece
+from api.wire.fold import FOLD_VERSIONS
+from api.wire.reasoning import Mode, ThoughtReader
+from shared.job import Delta, FinishReason, Header, Usage
+
+
+@dataclass(slots=True)
+class Call:
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class Said:
+    """The whole of it."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+
+
+class Parts:
+    """Reads one choice, delta by delta."""
+
+    def __init__(self, completion_id: str, header: Header, index: int) -> None:
+        self.num_reasoning_tokens = 0
+        self.num_calls = 0
+        self._name = f"{completion_id}/{index}"
+        self._is_named = header.has_named_tool
+        self._end_id = header.think_end_id
+        self._thoughts = ThoughtReader(header.reasoning)
+        self._calls = DIALECTS[header.tool_dialect].reader() if header.tool_dialect else None
+
+    def read(self, delta: Delta) -> Iterator[Piece]:
+        """What the next delta turns out to say. While a call is told, it is the newest of `num_calls`."""
+        for piece in self._pieces(delta):
+            self.num_calls += piece.kind == "call"
+            yield piece
+
+    def _pieces(self, delta: Delta) -> list[Piece]:
+        was_inside = self._thoughts.is_inside
+        thoughts = self._thoughts.feed(delta.text) + (self._thoughts.finish() if delta.finish_reason else [])
+        if was_inside or any(thought.is_reasoning for thought in thoughts) or self._thoughts.is_inside:
+            self.num_reasoning_tokens += self._num_thought(delta.token_ids)
+        pieces: list[Piece] = []
+        for is_reasoning, text in thoughts:
+            if is_reasoning or self._calls is None:
+                pieces.append(Piece("reasoning" if is_reasoning else "text", text))
+            else:
+                pieces += self._calls.feed(text)
+        if delta.finish_reason and self._calls is not None:
+            pieces += self._calls.finish()
+        return pieces
+
+    def _num_thought(self, token_ids: Sequence[int]) -> int:
+        """Up to the token that ends the thought."""
+        if self._end_id is not None and self._end_id in token_ids:
+            return token_ids.index(self._end_id) + 1
+        return len(token_ids) if self._thoughts.is_inside else 0
+
+    @property
+    def call_id(self) -> str:
+        """Of the newest call: the same on every pod."""
+        digest = hashlib.sha256(f"{self._name}/{self.num_calls}".encode()).hexdigest()
+        return f"call_{digest[:24]}"
+
+    def reason(self, reason: FinishReason | None) -> FinishReason | None:
+        """Why the choice ended: for its calls, unless the one was asked for."""
+        return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
+
+    def whole(self, deltas: Iterable[Delta]) -> Said:
+        said = Said()
+        for piece in (piece for delta in deltas for piece in self.read(delta)):
+            if piece.kind == "call":
+                said.calls.append(Call(self.call_id, piece.value))
+            elif piece.kind == "arguments":
+                said.calls[-1].arguments += piece.value
+            elif piece.kind == "reasoning":
+                said.reasoning += piece.value
+            else:
+                said.text += piece.value
+        return said
+
+
+def fold_version(dialect: Dialect | None, reasoning: Mode) -> int:
+    return FOLD_VERSIONS[bool(dialect or reasoning)]
+
+
+def has_parts(header: Header) -> bool:
+    """Whether there may be anything but text."""
+    return bool(header.reasoning or header.tool_dialect)
+
+
+def with_reasoning(usage: Usage, parts: Sequence[Parts]) -> Usage:
+    return replace(usage, num_reasoning_tokens=sum(each.num_reasoning_tokens for each in parts)) if parts else usage

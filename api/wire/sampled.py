@@ -1,0 +1,91 @@
+"""What every language may ask of sampling, and of what the answer must be. It knows nothing of prompts.
+
+Null is legal for every nullable field; fields on which the service does not act are accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from api.wire.body import Fields
+from api.wire.format import Constrained
+from shared.errors import InvalidValue
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 128
+
+Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Sampled(Constrained):
+    model: str = Field(min_length=1, description="a name of GET /v1/models")
+    stream: bool | None = Field(None, description="answer with server-sent events")
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token, always")
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: Count | None = Field(None, ge=-1, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES, description="token id → -100 … 100")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="the same seed repeats the same answer")
+    stop: list[str] | None = Field(None, max_length=MAX_STOPS, description="a string or a list of strings")
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    min_tokens: Count | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
+    user: str | None = None
+
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
+    @classmethod
+    def _stop_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_lengths(cls, stop: list[str] | None) -> list[str] | None:
+        if stop and not all(0 < len(text) <= MAX_STOP_CHARS for text in stop):
+            raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
+        return stop
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _bias_entries(cls, biases: Any) -> Any:
+        # Whole, so that no key of the client's becomes part of an error's path.
+        if isinstance(biases, dict) and not all(_is_bias(key, value) for key, value in biases.items()):
+            raise ValueError("keys are token ids, values are numbers from -100 to 100")
+        return biases
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Sampled:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
+        return self
+
+    @property
+    def answer_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told; None: no log probabilities."""
+        return None
+
+
+def _is_bias(key: Any, value: Any) -> bool:
+    return (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
+            and isinstance(value, (int, float)) and not isinstance(value, bool) and -100 <= value <= 100)

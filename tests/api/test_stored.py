@@ -1,0 +1,135 @@
+"""Chat completions that are stored: kept, listed, described, and forgotten, on any pod."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.api.conftest import KEYS, client
+from tests.api.scripted import WAIT_S, ScriptedWorker, ask, error_of
+from tests.system import System
+
+ADDRESS = "/v1/chat/completions"
+
+
+async def store(pod: httpx.AsyncClient, worker: ScriptedWorker, content: str = "Hi", **fields: Any) -> str:
+    """Asks, has it answered with 'Yes', and stores it; its id."""
+    asked = asyncio.create_task(pod.post(ADDRESS, json=ask(worker.model, content, store=True, **fields)))
+    await (await worker.claim()).answer("Yes")
+    return str((await asked).json()["id"])
+
+
+async def listed(pod: httpx.AsyncClient, **params: str) -> dict[str, Any]:
+    response = await pod.get(ADDRESS, params=params)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def test_what_is_stored_is_found_on_any_pod(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
+    stored = await store(pods[0], pair_worker, metadata={"run": "7"})
+    found = (await pods[1].get(f"{ADDRESS}/{stored}")).json()
+    assert found["choices"][0]["message"]["content"] == "Yes"
+    assert found["metadata"] == {"run": "7"}
+    messages = (await pods[1].get(f"{ADDRESS}/{stored}/messages")).json()
+    assert [(message["role"], message["content"]) for message in messages["data"]] == [("user", "Hi")]
+    assert await pair_worker.queue.redis.pttl(pair_worker.queue.shard.key(f"out:{stored}")) > 60_000 * 60
+
+
+async def test_what_is_not_stored_is_not_listed(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
+    asked = asyncio.create_task(pods[0].post(ADDRESS, json=ask(pair_worker.model, metadata={"a": "b"})))
+    await (await pair_worker.claim()).answer("Yes")
+    completion_id = (await asked).json()["id"]
+    assert (await listed(pods[0], model=pair_worker.model))["data"] == []
+    found = await pods[0].get(f"{ADDRESS}/{completion_id}")
+    assert "metadata" not in found.json(), "it is kept for a moment, so that clients may return"
+    for response in (await pods[0].get(f"{ADDRESS}/{completion_id}/messages"),
+                     await pods[0].post(f"{ADDRESS}/{completion_id}", json={"metadata": {}}),
+                     await pods[0].delete(f"{ADDRESS}/{completion_id}")):
+        assert error_of(response, 404)["code"] == "completion_not_found"
+
+
+async def test_a_list_has_pages_and_filters(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
+    stored = [await store(pods[0], pair_worker, str(i), metadata={"parity": str(i % 2)}) for i in range(5)]
+    model = pair_worker.model
+    page = await listed(pods[1], model=model, limit="2")
+    assert [each["id"] for each in page["data"]] == stored[:2]
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (stored[0], stored[1], True)
+    page = await listed(pods[1], model=model, limit="3", after=stored[1])
+    assert [each["id"] for each in page["data"]] == stored[2:] and not page["has_more"]
+    page = await listed(pods[0], model=model, order="desc", limit="1")
+    assert [each["id"] for each in page["data"]] == stored[4:]
+    page = await listed(pods[0], **{"model": model, "metadata[parity]": "1"})
+    assert [each["id"] for each in page["data"]] == [stored[1], stored[3]]
+    assert page["data"][0]["metadata"] == {"parity": "1"}
+
+
+async def test_a_list_shows_what_has_ended_well(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
+    async def begin() -> tuple[Any, asyncio.Task[httpx.Response]]:
+        asked = asyncio.create_task(pods[0].post(ADDRESS, json=ask(pair_worker.model, store=True)))
+        return await pair_worker.claim(), asked
+
+    (failed, first), (running, second) = await begin(), await begin()
+    await failed.end("job_failed")
+    assert (await first).status_code == 500
+    assert (await listed(pods[0], model=pair_worker.model))["data"] == []
+    await running.answer("Yes")
+    await second
+    assert len((await listed(pods[0], model=pair_worker.model))["data"]) == 1
+
+
+async def test_metadata_is_changed_and_answers_are_deleted(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
+                                                           ) -> None:
+    stored = await store(pods[0], pair_worker, metadata={"a": "1"})
+    changed = (await pods[1].post(f"{ADDRESS}/{stored}", json={"metadata": {"b": "2"}})).json()
+    assert changed["metadata"] == {"b": "2"}
+    assert (await pods[0].get(f"{ADDRESS}/{stored}")).json()["metadata"] == {"b": "2"}
+    assert error_of(await pods[0].post(f"{ADDRESS}/{stored}", json={"metadata": {"c": 3}}), 400)["param"] == "metadata"
+    assert (await pods[1].delete(f"{ADDRESS}/{stored}")).json() == {
+        "object": "chat.completion.deleted", "id": stored, "deleted": True}
+    for response in (await pods[0].get(f"{ADDRESS}/{stored}"), await pods[0].delete(f"{ADDRESS}/{stored}"),
+                     await pods[0].get(f"{ADDRESS}/{stored}", params={"stream": "true"})):
+        error_of(response, 404)
+    assert (await listed(pods[0], model=pair_worker.model))["data"] == []
+
+
+async def test_deleting_ends_what_runs(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
+    """Its reader is told, its worker is refused, and nobody takes it for something that Redis has lost."""
+    asked = asyncio.create_task(pods[0].post(ADDRESS, json=ask(pair_worker.model, store=True)))
+    script = await pair_worker.claim()
+    assert (await pods[1].delete(f"{ADDRESS}/{script.job.id}")).json()["deleted"]
+    assert error_of(await asked, 499)["code"] == "cancelled"
+    with pytest.raises(AssertionError, match="refused"):
+        await script.answer("Yes")
+    assert await pair_worker.queue.find(script.job.id) is None
+
+
+async def test_another_key_finds_nothing(pair: System, pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
+                                         ) -> None:
+    stored = await store(pods[0], pair_worker)
+    async with client(pair.url, KEYS[1]) as stranger:
+        assert (await listed(stranger, model=pair_worker.model))["data"] == []
+        for response in (await stranger.get(f"{ADDRESS}/{stored}/messages"),
+                         await stranger.delete(f"{ADDRESS}/{stored}"),
+                         await stranger.post(f"{ADDRESS}/{stored}", json={"metadata": {}})):
+            error_of(response, 404)
+
+
+@pytest.mark.parametrize(("params", "param"), [
+    ({"limit": "0"}, "limit"), ({"limit": "101"}, "limit"), ({"limit": "x"}, "limit"), ({"order": "up"}, "order")])
+async def test_what_is_no_page_is_refused(pods: list[httpx.AsyncClient], params: dict[str, str], param: str) -> None:
+    assert error_of(await pods[0].get(ADDRESS, params=params), 400)["param"] == param
+
+
+async def test_the_official_client(pair: System, pair_worker: ScriptedWorker, pods: list[httpx.AsyncClient]) -> None:
+    stored = await store(pods[0], pair_worker, metadata={"a": "b"})
+    async with openai.AsyncClient(base_url=f"{pair.url}/v1", api_key=KEYS[0], max_retries=0, timeout=WAIT_S) as sdk:
+        chats = sdk.chat.completions
+        assert (await chats.retrieve(stored)).choices[0].message.content == "Yes"
+        assert [each.id async for each in chats.list(model=pair_worker.model, metadata={"a": "b"}, limit=1)] == [stored]
+        assert [message.content async for message in chats.messages.list(stored)] == ["Hi"]
+        assert (await chats.update(stored, metadata={"c": "d"})).id == stored
+        assert (await chats.delete(stored)).deleted
