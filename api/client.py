@@ -1,9 +1,9 @@
-"""A transport for the OpenAI SDK, or any httpx client: a chat completion outlives whatever server was sending it.
+"""A transport for the OpenAI SDK, or any httpx client: a stream outlives whatever server was sending it.
 
     client = openai.OpenAI(base_url=…, http_client=httpx.Client(transport=ResumingTransport()))
 
 A file to copy: it imports the standard library alone, serves httpx and httpx2 alike, and knows nothing of the rest of
-Baton. The application sees whole events, each once; other requests than POST …/chat/completions pass untouched.
+Baton. The application sees whole events, each once; what is no chat completion and no response passes untouched.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ MAX_TRIES = 60                                          # from the last event
 MAX_FORGOTTEN_ROUNDS = 6                                # some 2 s: a Redis that lost all has it again by then
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0                   # once every server was tried; doubled from round to round
 RETURNABLE = ("draining", "service_unavailable")        # codes of errors that end a stream, and not its answer
+FORGOTTEN = ("completion_not_found", "response_not_found")
+LAST_EVENTS = (b"response.completed", b"response.incomplete", b"response.failed")
 COMPLETION_ID = "x-baton-completion-id"
 
 _Transport: Any = object                                # for type checkers: what httpx.Client and httpx2.Client take
@@ -42,7 +44,7 @@ class ResumingTransport(_Transport):  # type: ignore[misc]
 
     def handle_request(self, request: Any) -> Any:
         inner = self._over("HTTPTransport", request)
-        if not _is_chat(request):
+        if not _is_ours(request):
             return inner.handle_request(request)
         request.read()
         course = _Course(request, self._origins, self._patience_s)
@@ -50,7 +52,7 @@ class ResumingTransport(_Transport):  # type: ignore[misc]
 
     async def handle_async_request(self, request: Any) -> Any:
         inner = self._over("AsyncHTTPTransport", request)
-        if not _is_chat(request):
+        if not _is_ours(request):
             return await inner.handle_async_request(request)
         await request.aread()
         course = _Course(request, self._origins, self._patience_s)
@@ -159,7 +161,7 @@ async def _send_async(inner: Any, course: _Course) -> Any:
 
 
 class _Course:
-    """One chat completion on its way: what is asked for it, of which server, whether once more, and what has come."""
+    """One answer on its way: what is asked for it, of which server, whether once more, and what has come."""
 
     def __init__(self, request: Any, origins: Sequence[str], patience_s: float) -> None:
         self.library = _library(request)
@@ -169,7 +171,7 @@ class _Course:
         self._key = request.headers.get("idempotency-key") or secrets.token_hex(16)
         self._patience_s = patience_s
         self._completion_id = ""                        # once a stream has begun
-        self._position = 0                              # of the last event that the application has
+        self._position: int | None = None               # of the last event that the application has
         self._half_event = b""
         self._turn = 0
         self._refresh()
@@ -193,8 +195,8 @@ class _Course:
                                         extensions=self._request.extensions)
         for name in ("content-length", "content-type", "idempotency-key"):
             headers.pop(name, None)
-        url = url.copy_with(path=f"{url.path}/{self._completion_id}",
-                            query=b"stream=true&starting_after=%d" % self._position)
+        behind = b"" if self._position is None else b"&starting_after=%d" % self._position
+        url = url.copy_with(path=f"{url.path}/{self._completion_id}", query=b"stream=true" + behind)
         return self.library.Request("GET", url, headers=headers, extensions=self._request.extensions)
 
     def pause_s(self, response: Any, error: Exception | None) -> float | None:
@@ -218,7 +220,7 @@ class _Course:
             return code == "position_not_reached"
         if response.status_code == 404:
             num_rounds = self._num_tries // len(self._urls) + 1
-            return bool(self._completion_id) and code == "completion_not_found" and num_rounds < MAX_FORGOTTEN_ROUNDS
+            return bool(self._completion_id) and code in FORGOTTEN and num_rounds < MAX_FORGOTTEN_ROUNDS
         returning = bool(self._completion_id) or self._num_tries > 0
         return response.status_code in (502, 503) and (returning or code == "draining")
 
@@ -249,12 +251,13 @@ class _Course:
     def _take(self, event: bytes) -> bool:
         fields = dict(line.partition(b": ")[::2] for line in event.split(b"\n"))
         data = fields.get(b"data", b"")
-        code = _error_code(data) if data.startswith(b'{"error"') else None
+        event_name = fields.get(b"event", b"")
+        code = _error_code(data) if data.startswith(b'{"error"') or event_name == b"error" else None
         if b"id" in fields:
             self._position = int(fields[b"id"])
         elif code in RETURNABLE:
             return False
-        self.ended = self.ended or code is not None or data == b"[DONE]"
+        self.ended = self.ended or code is not None or data == b"[DONE]" or event_name in LAST_EVENTS
         return True
 
     def cut(self) -> None:
@@ -272,8 +275,8 @@ def _library(request: Any) -> Any:
     return sys.modules[type(request).__module__.partition(".")[0]]
 
 
-def _is_chat(request: Any) -> bool:
-    return bool(request.method == "POST" and request.url.path.endswith("/chat/completions"))
+def _is_ours(request: Any) -> bool:
+    return bool(request.method == "POST" and request.url.path.endswith(("/chat/completions", "/responses")))
 
 
 def _moved(url: Any, origin: Any) -> Any:

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from api.wire.completions import CompletionRequest
 from api.wire.metadata import MetadataRequest
 from api.wire.request import ChatRequest
+from api.wire.responses import ResponseRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 COMPONENTS = "#/components/schemas/"
@@ -30,17 +31,17 @@ def request(name: str) -> dict[str, Any]:
 
 
 def answers(name: str, whole: str, event: str) -> dict[str, Any]:
-    """Of a route that takes such a request, and answers with one object or with events."""
-    return request(name) | {"responses": {"200": {
+    """Of a route that takes such a request, or none, and answers with one object or with events."""
+    return (request(name) if name else {}) | {"responses": {"200": {
         "description": f"A {whole}; with `stream`, {event}.",
         "content": {"application/json": {}, "text/event-stream": {}}}}}
 
 
 CHAT = answers("ChatRequest", "chat.completion", "chat.completion.chunk events and [DONE]")
+RESPONSES = answers("ResponseRequest", "response", "typed events")
 COMPLETIONS = answers("CompletionRequest", "text_completion", "text_completion events and [DONE]")
-COMPLETION: dict[str, Any] = {
-    "responses": {"200": {"description": "The chat.completion; with `stream`, the events behind `starting_after`.",
-                          "content": {"application/json": {}, "text/event-stream": {}}}}}
+COMPLETION = answers("", "chat.completion", "the events behind `starting_after`")
+RESPONSE = answers("", "response", "the events behind `starting_after`")
 
 
 def complete(app: FastAPI) -> None:
@@ -51,7 +52,8 @@ def complete(app: FastAPI) -> None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             components = schema.setdefault("components", {})
             components["schemas"] = {"Error": ERROR_SCHEMA}
-            for model in (ChatRequest, CompletionRequest, MetadataRequest, TokenizeRequest, DetokenizeRequest):
+            for model in (ChatRequest, CompletionRequest, ResponseRequest, MetadataRequest, TokenizeRequest,
+                          DetokenizeRequest):
                 one = model.model_json_schema(ref_template=COMPONENTS + "{model}")
                 components["schemas"] |= one.pop("$defs", {}) | {model.__name__: one}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

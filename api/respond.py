@@ -71,7 +71,7 @@ async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: 
     return await collect(pod, [stream], stream, whole_fold(stream.job_id, header, token_bytes, asked), request)
 
 
-async def again(pod: Pod, order: Order, completion_id: str, after: int, request: Request, asked: Asked | None
+async def again(pod: Pod, order: Order, completion_id: str, after: int | None, request: Request, asked: Asked | None
                 ) -> Response:
     """The answer that others may have begun, told as its log says that it was asked for."""
     queue, found = await find(pod, order.tenant, completion_id, order.language)

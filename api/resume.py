@@ -12,7 +12,7 @@ from api.delivered import Delivered
 from api.pod import Pod
 from api.relay import Stream
 from api.wire.fold import FOLD_VERSIONS, EventFold, TokenBytes
-from api.wire.languages import Asked, event_fold, whole_fold
+from api.wire.languages import Asked, event_fold, num_events_until, whole_fold
 from shared.errors import (
     CompletionInProgress,
     CompletionNotFound,
@@ -41,10 +41,10 @@ async def find(pod: Pod, tenant: str, completion_id: str, language: Language) ->
     return pod.directory.queue(shard), found
 
 
-def position(text: str | None, param: str) -> int:
+def position(text: str | None, param: str) -> int | None:
     """Of the last event that a client has. Raises InvalidValue when the text is none."""
     if text is None:
-        return 0
+        return None
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_POSITION_DIGITS):
         raise InvalidValue("A position is the number of an event, as its id: line says.", param=param)
     return int(text)
@@ -85,14 +85,15 @@ async def join(pod: Pod, queue: Queue, found: Found) -> Stream:
     return stream
 
 
-async def follow(pod: Pod, queue: Queue, found: Found, after: int, asked: Asked | None = None
+async def follow(pod: Pod, queue: Queue, found: Found, after: int | None, asked: Asked | None = None
                  ) -> tuple[Stream, EventFold, bytes]:
     """A stream that goes on behind event `after`, its fold, and of the events that have happened already those at once.
 
     Raises PositionNotReached or InvalidValue when there is no such event, and what an answer ended with when nothing
     else is left to say.
     """
-    fold = event_fold(found.job_id, found.header, await token_bytes(pod, found), asked, after=after)
+    fold = event_fold(found.job_id, found.header, await token_bytes(pod, found), asked,
+                      after=num_events_until(found.header.language, after))
     await pod.relay.hear(queue.shard)
     stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
     try:

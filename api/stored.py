@@ -31,8 +31,7 @@ class Record:
     model: str
     created_ms: int
     metadata: dict[str, str] = field(default_factory=dict)
-    items: tuple[dict[str, Any], ...] = ()              # of the conversation, this request's behind those before
-    num_before: int = 0                                 # items that earlier requests and their answers brought
+    items: tuple[dict[str, Any], ...] = ()              # of the conversation that it answers
     asked: dict[str, Any] = field(default_factory=dict)     # what the answer repeats
 
 

@@ -66,6 +66,13 @@ class UnsupportedParameter(BadRequest):
     text = "This field asks for something that this server does not do."
 
 
+class PreviousResponseNotFound(BadRequest):
+    """As ResponseNotFound, of the one that a request goes on from."""
+
+    code = "previous_response_not_found"
+    text = "The previous response does not exist, or is not kept any more."
+
+
 class InvalidGrammar(BadRequest):
     """A schema, a regular expression or a grammar that is none, too large, or more than can be enforced."""
 

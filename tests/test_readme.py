@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from api import client as resuming
+from api.wire.completions import CompletionRequest
+from api.wire.format import Constrained
 from api.wire.request import REFUSED, ChatRequest
+from api.wire.responses import ResponseRequest
+from api.wire.sampled import Drawn
 from shared.keys import SHARD_KEYS, TENANT_KEYS
 from shared.settings import Settings
 from tests.system import System
@@ -35,6 +40,14 @@ def test_every_field_of_a_request_is_listed() -> None:
     assert sorted(listed["acted on"] + listed["refused"]) == sorted(known - {"user"})
     assert set(listed["refused"]) == set(REFUSED)
     assert not (set(listed["accepted without effect"]) - {"user"}) & known
+
+
+@pytest.mark.parametrize(("address", "model", "common"), [
+    ("/v1/completions", CompletionRequest, {*Drawn.model_fields, *Constrained.model_fields}),
+    ("/v1/responses", ResponseRequest, {*Drawn.model_fields})])
+def test_every_field_of_other_languages_is_listed(address: str, model: type[BaseModel], common: set[str]) -> None:
+    [[_, fields]] = rows(f"{address}` ")
+    assert set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", fields))) == set(model.model_fields) - common
 
 
 def test_the_settings_are_listed_as_they_are() -> None:

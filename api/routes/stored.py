@@ -5,40 +5,42 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from api import docs
 from api.auth import Door
 from api.pod import Pod
 from api.respond import read_body
-from api.resume import find, follow, position, whole
+from api.resume import find, follow, whole
+from api.routes.listing import (
+    After,
+    LastEventID,
+    Limit,
+    Sorting,
+    StartingAfter,
+    WantsStream,
+    asked_from,
+    is_newest_first,
+    page_of,
+    page_size,
+)
 from api.sse import COMPLETION_ID, EventStream
 from api.stored import Record
 from api.wire.fold import dump
 from api.wire.metadata import parse_metadata
-from shared.errors import CompletionInProgress, CompletionNotFound, Draining, InvalidValue, JobEnded, NotFound
+from shared.errors import CompletionInProgress, CompletionNotFound, Draining, JobEnded, NotFound
 from shared.queue import Found
 
-FLAGS = {None: False, "false": False, "0": False, "true": True, "1": True}
-MAX_LISTED = 100
-DEFAULT_LISTED = 20
 ADDRESS = "/v1/chat/completions"
-
-Stream = Annotated[str | None, Query(description="true: server-sent events, also while it runs")]
-StartingAfter = Annotated[str | None, Query(description="number of the last event that you have")]
-LastEventID = Annotated[str | None, Header(description="as starting_after, which wins")]
-After = Annotated[str | None, Query(description="id of the last one that you have")]
-Limit = Annotated[str | None, Query(description=f"1 to {MAX_LISTED}; else {DEFAULT_LISTED}")]
-Order = Annotated[str | None, Query(description="asc: the oldest first; desc: the newest")]
 
 
 def router(pod: Pod, door: Door) -> APIRouter:
     routes = APIRouter()
 
     @routes.get(ADDRESS)
-    async def list_chat_completions(request: Request, after: After = None, limit: Limit = None, order: Order = None,
+    async def list_chat_completions(request: Request, after: After = None, limit: Limit = None, order: Sorting = None,
                                     model: str | None = None, tenant: str = Depends(door)) -> Response:
         """The chat completions that were stored and have ended well, with `metadata[NAME]=VALUE` those that have it."""
         wanted = {match[1]: value for name, value in request.query_params.items()
@@ -55,8 +57,9 @@ def router(pod: Pod, door: Door) -> APIRouter:
         return _json(b'{"object":"list","data":[%b],%b' % (b",".join(bodies), rest[1:]))
 
     @routes.get(ADDRESS + "/{completion_id}", openapi_extra=docs.COMPLETION)
-    async def retrieve_chat_completion(completion_id: str, stream: Stream = None, starting_after: StartingAfter = None,
-                                       last_event_id: LastEventID = None, tenant: str = Depends(door)) -> Response:
+    async def retrieve_chat_completion(completion_id: str, stream: WantsStream = None,
+                                       starting_after: StartingAfter = None, last_event_id: LastEventID = None,
+                                       tenant: str = Depends(door)) -> Response:
         """A chat completion that was begun before: the whole, once it is finished, or a stream from an event on."""
         is_stream, after = asked_from(stream, starting_after, last_event_id)
         queue, found = await find(pod, tenant, completion_id, "chat")
@@ -70,7 +73,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         return EventStream(reader, fold, headers, said=said, on_close=partial(pod.part, reader))
 
     @routes.get(ADDRESS + "/{completion_id}/messages")
-    async def list_messages(completion_id: str, after: After = None, limit: Limit = None, order: Order = None,
+    async def list_messages(completion_id: str, after: After = None, limit: Limit = None, order: Sorting = None,
                             tenant: str = Depends(door)) -> dict[str, Any]:
         """The messages that a stored chat completion answers."""
         record = await _stored(pod, tenant, completion_id)
@@ -113,45 +116,6 @@ async def end(pod: Pod, tenant: str, completion_id: str) -> Found:
         await queue.cancel(completion_id)
         _, found = await find(pod, tenant, completion_id, "chat")
     return found
-
-
-def asked_from(stream: str | None, starting_after: str | None, last_event_id: str | None) -> tuple[bool, int]:
-    """Whether a stream is wanted, and behind which of its events. Raises InvalidValue."""
-    if stream not in FLAGS:
-        raise InvalidValue("stream is true or false.", param="stream")
-    if starting_after is not None and not FLAGS[stream]:
-        raise InvalidValue("starting_after is only allowed when stream is true.", param="starting_after")
-    return FLAGS[stream], (position(last_event_id, "Last-Event-ID") if starting_after is None else
-                           position(starting_after, "starting_after"))
-
-
-def page_size(limit: str | None) -> int:
-    """Raises InvalidValue."""
-    if limit is None:
-        return DEFAULT_LISTED
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= MAX_LISTED):
-        raise InvalidValue(f"limit is a number from 1 to {MAX_LISTED}.", param="limit")
-    return int(limit)
-
-
-def is_newest_first(order: str | None, *, default: str) -> bool:
-    """Raises InvalidValue."""
-    if order not in (None, "asc", "desc"):
-        raise InvalidValue("order is asc or desc.", param="order")
-    return (order or default) == "desc"
-
-
-def page_of(items: list[dict[str, Any]], after: str | None, limit: int, *, newest_first: bool) -> dict[str, Any]:
-    """A part of a list that is known whole. Raises InvalidValue when nothing in it has the id `after`."""
-    ordered = items[::-1] if newest_first else items
-    if after is not None:
-        places = [place for place, item in enumerate(ordered) if item["id"] == after]
-        if not places:
-            raise InvalidValue("after is no id of this list.", param="after")
-        ordered = ordered[places[0] + 1:]
-    page = ordered[:limit]
-    return {"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None, "has_more": len(ordered) > limit}
 
 
 async def _stored(pod: Pod, tenant: str, completion_id: str) -> Record:

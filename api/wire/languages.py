@@ -8,6 +8,7 @@ from typing import Any
 from api.wire.chat import ChunkFold, CompletionFold
 from api.wire.completions import TextChunkFold, TextFold
 from api.wire.fold import EventFold, TokenBytes, WholeFold
+from api.wire.response_fold import ResponseFold, ResponseWhole
 from shared.job import Header, Language
 
 Asked = Mapping[str, Any]
@@ -16,16 +17,26 @@ Asked = Mapping[str, Any]
 ID_KINDS: dict[Language, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "responses": "resp_", "messages": "msg_"}
 
 
-def event_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None, *,  # noqa: ARG001
+def num_events_until(language: Language, position: int | None) -> int:
+    """How many events a client has that names the last of them."""
+    if position is None:
+        return 0
+    return position + 1 if language == "responses" else position
+
+
+def event_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None, *,
                after: int = 0) -> EventFold:
-    """Of a stream, behind the event `after`."""
+    """Of a stream, behind its first `after` events."""
+    if header.language == "responses":
+        return ResponseFold(completion_id, header, token_bytes, asked or {}, after)
     if header.language == "completions":
         return TextChunkFold(completion_id, header, after)
     return ChunkFold(completion_id, header, token_bytes, after)
 
 
-def whole_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None  # noqa: ARG001
-               ) -> WholeFold:
+def whole_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None) -> WholeFold:
+    if header.language == "responses":
+        return ResponseWhole(completion_id, header, token_bytes, asked or {})
     if header.language == "completions":
         return TextFold(completion_id, header)
     return CompletionFold(completion_id, header, token_bytes)

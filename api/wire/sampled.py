@@ -28,12 +28,9 @@ class StreamOptions(Fields):
     continuous_usage_stats: bool | None = None
 
 
-class Sampled(Constrained):
-    model: str = Field(min_length=1, description="a name of GET /v1/models")
-    stream: bool | None = Field(None, description="answer with server-sent events")
-    stream_options: StreamOptions | None = None
-    max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt")
+class Drawn(Fields):
+    """How tokens are drawn."""
+
     temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token, always")
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Count | None = Field(None, ge=-1, description="0 or -1: off")
@@ -69,6 +66,16 @@ class Sampled(Constrained):
         if isinstance(biases, dict) and not all(_is_bias(key, value) for key, value in biases.items()):
             raise ValueError("keys are token ids, values are numbers from -100 to 100")
         return biases
+
+
+class Sampled(Constrained, Drawn):
+    """What is generated: of which model, how much, and as what."""
+
+    model: str = Field(min_length=1, description="a name of GET /v1/models")
+    stream: bool | None = Field(None, description="answer with server-sent events")
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt")
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Sampled:

@@ -1,0 +1,140 @@
+"""`/v1/responses`: created, also in the background; read again, from an event on, cancelled, and forgotten."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Depends, Response
+
+from api import docs
+from api.accept import new_id, submit, submit_once
+from api.auth import Door
+from api.directory import Served
+from api.pod import Pod
+from api.respond import Caller, read_order, respond
+from api.resume import find, follow, whole
+from api.routes.listing import (
+    After,
+    LastEventID,
+    Limit,
+    Sorting,
+    StartingAfter,
+    WantsStream,
+    asked_from,
+    is_newest_first,
+    page_of,
+    page_size,
+)
+from api.sse import COMPLETION_ID, EventStream
+from api.stored import Record
+from api.submit import Order
+from api.wire.responses import in_our_words, parse_response
+from shared.errors import CompletionInProgress, Draining, NotFound, PreviousResponseNotFound, ResponseNotFound
+
+ADDRESS = "/v1/responses"
+
+
+def router(pod: Pod, door: Door) -> APIRouter:
+    routes, known = APIRouter(), Depends(Caller.through(door))
+
+    @routes.post(ADDRESS, openapi_extra=docs.RESPONSES)
+    async def create_response(caller: Caller = known) -> Response:
+        """Answers a conversation in items, whole, as a stream of typed events, or in the background."""
+        body = await read_order(pod, caller)
+        asked = parse_response(body, pod.settings.max_messages)
+        served = await pod.directory.find(asked.model)
+        items = await _before(pod, caller.tenant, asked.previous_response_id) + asked.items
+        chat, echo = asked.chat(items), asked.asked
+        record = Record("", "responses", asked.model, round(time.time() * 1000), echo["metadata"], tuple(items), echo)
+        order = Order(chat, caller.tenant, len(body), "responses", is_unread=bool(asked.background),
+                      record=record if asked.is_stored else None)
+        with in_our_words():
+            if asked.background and not asked.stream:
+                return await _begin(pod, served, order, caller, body)
+            return await respond(pod, served, order, caller, body, echo)
+
+    @routes.get(ADDRESS + "/{response_id}", openapi_extra=docs.RESPONSE)
+    async def retrieve_response(response_id: str, stream: WantsStream = None, starting_after: StartingAfter = None,
+                                last_event_id: LastEventID = None, tenant: str = Depends(door)) -> Response:
+        """A response as it stands, or its events behind the sequence number `starting_after`, also while it runs."""
+        is_stream, position = asked_from(stream, starting_after, last_event_id)
+        record = await _stored(pod, tenant, response_id)
+        if not is_stream:
+            return await _told(pod, tenant, record)
+        if pod.draining:
+            raise Draining(retry_after_s=0.1)
+        queue, found = await find(pod, tenant, response_id, "responses")
+        reader, fold, said = await follow(pod, queue, found, position, record.asked)
+        return EventStream(reader, fold, {COMPLETION_ID: response_id}, said=said, on_close=partial(pod.part, reader))
+
+    @routes.post(ADDRESS + "/{response_id}/cancel")
+    async def cancel_response(response_id: str, tenant: str = Depends(door)) -> Response:
+        """Ends a response, whoever reads it; how it stands then."""
+        record = await _stored(pod, tenant, response_id)
+        queue, found = await find(pod, tenant, response_id, "responses")
+        if found.finish is None:
+            await queue.cancel(response_id)
+        return await _told(pod, tenant, record)
+
+    @routes.delete(ADDRESS + "/{response_id}")
+    async def delete_response(response_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
+        """Forgets a response, with what it answers; one that runs is cancelled."""
+        await _stored(pod, tenant, response_id)
+        queue, _ = await find(pod, tenant, response_id, "responses")
+        await queue.erase(response_id)
+        await pod.store.remove(tenant, response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    @routes.get(ADDRESS + "/{response_id}/input_items")
+    async def list_input_items(response_id: str, after: After = None, limit: Limit = None, order: Sorting = None,
+                               tenant: str = Depends(door)) -> dict[str, Any]:
+        """The items that a response answers, those of the conversation before included."""
+        record = await _stored(pod, tenant, response_id)
+        items = [{"id": f"item_{number}_{response_id}", "type": "message"} | item
+                 for number, item in enumerate(record.items)]
+        return page_of(items, after, page_size(limit), newest_first=is_newest_first(order, default="desc"))
+
+    return routes
+
+
+async def _begin(pod: Pod, served: Served, order: Order, caller: Caller, body: bytes) -> Response:
+    """In the background: answered as soon as it is accepted."""
+    if caller.key is not None:
+        response_id = await submit_once(pod, served, order, caller.key, body)
+    else:
+        stream, _ = await submit(pod, served, order, new_id(served, order))
+        pod.relay.close(stream)
+        response_id = stream.job_id
+    assert order.record
+    return await _told(pod, caller.tenant, replace(order.record, id=response_id))
+
+
+async def _before(pod: Pod, tenant: str, response_id: str | None) -> list[dict[str, Any]]:
+    """The conversation that a stored response ended. Raises PreviousResponseNotFound, or CompletionInProgress."""
+    if response_id is None:
+        return []
+    try:
+        record = await _stored(pod, tenant, response_id)
+        queue, found = await find(pod, tenant, response_id, "responses")
+    except NotFound:
+        raise PreviousResponseNotFound(param="previous_response_id") from None
+    if found.finish is None:
+        raise CompletionInProgress
+    response = json.loads(await whole(pod, queue, found, record.asked))
+    return [*record.items, *response["output"]]
+
+
+async def _stored(pod: Pod, tenant: str, response_id: str) -> Record:
+    record = await pod.store.get(tenant, response_id)
+    if record is None or record.language != "responses":
+        raise ResponseNotFound
+    return record
+
+
+async def _told(pod: Pod, tenant: str, record: Record) -> Response:
+    body = await whole(pod, *await find(pod, tenant, record.id, "responses"), record.asked)
+    return Response(body, media_type="application/json", headers={COMPLETION_ID: record.id})

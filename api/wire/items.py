@@ -1,0 +1,97 @@
+"""The items of a conversation in the language of responses, and the messages of a chat that they stand for.
+
+An assistant's turn is one message there, and several items here: what it thought, said and called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from shared.errors import InvalidValue, UnsupportedContent, UnsupportedParameter
+
+TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
+FOREIGN = ("input_image", "input_file", "input_audio", "computer_screenshot")
+ROLES = ("user", "system", "developer", "assistant")
+
+
+def _known(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type", "message")
+    if kind == "item_reference":
+        raise UnsupportedParameter("Items are given whole, or by previous_response_id.", param="input")
+    if kind not in READERS:
+        raise UnsupportedContent("Items are messages, reasoning, function calls and their outputs.", param="input")
+    READERS[kind](item)
+    return item
+
+
+Item = Annotated[dict[str, Any], AfterValidator(_known)]
+
+
+def chat_messages(items: Sequence[Mapping[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
+    """Raises InvalidValue when an item lacks what its kind has."""
+    messages: list[dict[str, Any]] = [{"role": "developer", "content": instructions}] if instructions else []
+    for item in items:
+        said = READERS[item.get("type", "message")](item)
+        if said["role"] == "assistant" and messages and _goes_on(messages[-1], said):
+            calls = messages[-1].get("tool_calls", []) + said.get("tool_calls", [])
+            messages[-1] |= said | ({"tool_calls": calls} if calls else {})
+        else:
+            messages.append(said)
+    return [{"content": None if "tool_calls" in message else ""} | message for message in messages]
+
+
+def _goes_on(turn: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    """Whether both are one turn of the assistant: it thinks before it speaks, and speaks before it calls."""
+    if turn["role"] != "assistant":
+        return False
+    order = ("reasoning_content", "content", "tool_calls")
+    last, [first] = max(order.index(name) for name in order if name in turn), [n for n in order if n in said]
+    return order.index(first) > last or first == "tool_calls"
+
+
+def _message(item: Mapping[str, Any]) -> dict[str, Any]:
+    if item.get("role") not in ROLES:
+        raise InvalidValue("A message's role is user, system, developer or assistant.", param="input")
+    return {"role": item["role"], "content": _text(item.get("content"))}
+
+
+def _reasoning(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "reasoning_content": _text(item.get("content") or item.get("summary") or "")}
+
+
+def _call(item: Mapping[str, Any]) -> dict[str, Any]:
+    names = {name: item.get(name) for name in ("call_id", "name", "arguments")}
+    if not all(isinstance(value, str) for value in names.values()):
+        raise InvalidValue("A function_call has a call_id, a name and arguments.", param="input")
+    function = {"name": item["name"], "arguments": item["arguments"]}
+    return {"role": "assistant", "tool_calls": [{"id": item["call_id"], "type": "function", "function": function}]}
+
+
+def _output(item: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(item.get("call_id"), str):
+        raise InvalidValue("A function_call_output has the call_id of its function_call.", param="input")
+    return {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item.get("output"))}
+
+
+READERS = {"message": _message, "reasoning": _reasoning, "function_call": _call, "function_call_output": _output}
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidValue("Content is a text, or a list of parts.", param="input")
+    return "\n".join(map(_part_text, content))
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in FOREIGN:
+        raise UnsupportedContent(param="input")
+    text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+    if kind not in TEXTS or not isinstance(text, str):
+        raise InvalidValue("A part is {'type': 'input_text', 'text': string}.", param="input")
+    return text

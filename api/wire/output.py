@@ -1,0 +1,102 @@
+"""The items of an answer in the language of responses, as they grow, and the events that tell of their growth.
+
+It knows deltas and items, nothing of the response around them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from api.wire.chat import logprobs_body
+from api.wire.fold import TokenBytes
+from api.wire.parts import Parts
+from shared.job import Delta, Header, TokenLogprob
+
+Event = tuple[str, dict[str, Any]]                      # its type, and what it says
+PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
+KINDS = {"text": "message", "reasoning": "reasoning", "call": "function_call", "arguments": "function_call"}
+PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
+
+
+class Output:
+    def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes) -> None:
+        self.items: list[dict[str, Any]] = []
+        self.finish_reason: str | None = None
+        self.parts = Parts(completion_id, header, 0)
+        self._id = completion_id
+        self._token_bytes = token_bytes
+        self._is_open = False
+
+    def read(self, delta: Delta) -> Iterator[Event]:
+        """What the next delta of the answer changes. An event is to be used before the next one is asked for."""
+        logprobs: Sequence[TokenLogprob] = delta.logprobs
+        for piece in self.parts.read(delta):
+            kind = KINDS[piece.kind]
+            if piece.kind == "call" or not self._is_open or self.items[-1]["type"] != kind:
+                yield from self._close("completed")
+                yield from self._open(kind, piece.value)
+            if piece.kind == "arguments":
+                self.items[-1]["arguments"] += piece.value
+                yield "response.function_call_arguments.delta", self._place() | {"delta": piece.value}
+            elif piece.kind != "call":
+                yield self._grow(kind, piece.value, logprobs if kind == "message" else ())
+                logprobs = () if kind == "message" else logprobs
+        if delta.finish_reason:
+            self.finish_reason = delta.finish_reason
+            yield from self._close("incomplete" if delta.finish_reason == "length" else "completed")
+
+    def _open(self, kind: str, name: str) -> Iterator[Event]:
+        digest = hashlib.sha256(f"{self._id}/{len(self.items)}".encode()).hexdigest()
+        item: dict[str, Any] = {"id": f"{PREFIXES[kind]}{digest[:32]}", "type": kind, "status": "in_progress"}
+        if kind == "function_call":
+            item |= {"call_id": self.parts.call_id, "name": name, "arguments": ""}
+        elif kind == "reasoning":
+            item |= {"summary": [], "content": []}
+        else:
+            item |= {"role": "assistant", "content": []}
+        self.items.append(item)
+        self._is_open = True
+        yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": item}
+        if kind in PARTS:
+            part: dict[str, Any] = {"type": PARTS[kind], "text": ""}
+            if kind == "message":
+                part |= {"annotations": [], "logprobs": []}
+            item["content"] = [part]
+            yield "response.content_part.added", self._part_place() | {"part": part}
+
+    def _grow(self, kind: str, text: str, entries: Sequence[TokenLogprob]) -> Event:
+        part = self.items[-1]["content"][0]
+        part["text"] += text
+        if kind == "reasoning":
+            return "response.reasoning_text.delta", self._part_place() | {"delta": text}
+        logprobs = logprobs_body(entries, self._token_bytes)
+        part["logprobs"] += logprobs
+        return "response.output_text.delta", self._part_place() | {"delta": text, "logprobs": logprobs}
+
+    def cut(self) -> None:
+        """The answer was ended from outside: nothing tells of it but the items themselves."""
+        if self._is_open:
+            self.items[-1]["status"], self._is_open = "incomplete", False
+
+    def _close(self, status: str) -> Iterator[Event]:
+        if not self._is_open:
+            return
+        item, self._is_open = self.items[-1], False
+        item["status"] = status
+        if item["type"] == "function_call":
+            yield "response.function_call_arguments.done", self._place() | {
+                "name": item["name"], "arguments": item["arguments"]}
+        else:
+            part, name = item["content"][0], PARTS[item["type"]]
+            logprobs = {"logprobs": part["logprobs"]} if name == "output_text" else {}
+            yield f"response.{name}.done", self._part_place() | {"text": part["text"]} | logprobs
+            yield "response.content_part.done", self._part_place() | {"part": part}
+        yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": item}
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+
+    def _part_place(self) -> dict[str, Any]:
+        return self._place() | {"content_index": 0}

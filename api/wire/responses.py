@@ -1,0 +1,165 @@
+"""`POST /v1/responses`: a conversation in items, read and checked, and said again as a chat.
+
+What items stand for, api/wire/items.py knows. It knows nothing of Redis, HTTP or tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from api.wire.body import Fields, names_of, read_object, validate
+from api.wire.format import JSONSchema
+from api.wire.items import Item, chat_messages
+from api.wire.metadata import Metadata
+from api.wire.request import MAX_TOOLS, NAMES, ChatRequest, require_few_messages
+from api.wire.sampled import Count, Drawn
+from shared.errors import BadRequest, InvalidValue, UnsupportedParameter
+from shared.job import MAX_TOP_LOGPROBS
+
+WITH_LOGPROBS = "message.output_text.logprobs"
+REFUSED = ("conversation", "prompt", "context_management")          # they would change the answer
+# What a chat calls it, and what it is called here.
+RENAMED = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort",
+           "max_completion_tokens": "max_output_tokens"}
+
+
+class Reasoning(Fields):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: str | None = Field(None, description="without effect: thoughts are told whole")
+
+
+class TextFormat(JSONSchema):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str = Field("schema", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+
+
+class TextOptions(Fields):
+    format: TextFormat | None = None
+
+
+class ResponseRequest(Drawn):
+    """`POST /v1/responses`."""
+
+    model: str = Field(min_length=1, description="a name of GET /v1/models")
+    input: str | list[Item] = Field(description="a text, or items of a conversation")
+    instructions: str | None = Field(None, description="said before the conversation, and not kept for the next one")
+    previous_response_id: str | None = Field(None, description="of a stored response, whose conversation goes on")
+    stream: bool | None = Field(None, description="answer with server-sent events")
+    background: bool | None = Field(None, description="answer at once with its id; it goes on with nobody reading")
+    store: bool | None = Field(None, description="else true: it is kept for `store_s`")
+    metadata: Metadata | None = None
+    max_output_tokens: Count | None = Field(None, ge=1)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="functions")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, a function or some")
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
+    text: TextOptions | None = Field(None, description="the form that the answer must keep")
+    reasoning: Reasoning | None = None
+    include: list[str] | None = Field(None, description=f"{WITH_LOGPROBS}: log probabilities")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    truncation: Literal["auto", "disabled"] | None = Field(None, description="nothing is ever left out")
+    conversation: str | dict[str, Any] | None = Field(None, description="refused")
+    prompt: dict[str, Any] | None = Field(None, description="refused")
+    context_management: list[Any] | None = Field(None, description="refused")
+
+    @model_validator(mode="after")
+    def _together(self) -> ResponseRequest:
+        for param in REFUSED:
+            if getattr(self, param):
+                raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        if self.background and self.store is False:
+            raise InvalidValue("A response in the background is stored.", param="store")
+        return self
+
+    @property
+    def is_stored(self) -> bool:
+        return self.store is not False
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The input, a text as an item."""
+        if isinstance(self.input, str):
+            return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": self.input}]}]
+        return [dict(item) for item in self.input]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the response repeats."""
+        text, reasoning = self.text or TextOptions(), self.reasoning or Reasoning()
+        form = text.format.model_dump(by_alias=True, exclude_none=True) if text.format else {"type": "text"}
+        if form["type"] != "json_schema":
+            form = {"type": form["type"]}
+        return {"instructions": self.instructions, "max_output_tokens": self.max_output_tokens,
+                "metadata": self.metadata or {}, "parallel_tool_calls": self.parallel_tool_calls is not False,
+                "previous_response_id": self.previous_response_id, "background": bool(self.background),
+                "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary}, "store": self.is_stored,
+                "temperature": 1.0 if self.temperature is None else self.temperature,
+                "top_p": 1.0 if self.top_p is None else self.top_p, "text": {"format": form},
+                "tool_choice": self.tool_choice or "auto", "tools": self.tools or [],
+                "top_logprobs": self.top_logprobs or 0, "truncation": self.truncation or "disabled",
+                "user": self.user, "service_tier": "default"}
+
+    def chat(self, items: Sequence[Mapping[str, Any]]) -> ChatRequest:
+        """The same request as a chat of these items. Raises BadRequest, in the words of responses."""
+        raw: dict[str, Any] = {name: getattr(self, name) for name in Drawn.model_fields}
+        has_logprobs = WITH_LOGPROBS in (self.include or ()) or self.top_logprobs is not None
+        raw |= {"model": self.model, "messages": chat_messages(items, self.instructions), "stream": self.stream,
+                "max_completion_tokens": self.max_output_tokens, "tools": _chat_tools(self.tools),
+                "tool_choice": _chat_choice(self.tool_choice), "parallel_tool_calls": self.parallel_tool_calls,
+                "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+                "response_format": _chat_format(self.text), "logprobs": has_logprobs,
+                "top_logprobs": (self.top_logprobs or 0) if has_logprobs else None}
+        with in_our_words():
+            return validate(ChatRequest, raw, NAMES)
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What is refused of a chat that was a response before, under the name that it had."""
+    try:
+        yield
+    except BadRequest as error:
+        for chat, ours in RENAMED.items():
+            if error.param and error.param.startswith(chat):
+                error.param = ours
+        raise
+
+
+def parse_response(body: bytes, max_items: int) -> ResponseRequest:
+    """Raises the BadRequest that says what is wrong with it."""
+    raw = read_object(body)
+    with in_our_words():
+        require_few_messages({"messages": raw.get("input")}, max_items)
+    names = names_of(ResponseRequest, Reasoning, TextOptions, TextFormat)
+    return validate(ResponseRequest, raw, names)
+
+
+def _chat_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    if any(tool.get("type") != "function" for tool in tools or ()):
+        raise UnsupportedParameter("This server offers functions alone, no tools of its own.", param="tools")
+    return tools and [{"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+                      for tool in tools]
+
+
+def _chat_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """The names stand one level higher here."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+        allowed = {"mode": choice.get("mode"), "tools": [_chat_choice(each) for each in choice["tools"]]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+    return {"type": choice.get("type"), "function": {"name": choice.get("name")}}
+
+
+def _chat_format(text: TextOptions | None) -> dict[str, Any] | None:
+    if text is None or text.format is None:
+        return None
+    form = text.format
+    if form.type != "json_schema":
+        return {"type": form.type}
+    if form.schema_ is None:
+        raise InvalidValue("text.format.schema is required with type json_schema.", param="text.format")
+    return {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_, "strict": form.strict}}
