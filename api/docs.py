@@ -1,4 +1,4 @@
-"""What /docs says beyond what FastAPI reads from the routes: the request's schema, keys, and the shape of errors."""
+"""What /docs says beyond what FastAPI reads from the routes: requests, answers, keys, and the shape of errors."""
 
 from __future__ import annotations
 
@@ -6,42 +6,47 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
 from api.wire.completions import CompletionRequest
 from api.wire.metadata import MetadataRequest
+from api.wire.objects import OBJECTS
 from api.wire.request import ChatRequest
 from api.wire.responses import ResponseRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 COMPONENTS = "#/components/schemas/"
+REQUESTS: tuple[Any, ...] = (ChatRequest, CompletionRequest, ResponseRequest, MetadataRequest, TokenizeRequest,
+                             DetokenizeRequest)
 
-ERROR_SCHEMA: dict[str, Any] = {"type": "object", "properties": {"error": {"type": "object", "properties": {
-    "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
-    "code": {"type": ["string", "null"]}}}}}
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object", "required": ["error"],
+    "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"], "properties": {
+        "message": {"type": "string", "description": "for people"},
+        "type": {"type": "string", "description": "of a few kinds"},
+        "param": {"type": ["string", "null"], "description": "the field that it is about"},
+        "code": {"type": ["string", "null"], "description": "for programs"}}}}}
 _ERROR: dict[str, Any] = {"content": {"application/json": {"schema": {"$ref": COMPONENTS + "Error"}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "The request is refused.", **_ERROR},
                                            "5XX": {"description": "The service failed, or is full.", **_ERROR}}
 
 
-
-def request(name: str) -> dict[str, Any]:
-    """The body that a route takes, by the name of its model."""
-    schema = {"schema": {"$ref": COMPONENTS + name}}
-    return {"requestBody": {"required": True, "content": {"application/json": schema}}}
-
-
-def answers(name: str, whole: str, event: str) -> dict[str, Any]:
-    """Of a route that takes such a request, or none, and answers with one object or with events."""
-    return (request(name) if name else {}) | {"responses": {"200": {
-        "description": f"A {whole}; with `stream`, {event}.",
-        "content": {"application/json": {}, "text/event-stream": {}}}}}
+def says(*, takes: str = "", gives: str, events: str = "") -> dict[str, Any]:
+    """Of a route: the model of its body, the object that it answers with, and with `stream` what events."""
+    content = {"application/json": _of(gives)}
+    if events:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    text = f"The whole; with `stream`, {events}." if events else "As it is."
+    body = {"requestBody": {"required": True, "content": {"application/json": _of(takes)}}} if takes else {}
+    return body | {"responses": {"200": {"description": text, "content": content}}}
 
 
-CHAT = answers("ChatRequest", "chat.completion", "chat.completion.chunk events and [DONE]")
-RESPONSES = answers("ResponseRequest", "response", "typed events")
-COMPLETIONS = answers("CompletionRequest", "text_completion", "text_completion events and [DONE]")
-COMPLETION = answers("", "chat.completion", "the events behind `starting_after`")
-RESPONSE = answers("", "response", "the events behind `starting_after`")
+def _of(name: str) -> dict[str, Any]:
+    return {"schema": {"$ref": COMPONENTS + name}}
+
+
+CHUNKS = "chunks of it and [DONE]"
+BEHIND = "the events behind `starting_after`"
 
 
 def complete(app: FastAPI) -> None:
@@ -50,15 +55,19 @@ def complete(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            components = schema.setdefault("components", {})
-            components["schemas"] = {"Error": ERROR_SCHEMA}
-            for model in (ChatRequest, CompletionRequest, ResponseRequest, MetadataRequest, TokenizeRequest,
-                          DetokenizeRequest):
-                one = model.model_json_schema(ref_template=COMPONENTS + "{model}")
-                components["schemas"] |= one.pop("$defs", {}) | {model.__name__: one}
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema.setdefault("components", {})["schemas"] = {"Error": ERROR_SCHEMA} | _schemas()
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"key": []}, {}]
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _schemas() -> dict[str, Any]:
+    schemas: dict[str, Any] = {}
+    for kind in (*REQUESTS, *OBJECTS):
+        mode: Any = "validation" if kind in REQUESTS else "serialization"
+        one = TypeAdapter(kind).json_schema(ref_template=COMPONENTS + "{model}", mode=mode)
+        schemas |= one.pop("$defs", {}) | {kind.__name__: one}
+    return schemas

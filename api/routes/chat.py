@@ -18,7 +18,8 @@ from api.wire.request import ChatRequest, parse
 def router(pod: Pod, door: Door) -> APIRouter:
     routes, known = APIRouter(), Depends(Caller.through(door))
 
-    @routes.post("/v1/chat/completions", openapi_extra=docs.CHAT)
+    @routes.post("/v1/chat/completions",
+                 openapi_extra=docs.says(takes="ChatRequest", gives="ChatCompletion", events=docs.CHUNKS))
     async def create_chat_completion(caller: Caller = known) -> Response:
         """Answers a conversation, whole or as a stream of server-sent events."""
         body = await read_order(pod, caller)

@@ -26,7 +26,8 @@ from shared.job import Header
 def router(pod: Pod, door: Door) -> APIRouter:
     routes, known = APIRouter(), Depends(Caller.through(door))
 
-    @routes.post("/v1/completions", openapi_extra=docs.COMPLETIONS)
+    @routes.post("/v1/completions",
+                 openapi_extra=docs.says(takes="CompletionRequest", gives="TextCompletion", events=docs.CHUNKS))
     async def create_completion(caller: Caller = known) -> Response:
         """Goes on with a text, or with several, whole or as a stream of server-sent events."""
         body = await read_order(pod, caller)

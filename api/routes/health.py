@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api.pod import Pod
@@ -24,7 +25,7 @@ def router(pod: Pod) -> APIRouter:
             raise Unavailable(retry_after_s=1.0)
         return {"status": "ready", "models": list(pod.directory.names())}
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format: this pod, and the shards as Redis shows them."""
         text = await pod.metrics.scrape(pod.directory.queues(), pod.relay.num_streams)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from api import docs
 from api.pod import Pod
 from shared.card import Card
 from shared.errors import ModelNotFound, NoEmbeddings
@@ -14,12 +15,12 @@ from shared.errors import ModelNotFound, NoEmbeddings
 def router(pod: Pod) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/v1/models")
+    @routes.get("/v1/models", openapi_extra=docs.says(gives="Models"))
     async def list_models() -> dict[str, Any]:
         """Every model that is served at the moment."""
         return {"object": "list", "data": [_model(name, card) for name, card in pod.directory.names().items()]}
 
-    @routes.get("/v1/models/{model:path}")
+    @routes.get("/v1/models/{model:path}", openapi_extra=docs.says(gives="Model"))
     async def retrieve_model(model: str) -> dict[str, Any]:
         """One model. Its name may hold slashes."""
         card = pod.directory.names().get(model)

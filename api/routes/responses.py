@@ -41,7 +41,8 @@ ADDRESS = "/v1/responses"
 def router(pod: Pod, door: Door) -> APIRouter:
     routes, known = APIRouter(), Depends(Caller.through(door))
 
-    @routes.post(ADDRESS, openapi_extra=docs.RESPONSES)
+    @routes.post(ADDRESS,
+                 openapi_extra=docs.says(takes="ResponseRequest", gives="ResponseObject", events="typed events"))
     async def create_response(caller: Caller = known) -> Response:
         """Answers a conversation in items, whole, as a stream of typed events, or in the background."""
         body = await read_order(pod, caller)
@@ -57,7 +58,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
                 return await _begin(pod, served, order, caller, body)
             return await respond(pod, served, order, caller, body, echo)
 
-    @routes.get(ADDRESS + "/{response_id}", openapi_extra=docs.RESPONSE)
+    @routes.get(ADDRESS + "/{response_id}", openapi_extra=docs.says(gives="ResponseObject", events=docs.BEHIND))
     async def retrieve_response(response_id: str, stream: WantsStream = None, starting_after: StartingAfter = None,
                                 last_event_id: LastEventID = None, tenant: str = Depends(door)) -> Response:
         """A response as it stands, or its events behind the sequence number `starting_after`, also while it runs."""
@@ -71,7 +72,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         reader, fold, said = await follow(pod, queue, found, position, record.asked)
         return EventStream(reader, fold, {COMPLETION_ID: response_id}, said=said, on_close=partial(pod.part, reader))
 
-    @routes.post(ADDRESS + "/{response_id}/cancel")
+    @routes.post(ADDRESS + "/{response_id}/cancel", openapi_extra=docs.says(gives="ResponseObject"))
     async def cancel_response(response_id: str, tenant: str = Depends(door)) -> Response:
         """Ends a response, whoever reads it; how it stands then."""
         record = await _stored(pod, tenant, response_id)
@@ -80,7 +81,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
             await queue.cancel(response_id)
         return await _told(pod, tenant, record)
 
-    @routes.delete(ADDRESS + "/{response_id}")
+    @routes.delete(ADDRESS + "/{response_id}", openapi_extra=docs.says(gives="Deleted"))
     async def delete_response(response_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
         """Forgets a response, with what it answers; one that runs is cancelled."""
         await _stored(pod, tenant, response_id)
@@ -89,7 +90,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         await pod.store.remove(tenant, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
-    @routes.get(ADDRESS + "/{response_id}/input_items")
+    @routes.get(ADDRESS + "/{response_id}/input_items", openapi_extra=docs.says(gives="Page"))
     async def list_input_items(response_id: str, after: After = None, limit: Limit = None, order: Sorting = None,
                                tenant: str = Depends(door)) -> dict[str, Any]:
         """The items that a response answers, those of the conversation before included."""

@@ -39,7 +39,7 @@ ADDRESS = "/v1/chat/completions"
 def router(pod: Pod, door: Door) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get(ADDRESS)
+    @routes.get(ADDRESS, openapi_extra=docs.says(gives="ChatCompletionPage"))
     async def list_chat_completions(request: Request, after: After = None, limit: Limit = None, order: Sorting = None,
                                     model: str | None = None, tenant: str = Depends(door)) -> Response:
         """The chat completions that were stored and have ended well, with `metadata[NAME]=VALUE` those that have it."""
@@ -56,7 +56,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         rest = dump({"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None, "has_more": has_more})
         return _json(b'{"object":"list","data":[%b],%b' % (b",".join(bodies), rest[1:]))
 
-    @routes.get(ADDRESS + "/{completion_id}", openapi_extra=docs.COMPLETION)
+    @routes.get(ADDRESS + "/{completion_id}", openapi_extra=docs.says(gives="ChatCompletion", events=docs.BEHIND))
     async def retrieve_chat_completion(completion_id: str, stream: WantsStream = None,
                                        starting_after: StartingAfter = None, last_event_id: LastEventID = None,
                                        tenant: str = Depends(door)) -> Response:
@@ -72,7 +72,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         reader, fold, said = await follow(pod, queue, found, after)
         return EventStream(reader, fold, headers, said=said, on_close=partial(pod.part, reader))
 
-    @routes.get(ADDRESS + "/{completion_id}/messages")
+    @routes.get(ADDRESS + "/{completion_id}/messages", openapi_extra=docs.says(gives="Page"))
     async def list_messages(completion_id: str, after: After = None, limit: Limit = None, order: Sorting = None,
                             tenant: str = Depends(door)) -> dict[str, Any]:
         """The messages that a stored chat completion answers."""
@@ -81,7 +81,8 @@ def router(pod: Pod, door: Door) -> APIRouter:
                     for number, message in enumerate(record.items)]
         return page_of(messages, after, page_size(limit), newest_first=is_newest_first(order, default="asc"))
 
-    @routes.post(ADDRESS + "/{completion_id}", openapi_extra=docs.request("MetadataRequest"))
+    @routes.post(ADDRESS + "/{completion_id}",
+                 openapi_extra=docs.says(takes="MetadataRequest", gives="ChatCompletion"))
     async def update_chat_completion(completion_id: str, request: Request, tenant: str = Depends(door)) -> Response:
         """Gives a stored chat completion other metadata."""
         metadata = parse_metadata(await read_body(pod, request))
@@ -89,7 +90,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         queue, found = await find(pod, tenant, completion_id, "chat")
         return _json(_described(await whole(pod, queue, found), record))
 
-    @routes.delete(ADDRESS + "/{completion_id}")
+    @routes.delete(ADDRESS + "/{completion_id}", openapi_extra=docs.says(gives="Deleted"))
     async def delete_chat_completion(completion_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
         """Forgets a stored chat completion, with what it answers; one that runs is cancelled."""
         await _stored(pod, tenant, completion_id)
@@ -98,7 +99,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         await pod.store.remove(tenant, completion_id)
         return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
-    @routes.post(ADDRESS + "/{completion_id}/cancel")
+    @routes.post(ADDRESS + "/{completion_id}/cancel", openapi_extra=docs.says(gives="Ended"))
     async def cancel_chat_completion(completion_id: str, tenant: str = Depends(door)) -> dict[str, str]:
         """Ends a chat completion, whoever reads it; says what it ended with, now or before."""
         found = await end(pod, tenant, completion_id)

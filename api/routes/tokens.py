@@ -19,7 +19,7 @@ from shared.tokenizer import Tokenizer
 def router(pod: Pod) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/tokenize", openapi_extra=docs.request("TokenizeRequest"))
+    @routes.post("/tokenize", openapi_extra=docs.says(takes="TokenizeRequest", gives="Tokens"))
     async def tokenize(request: Request) -> dict[str, Any]:
         """Token ids of a text, or of a chat as the model would read it."""
         asked = parse_tokenize(await read_body(pod, request), pod.settings.max_messages)
@@ -29,7 +29,7 @@ def router(pod: Pod) -> APIRouter:
         return {"count": len(token_ids), "max_model_len": served.card.max_model_len, "tokens": token_ids,
                 "token_strs": strings}
 
-    @routes.post("/detokenize", openapi_extra=docs.request("DetokenizeRequest"))
+    @routes.post("/detokenize", openapi_extra=docs.says(takes="DetokenizeRequest", gives="Text"))
     async def detokenize(request: Request) -> dict[str, str]:
         """The text of tokens, special ones as they are written."""
         asked = parse_detokenize(await read_body(pod, request))

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from api.wire.body import names_of, read_object, validate
 from api.wire.fold import DONE, EventFold, WholeFold, dump, head, usage_body
 from api.wire.request import NAMES
-from api.wire.sampled import MAX_CHOICES, Sampled, TokenId
+from api.wire.sampled import MAX_CHOICES, Count, Sampled, TokenId
 from shared.errors import InvalidValue, UnsupportedParameter
 from shared.job import Delta, Entry, Header, Usage
 
@@ -33,6 +33,7 @@ class CompletionRequest(Sampled):
     prompt: str | list[str] | Tokens | list[Tokens] = Field(
         description="a text, token ids, or several of either; special tokens in a text are meant")
     add_special_tokens: bool | None = Field(None, description="those that the tokenizer puts around a text; else true")
+    max_tokens: Count | None = Field(None, ge=1, description=f"most tokens of an answer; else {DEFAULT_MAX_TOKENS}")
     best_of: int | None = Field(None, description="refused, but for n")
     echo: bool | None = Field(None, description="refused")
     logprobs: int | None = Field(None, description="refused")

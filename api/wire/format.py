@@ -19,26 +19,26 @@ Text = Annotated[str, Field(min_length=1, max_length=grammar.MAX_GRAMMAR_CHARS)]
 
 
 class JSONSchema(Fields):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="without effect")
+    description: str | None = Field(None, description="without effect")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="a JSON schema; else any object")
     strict: bool | None = Field(None, description="it is enforced either way")
 
 
 class ResponseFormat(Fields):
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
-    json_schema: JSONSchema | None = None
-    pattern: Text | None = None
-    grammar: Text | None = None
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = Field(description="text: anything")
+    json_schema: JSONSchema | None = Field(None, description="with type json_schema")
+    pattern: Text | None = Field(None, description="with type regex")
+    grammar: Text | None = Field(None, description="with type grammar")
 
 
 class StructuredOutputs(Fields):
     """vLLM's name for all of them; exactly one is given."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
-    json_object: bool | None = None
-    regex: Text | None = None
-    choice: Choices | None = None
+    json_object: bool | None = Field(None, description="true: a JSON object")
+    regex: Text | None = Field(None, description="a regular expression that the whole answer matches")
+    choice: Choices | None = Field(None, description="texts, of which it is one")
     grammar: Text | None = Field(None, description="Lark's language or GBNF")
 
 
@@ -46,14 +46,14 @@ class Constrained(Fields):
     """The fields of a request that say what its answer must be; at most one of them may."""
 
     response_format: ResponseFormat | None = Field(None, description="text, a JSON object, or JSON of a schema")
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's name for all forms")
     regex: Text | None = Field(None, description="the answer matches this regular expression")
     choice: Choices | None = Field(None, description="the answer is one of these")
     grammar: Text | None = Field(None, description="the answer is of this grammar: Lark's language or GBNF")
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: Text | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: Text | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="the answer is JSON of this schema")
+    guided_regex: Text | None = Field(None, description="as regex")
+    guided_choice: Choices | None = Field(None, description="as choice")
+    guided_grammar: Text | None = Field(None, description="as grammar")
 
     @property
     def is_constrained(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from api.wire.body import Fields, read_object, validate
 
@@ -26,7 +26,7 @@ Metadata = Annotated[dict[str, str], AfterValidator(_bounded)]
 class MetadataRequest(Fields):
     """`POST /v1/chat/completions/{id}`: what is to be kept instead of what was."""
 
-    metadata: Metadata | None
+    metadata: Metadata | None = Field(description="instead of what was kept; null: nothing")
 
 
 def parse_metadata(body: bytes) -> dict[str, str]:

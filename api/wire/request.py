@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -34,14 +35,14 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # no tok
 
 
 class Function(Fields):
-    name: str = Field(min_length=1, max_length=256)
-    arguments: str | None = None
+    name: str = Field(min_length=1, max_length=256, description="of the function that was called")
+    arguments: str | None = Field(None, description="JSON of an object; else none")
 
 
 class ToolCall(Fields):
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: Function
+    id: str | None = Field(None, description="by which a tool message answers it")
+    type: Literal["function"] = Field("function", description="function, always")
+    function: Function = Field(description="what was called")
 
 
 class TextPart(TypedDict):
@@ -52,14 +53,14 @@ class TextPart(TypedDict):
 class Message(Fields):
     """One turn. Content comes as a string or as text parts, and is a string from here on."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(description="who speaks")
+    content: str | None = Field(None, description="what is said; only an assistant that calls tools may say nothing")
+    name: str | None = Field(None, description="of the speaker, if the chat template shows it")
+    tool_calls: list[ToolCall] | None = Field(None, description="what the assistant called")
+    tool_call_id: str | None = Field(None, description="of a tool message: the call that it answers")
     function_call: Function | None = Field(None, description="the older name of one tool call")
-    reasoning_content: str | None = None
-    reasoning: str | None = None
+    reasoning_content: str | None = Field(None, description="what the assistant thought")
+    reasoning: str | None = Field(None, description="as reasoning_content")
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
@@ -72,6 +73,8 @@ class Message(Fields):
             self.tool_calls = [ToolCall(function=self.function_call)]
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is required")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("tool_call_id is required: the call that it answers")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -119,10 +122,12 @@ class ChatRequest(Sampled):
 
     messages: list[Message] = Field(min_length=1, description="the conversation so far")
     max_completion_tokens: Count | None = Field(None, ge=1, description="the newer name of max_tokens; it wins")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, a function or some")
+    logprobs: bool | None = Field(None, description="true: with the log probability of each token; else none")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="with logprobs: also of so many likeliest tokens; else 0")
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="functions that it may call")
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, a function, or some of them; else auto")
     functions: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="the older name of tools")
     function_call: str | dict[str, Any] | None = Field(None, description="the older name of tool_choice")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
@@ -157,6 +162,7 @@ class ChatRequest(Sampled):
         for param in REFUSED:
             if getattr(self, param) not in (None, ["text"]):
                 raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        require_calls(self.messages)
         if self.is_legacy:
             self._modernize()
         read_choice(self.tool_choice, self.tools or ())
@@ -210,6 +216,16 @@ class ChatRequest(Sampled):
         if choice.mode == "none" or not self.tools:
             return None
         return [tool for tool in self.tools if choice.names is None or tool["function"]["name"] in choice.names]
+
+
+def require_calls(messages: Sequence[Message]) -> None:
+    """Raises InvalidValue when a tool answers what was not called before."""
+    called = set[str | None]()
+    for number, message in enumerate(messages):
+        called |= {call.id for call in message.tool_calls or ()}
+        if message.role == "tool" and not called & {message.tool_call_id, None}:    # None: the client names no calls
+            raise InvalidValue(f"messages[{number}]: a tool message answers a call of an earlier message.",
+                               param=f"messages[{number}].tool_call_id")
 
 
 def _is_name(name: Any) -> bool:

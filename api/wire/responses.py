@@ -28,17 +28,18 @@ RENAMED = {"messages": "input", "response_format": "text.format", "reasoning_eff
 
 
 class Reasoning(Fields):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="what the chat template makes of it; none: enable_thinking is false")
     summary: str | None = Field(None, description="without effect: thoughts are told whole")
 
 
 class TextFormat(JSONSchema):
-    type: Literal["text", "json_object", "json_schema"]
-    name: str = Field("schema", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    type: Literal["text", "json_object", "json_schema"] = Field(description="text: anything")
+    name: str = Field("schema", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="without effect")
 
 
 class TextOptions(Fields):
-    format: TextFormat | None = None
+    format: TextFormat | None = Field(None, description="else text")
 
 
 class ResponseRequest(Drawn):
@@ -51,15 +52,18 @@ class ResponseRequest(Drawn):
     stream: bool | None = Field(None, description="answer with server-sent events")
     background: bool | None = Field(None, description="answer at once with its id; it goes on with nobody reading")
     store: bool | None = Field(None, description="else true: it is kept for `store_s`")
-    metadata: Metadata | None = None
-    max_output_tokens: Count | None = Field(None, ge=1)
+    metadata: Metadata | None = Field(None, description="kept beside it")
+    max_output_tokens: Count | None = Field(
+        None, ge=1, description="most tokens of the response, thoughts included; else what the context leaves")
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="functions")
-    tool_choice: str | dict[str, Any] | None = Field(None, description="none, auto, required, a function or some")
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, a function, or some of them; else auto")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
     text: TextOptions | None = Field(None, description="the form that the answer must keep")
-    reasoning: Reasoning | None = None
+    reasoning: Reasoning | None = Field(None, description="how much it thinks")
     include: list[str] | None = Field(None, description=f"{WITH_LOGPROBS}: log probabilities")
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="of so many likeliest tokens beside each; else 0")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="nothing is ever left out")
     conversation: str | dict[str, Any] | None = Field(None, description="refused")
     prompt: dict[str, Any] | None = Field(None, description="refused")

@@ -24,28 +24,39 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class StreamOptions(Fields):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: bool | None = Field(None, description="true: a last chunk with the usage; else none")
+    continuous_usage_stats: bool | None = Field(None, description="true: every chunk says the usage so far")
 
 
 class Drawn(Fields):
     """How tokens are drawn."""
 
-    temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token, always")
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Count | None = Field(None, ge=-1, description="0 or -1: off")
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES, description="token id → -100 … 100")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="the same seed repeats the same answer")
-    stop: list[str] | None = Field(None, max_length=MAX_STOPS, description="a string or a list of strings")
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
-    min_tokens: Count | None = Field(None, ge=0)
-    ignore_eos: bool | None = None
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="0: the likeliest token, always; else the model's own, or 1")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="the likeliest tokens of this probability in all; else the model's own, or 1")
+    top_k: Count | None = Field(
+        None, ge=-1, description="so many of the likeliest tokens; 0 or -1: all; else the model's own, or all")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="tokens at least so likely, by the likeliest; else the model's own, or 0")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="taken from tokens that the answer holds; else 0")
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="taken from tokens for each time that the answer holds them; else 0")
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="divides tokens of the prompt and the answer; else the model's own, or 1")
+    logit_bias: dict[str, float] | None = Field(
+        None, max_length=MAX_BIASES, description="token id → -100 … 100, added to its logit")
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**64, description="the same seed repeats the same answer; else any")
+    stop: list[str] | None = Field(
+        None, max_length=MAX_STOPS, description=f"texts of 1 to {MAX_STOP_CHARS} characters that end it; left out")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=MAX_STOP_TOKEN_IDS, description="tokens that end it, beside the model's own")
+    min_tokens: Count | None = Field(None, ge=0, description="no end before so many tokens; else 0")
+    ignore_eos: bool | None = Field(None, description="true: the model's own end does not end it")
     speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
-    user: str | None = None
+    user: str | None = Field(None, description="without effect")
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
@@ -73,9 +84,9 @@ class Sampled(Constrained, Drawn):
 
     model: str = Field(min_length=1, description="a name of GET /v1/models")
     stream: bool | None = Field(None, description="answer with server-sent events")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="with a stream alone")
     max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt; else 1")
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Sampled:

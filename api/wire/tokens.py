@@ -19,10 +19,10 @@ class TokenizeRequest(Fields):
 
     model: str = Field(min_length=1, description="a name of GET /v1/models")
     prompt: str | None = Field(None, description="a text; special tokens in it are text")
-    messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = Field(None, min_length=1, description="a chat, instead of a prompt")
+    tools: list[dict[str, Any]] | None = Field(None, description="functions that the chat's template is shown")
     add_special_tokens: bool = Field(True, description="those that the tokenizer puts around a text")
-    return_token_strs: bool | None = None
+    return_token_strs: bool | None = Field(None, description="true: each token as the vocabulary writes it, too")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
@@ -35,7 +35,7 @@ class DetokenizeRequest(Fields):
     """`POST /detokenize`."""
 
     model: str = Field(min_length=1, description="a name of GET /v1/models")
-    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS, description="token ids")
 
 
 def parse_tokenize(body: bytes, max_messages: int) -> TokenizeRequest:

@@ -79,7 +79,7 @@ def test_the_newer_name_of_the_limit_wins() -> None:
 
 def test_content_comes_as_text_or_as_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": role, "content": parts} for role in ("system", "developer", "user", "tool")]
+    messages = [{"role": role, "content": parts} for role in ("system", "developer", "user", "function")]
     assert [message.content for message in read(messages=messages).messages] == ["a\nb"] * 4
 
 
@@ -87,6 +87,20 @@ def test_a_tool_call_reaches_the_template_with_its_arguments_as_an_object() -> N
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     (message,) = read(messages=[{"role": "assistant", "tool_calls": [call]}]).messages
     assert message.for_template()["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+
+
+def test_a_tool_answers_what_was_called() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calls, answer = {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    assert read(messages=[USER, calls, answer]).messages[2].tool_call_id == "c1"
+    nameless = {"role": "assistant", "tool_calls": [{"function": call["function"]}]}
+    read(messages=[USER, nameless, answer])
+    for messages, param in (([USER, answer], "messages[1].tool_call_id"), ([answer, calls], "messages[0].tool_call_id"),
+                            ([calls, answer | {"tool_call_id": "c2"}], "messages[1].tool_call_id"),
+                            ([calls, {"role": "tool", "content": "7"}], "messages[1]")):
+        with pytest.raises(BadRequest) as refused:
+            read(messages=messages)
+        assert refused.value.param == param
 
 
 @pytest.mark.parametrize("arguments", ["not JSON", "[" * 100 + "]" * 100, "[" * 100_000, "9" * 5000])

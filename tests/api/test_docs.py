@@ -1,0 +1,95 @@
+"""/openapi.json is true: every field says what it means, and whatever is asked is answered as the page says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.core.result import Ok
+from schemathesis.generation import GenerationMode
+
+from api.app import make_app
+from api.docs import REQUESTS
+from api.pod import Pod
+from shared.settings import Settings
+from tests.nursery import Nursery
+from tests.system import MODEL, System
+
+NUM_EXAMPLES = 20                                       # of each address, valid and invalid ones
+MAX_TOKENS = 4
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+CHECKED = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
+           "response_schema_conformance", "negative_data_rejection", "unsupported_method")
+
+
+@pytest.fixture(scope="module")
+def served(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    system = System(tmp_path_factory.mktemp("docs"), redis_url, allow_no_aof=True, disconnect_grace_s=0,
+                    served_model_name=f"{MODEL}-docs", start=nursery.start)
+    system.start_all(1)
+    yield system
+    system.stop()
+
+
+@pytest.fixture(scope="module")
+def stored(served: System) -> dict[str, str]:
+    """Of what the addresses name in their paths, something that exists."""
+    ask = {"model": served.model, "store": True, "max_tokens": MAX_TOKENS}
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = httpx.post(f"{served.url}/v1/chat/completions", json=ask | {"messages": messages}, timeout=60).json()
+    response = httpx.post(f"{served.url}/v1/responses", json={"model": served.model, "input": "Hi"}, timeout=60).json()
+    return {"completion_id": chat["id"], "response_id": response["id"], "model": served.model}
+
+
+PAGE = schemathesis.openapi.from_dict(make_app(Pod(Settings())).openapi())
+OPERATIONS: list[Any] = [found.ok() for found in PAGE.get_all_operations() if isinstance(found, Ok)]
+load_all_checks()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_whatever_is_asked_is_answered_as_the_page_says(operation: Any, mode: GenerationMode, served: System,
+                                                        stored: dict[str, str]) -> None:
+    """Of a model that exists, with short answers, so that many a request becomes one."""
+    @settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=True, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(mode))
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = served.model
+            case.body |= {name: min(case.body[name], MAX_TOKENS) for name in LIMITS
+                          if isinstance(case.body.get(name), int)}
+        if case.method != "DELETE":
+            case.path_parameters = {name: stored.get(name, value)
+                                    for name, value in (case.path_parameters or {}).items()}
+        case.call_and_validate(base_url=served.url, timeout=60, checks=CHECKS.get_by_names(CHECKED))
+
+    try:
+        ask()
+    except Unsatisfiable:
+        pytest.skip("it takes nothing that could be wrong")
+
+
+def test_every_field_says_what_it_means(served: System) -> None:
+    schemas = httpx.get(f"{served.url}/openapi.json").json()["components"]["schemas"]
+    for model in REQUESTS:
+        for name, field in schemas[model.__name__]["properties"].items():
+            assert field.get("description"), f"{model.__name__}.{name}"
+
+
+def test_the_page_is_served(served: System) -> None:
+    assert "openapi.json" in httpx.get(f"{served.url}/docs").text
+
+
+@pytest.mark.parametrize("method", ["get", "post", "delete"])
+def test_every_address_is_described(served: System, method: str) -> None:
+    paths: dict[str, Any] = httpx.get(f"{served.url}/openapi.json").json()["paths"]
+    for path, methods in paths.items():
+        if method in methods:
+            assert methods[method]["description"], path
