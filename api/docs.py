@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api.wire.completions import CompletionRequest
+from api.wire.messages import CountRequest, MessageRequest
 from api.wire.metadata import MetadataRequest
 from api.wire.request import ChatRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
@@ -17,6 +18,9 @@ COMPONENTS = "#/components/schemas/"
 ERROR_SCHEMA: dict[str, Any] = {"type": "object", "properties": {"error": {"type": "object", "properties": {
     "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
     "code": {"type": ["string", "null"]}}}}}
+MESSAGE_ERROR_SCHEMA: dict[str, Any] = {"type": "object", "properties": {
+    "type": {"const": "error"}, "request_id": {"type": "string"}, "error": {"type": "object", "properties": {
+        "type": {"type": "string"}, "message": {"type": "string"}}}}}
 _ERROR: dict[str, Any] = {"content": {"application/json": {"schema": {"$ref": COMPONENTS + "Error"}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "The request is refused.", **_ERROR},
                                            "5XX": {"description": "The service failed, or is full.", **_ERROR}}
@@ -36,8 +40,16 @@ def answers(name: str, whole: str, event: str) -> dict[str, Any]:
         "content": {"application/json": {}, "text/event-stream": {}}}}}
 
 
+def in_messages(route: dict[str, Any]) -> dict[str, Any]:
+    """Of a route whose errors have Anthropic's shape."""
+    error = {"content": {"application/json": {"schema": {"$ref": COMPONENTS + "MessageError"}}}}
+    return route | {"responses": route.get("responses", {}) | {"4XX": error, "5XX": error}}
+
+
 CHAT = answers("ChatRequest", "chat.completion", "chat.completion.chunk events and [DONE]")
 COMPLETIONS = answers("CompletionRequest", "text_completion", "text_completion events and [DONE]")
+MESSAGES = in_messages(answers("MessageRequest", "message", "message_start to message_stop, or an error"))
+COUNT_TOKENS = in_messages(request("CountRequest"))
 COMPLETION: dict[str, Any] = {
     "responses": {"200": {"description": "The chat.completion; with `stream`, the events behind `starting_after`.",
                           "content": {"application/json": {}, "text/event-stream": {}}}}}
@@ -50,12 +62,14 @@ def complete(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             components = schema.setdefault("components", {})
-            components["schemas"] = {"Error": ERROR_SCHEMA}
-            for model in (ChatRequest, CompletionRequest, MetadataRequest, TokenizeRequest, DetokenizeRequest):
+            components["schemas"] = {"Error": ERROR_SCHEMA, "MessageError": MESSAGE_ERROR_SCHEMA}
+            for model in (ChatRequest, CompletionRequest, MessageRequest, CountRequest, MetadataRequest,
+                          TokenizeRequest, DetokenizeRequest):
                 one = model.model_json_schema(ref_template=COMPONENTS + "{model}")
                 components["schemas"] |= one.pop("$defs", {}) | {model.__name__: one}
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            schema["security"] = [{"key": []}, {}]
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"},
+                                             "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}
+            schema["security"] = [{"key": []}, {"x-api-key": []}, {}]
             app.openapi_schema = schema
         return app.openapi_schema
 

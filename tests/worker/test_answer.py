@@ -76,6 +76,7 @@ def test_a_stop_string_ends_the_choice_and_tells_the_engine() -> None:
     assert delta.deltas[0].text == "say "
     assert delta.deltas[0].finish_reason == "stop"
     assert delta.deltas[0].token_ids == tuple(ids("say END"))
+    assert delta.deltas[0].stop == "END"
     assert end.finish.usage.num_completion_tokens == 7
 
 
