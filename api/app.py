@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import docs
-from api.answer import REQUEST_ID, answer, new_request_id
+from api.answer import REQUEST_ID, answer, new_request_id, request_id_headers
 from api.auth import Door
 from api.pod import Pod
-from api.routes import chat, completions, health, models, responses, stored, tokens
+from api.routes import chat, completions, health, messages, models, responses, stored, tokens
 from api.sse import COMPLETION_ID
 from shared.errors import APIError, BadRequest, MethodNotAllowed, NotFound, Unavailable
 
@@ -35,6 +35,7 @@ def make_app(pod: Pod) -> FastAPI:
     app.include_router(stored.router(pod, door))
     app.include_router(completions.router(pod, door))
     app.include_router(responses.router(pod, door))
+    app.include_router(messages.router(pod, door))
     app.include_router(models.router(pod), dependencies=[Depends(door)])
     app.include_router(tokens.router(pod), dependencies=[Depends(door)])
     app.include_router(health.router(pod))
@@ -51,25 +52,26 @@ def make_app(pod: Pod) -> FastAPI:
     return app
 
 
-async def _answer(_: Request, error: Exception) -> Response:
+async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    return answer(error)
+    return answer(error, request.scope)
 
 
-async def _redis_away(_: Request, error: Exception) -> Response:
+async def _redis_away(request: Request, error: Exception) -> Response:
     log.warning("Redis failed a request: %s", type(error).__name__)
-    return answer(Unavailable(retry_after_s=1.0))
+    return answer(Unavailable(retry_after_s=1.0), request.scope)
 
 
-async def _half_sent(_: Request, __: Exception) -> Response:
-    return answer(BadRequest("The request was not sent to its end."))    # nobody reads it, but it is counted
+async def _half_sent(request: Request, _: Exception) -> Response:
+    # Nobody reads it, but it is counted.
+    return answer(BadRequest("The request was not sent to its end."), request.scope)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework raises: an unknown address, a method that it does not take."""
     assert isinstance(error, HTTPException)
     known: dict[int, type[APIError]] = {404: NotFound, 405: MethodNotAllowed}
-    response = answer(known.get(error.status_code, BadRequest)())
+    response = answer(known.get(error.status_code, BadRequest)(), request.scope)
     response.headers.update(error.headers or {})
     return response
 
@@ -82,7 +84,7 @@ class _Outermost:
         self.pod = pod
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_request_id()
+        request_id = scope["request_id"] = new_request_id()
         started = False
 
         async def send_named(message: Message) -> None:
@@ -90,7 +92,7 @@ class _Outermost:
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id
+                headers.update(request_id_headers(scope, request_id))
                 if self.pod.draining:
                     headers["connection"] = "close"     # the next request of this client goes to another pod
                 self.pod.metrics.requests.labels(str(message["status"])).inc()
@@ -102,4 +104,4 @@ class _Outermost:
             log.exception("request %s failed", request_id)
             if started:
                 raise
-            await answer(APIError())(scope, receive, send_named)
+            await answer(APIError(), scope)(scope, receive, send_named)

@@ -22,11 +22,19 @@ class Door:
         """The tenant, a hash of the key. A dependency of every route under /v1. Raises Unauthorized."""
         if not self._digests:
             return ANONYMOUS
-        scheme, _, key = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
-        digest = _digest(key.strip()) if scheme.lower() == b"bearer" else b""
+        key = _key(request)
+        digest = _digest(key) if key else b""
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):      # a sum: all are compared
             raise Unauthorized
         return digest.hex()[:16]
+
+
+def _key(request: Request) -> bytes:
+    """As OpenAI's clients send it, else as Anthropic's do."""
+    scheme, _, key = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+    if scheme.lower() != b"bearer":
+        key = request.headers.get("x-api-key", "").encode("latin-1")
+    return key.strip()
 
 
 def _digest(key: bytes) -> bytes:

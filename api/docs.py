@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
 from api.wire.completions import CompletionRequest
+from api.wire.messages import CountRequest, MessageRequest
 from api.wire.metadata import MetadataRequest
 from api.wire.objects import OBJECTS
 from api.wire.request import ChatRequest
@@ -16,8 +17,8 @@ from api.wire.responses import ResponseRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 COMPONENTS = "#/components/schemas/"
-REQUESTS: tuple[Any, ...] = (ChatRequest, CompletionRequest, ResponseRequest, MetadataRequest, TokenizeRequest,
-                             DetokenizeRequest)
+REQUESTS: tuple[Any, ...] = (ChatRequest, CompletionRequest, ResponseRequest, MessageRequest, CountRequest,
+                             MetadataRequest, TokenizeRequest, DetokenizeRequest)
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object", "required": ["error"],
@@ -26,6 +27,10 @@ ERROR_SCHEMA: dict[str, Any] = {
         "type": {"type": "string", "description": "of a few kinds"},
         "param": {"type": ["string", "null"], "description": "the field that it is about"},
         "code": {"type": ["string", "null"], "description": "for programs"}}}}}
+MESSAGE_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object", "required": ["type", "error"], "properties": {
+        "type": {"const": "error"}, "request_id": {"type": "string"}, "error": {"type": "object", "properties": {
+            "type": {"type": "string"}, "message": {"type": "string"}}}}}
 _ERROR: dict[str, Any] = {"content": {"application/json": {"schema": {"$ref": COMPONENTS + "Error"}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "The request is refused.", **_ERROR},
                                            "5XX": {"description": "The service failed, or is full.", **_ERROR}}
@@ -45,6 +50,12 @@ def _of(name: str) -> dict[str, Any]:
     return {"schema": {"$ref": COMPONENTS + name}}
 
 
+def in_messages(route: dict[str, Any]) -> dict[str, Any]:
+    """Of a route whose errors have Anthropic's shape."""
+    error = {"content": {"application/json": _of("MessageError")}}
+    return route | {"responses": route["responses"] | {"4XX": error, "5XX": error}}
+
+
 CHUNKS = "chunks of it and [DONE]"
 BEHIND = "the events behind `starting_after`"
 
@@ -55,9 +66,12 @@ def complete(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            schema.setdefault("components", {})["schemas"] = {"Error": ERROR_SCHEMA} | _schemas()
-            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            schema["security"] = [{"key": []}, {}]
+            schema.setdefault("components", {})["schemas"] = {
+                "Error": ERROR_SCHEMA, "MessageError": MESSAGE_ERROR_SCHEMA, **_schemas()}
+            schema["components"]["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}
+            schema["security"] = [{"key": []}, {"x-api-key": []}, {}]
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -76,7 +76,7 @@ class EventStream(Response):
         except APIError as failure:
             error = failure
         # To a client that has left this goes nowhere.
-        await send({"type": "http.response.body", "body": self._fold.error(error.body()), "more_body": False})
+        await send({"type": "http.response.body", "body": self._fold.error(error), "more_body": False})
 
     async def _say(self, body: bytes, send: Send) -> bool:
         """True when that was the end."""

@@ -57,9 +57,9 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
     request, card = order.request, served.card
     is_long = order.num_body_bytes > INLINE_BYTES
-    prompt = (await asyncio.to_thread(_encode, request, served.tokenizer) if is_long else
-              _encode(request, served.tokenizer))
-    sampling = resolve_sampling(request, card, len(prompt))
+    prompt = (await asyncio.to_thread(encode, request, served.tokenizer) if is_long else
+              encode(request, served.tokenizer))
+    sampling = replace(resolve_sampling(request, card, len(prompt)), tells_stop=order.language == "messages")
     reading = (_reading(request, prompt, served.tokenizer, settings.tool_dialect)
                if isinstance(request, ChatRequest) else Reading())
     if request.is_constrained or _must_call(request):
@@ -91,7 +91,7 @@ def _header(order: Order, job: Job, reading: Reading, card: Card) -> Header:
                   language=order.language, fold_version=fold_version(reading.dialect, reading.reasoning))
 
 
-def _encode(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> list[int]:
+def encode(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> list[int]:
     """The prompt's token ids. Raises BadRequest, also when there are none."""
     if isinstance(request, ChatRequest):
         prompt, param = tokenizer.encode_chat(adapted(request.messages, tokenizer.card), request.offered_tools,

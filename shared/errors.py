@@ -96,7 +96,7 @@ class Unauthorized(APIError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
-    text = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY'."
+    text = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
 
 
 class NotFound(APIError):

@@ -46,6 +46,7 @@ class Sampling:
     stop: tuple[str, ...] = ()                          # texts; matched by worker/output, not by the engine
     stop_token_ids: tuple[int, ...] = ()
     speculative: bool = True                            # tokens may be drafted; the answer is the same
+    tells_stop: bool = False                            # the log is to say which stop string was found
     grammar: str = ""                                   # what the answer must be (shared/grammar.py); empty: anything
     grammar_after: int | None = None                    # the token behind which it must; until then it may not end
 
@@ -70,6 +71,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()             # one for each token id, when they were asked for
     num_cached_tokens: int = 0                          # of the prompt, found computed; on a choice's first delta
     is_exact: bool = True                               # False: from here on valid, not promised to be the same text
+    stop: str = ""                                      # the stop string that ended the choice, which the text lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,14 +222,14 @@ def encode_deltas(deltas: list[Delta]) -> str:
 def _row(delta: Delta) -> list[Any]:
     logprobs = [[entry.token_id, entry.logprob, entry.top] for entry in delta.logprobs]
     row: list[Any] = [delta.index, delta.token_ids, delta.text, delta.finish_reason, logprobs,
-                      delta.num_cached_tokens, int(not delta.is_exact)]
+                      delta.num_cached_tokens, int(not delta.is_exact), delta.stop]
     while len(row) > 3 and not row[-1]:
         row.pop()
     return row
 
 
 def _delta(index: int, token_ids: list[int], text: str, reason: FinishReason | None = None,
-           logprobs: list[Any] | None = None, num_cached_tokens: int = 0, is_inexact: int = 0) -> Delta:
+           logprobs: list[Any] | None = None, num_cached_tokens: int = 0, is_inexact: int = 0, stop: str = "") -> Delta:
     entries = tuple(TokenLogprob(token_id, logprob, tuple((i, p) for i, p in top))
                     for token_id, logprob, top in logprobs or ())
-    return Delta(index, tuple(token_ids), text, reason, entries, num_cached_tokens, not is_inexact)
+    return Delta(index, tuple(token_ids), text, reason, entries, num_cached_tokens, not is_inexact, stop)

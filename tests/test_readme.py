@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from api import client as resuming
+from api.wire import messages
 from api.wire.completions import CompletionRequest
 from api.wire.format import Constrained
 from api.wire.request import REFUSED, ChatRequest
@@ -48,6 +49,16 @@ def test_every_field_of_a_request_is_listed() -> None:
 def test_every_field_of_other_languages_is_listed(address: str, model: type[BaseModel], common: set[str]) -> None:
     [[_, fields]] = rows(f"{address}` ")
     assert set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", fields))) == set(model.model_fields) - common
+
+
+def test_every_field_of_anthropics_request_is_listed() -> None:
+    """As it is made use of or refused; what has no effect is no field."""
+    paragraph = README.partition("**In Anthropic's language.**")[2].partition("\n\n")[0]
+    listed = [set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", sentence)))
+              for sentence in re.split(r"Acted on are|Refused are|All else", paragraph)[1:]]
+    acted_on, refused, without_effect = listed[0], listed[1], listed[2] - {"thinking"}
+    assert acted_on | refused == set(messages.MessageRequest.model_fields)
+    assert refused == set(messages.REFUSED) and not without_effect & (acted_on | refused)
 
 
 def test_the_settings_are_listed_as_they_are() -> None:

@@ -84,8 +84,9 @@ class Answer:
                 choice.finish_reason = "stop"
         logprobs = tuple(TokenLogprob(*entry) for entry in output.logprobs)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        stop = choice.text.stop if self.job.sampling.tells_stop else ""
         choice.unflushed.append(Delta(output.index, output.token_ids, text, choice.finish_reason, logprobs,
-                                      output.num_cached_tokens, self.is_exact))
+                                      output.num_cached_tokens, self.is_exact, stop))
         return choice.text.stopped and not output.finish_reason
 
     def is_due(self, now_s: float, flush_s: float) -> bool:
@@ -120,4 +121,4 @@ def _merge(deltas: list[Delta]) -> Delta:
     return Delta(deltas[0].index, tuple(token_id for delta in deltas for token_id in delta.token_ids),
                  "".join(delta.text for delta in deltas), deltas[-1].finish_reason,
                  tuple(entry for delta in deltas for entry in delta.logprobs),
-                 deltas[0].num_cached_tokens, deltas[0].is_exact)
+                 deltas[0].num_cached_tokens, deltas[0].is_exact, deltas[-1].stop)

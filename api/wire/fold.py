@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from shared.errors import job_error
+from shared.errors import APIError, job_error
 from shared.job import Delta, Entry, Header, Usage
 
 FOLD_VERSIONS = (1, 2)                                  # 2: with thoughts and calls of tools
@@ -41,9 +41,9 @@ class EventFold(ABC):
     def feed(self, entry: Entry) -> bytes:
         """The events of the next entry: none, one or several."""
 
-    def error(self, body: dict[str, Any]) -> bytes:
+    def error(self, error: APIError) -> bytes:
         """An error that stands in no log, as the last event. Without a position: the client may return to its own."""
-        return b"data: %b\n\n" % dump(body)
+        return b"data: %b\n\n" % dump(error.body())
 
     def _failure(self, code: str) -> bytes:
         """The error with which a log ends. Nested, or clients take it for a chunk."""

@@ -8,6 +8,7 @@ from typing import Any
 from api.wire.chat import ChunkFold, CompletionFold
 from api.wire.completions import TextChunkFold, TextFold
 from api.wire.fold import EventFold, TokenBytes, WholeFold
+from api.wire.message_fold import MessageEventFold, MessageFold
 from api.wire.response_fold import ResponseFold, ResponseWhole
 from shared.job import Header, Language
 
@@ -31,6 +32,8 @@ def event_fold(completion_id: str, header: Header, token_bytes: TokenBytes, aske
         return ResponseFold(completion_id, header, token_bytes, asked or {}, after)
     if header.language == "completions":
         return TextChunkFold(completion_id, header, after)
+    if header.language == "messages":
+        return MessageEventFold(completion_id, header, after)
     return ChunkFold(completion_id, header, token_bytes, after)
 
 
@@ -39,4 +42,6 @@ def whole_fold(completion_id: str, header: Header, token_bytes: TokenBytes, aske
         return ResponseWhole(completion_id, header, token_bytes, asked or {})
     if header.language == "completions":
         return TextFold(completion_id, header)
+    if header.language == "messages":
+        return MessageFold(completion_id, header)
     return CompletionFold(completion_id, header, token_bytes)

@@ -101,6 +101,21 @@ class ResponseObject(TypedDict):
     usage: Annotated[dict[str, Any] | None, Field(description="once it has ended")]
 
 
+class MessageObject(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: Annotated[list[dict[str, Any]], Field(description="blocks: thinking, text, tool_use")]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: dict[str, Any]
+
+
+class InputTokens(TypedDict):
+    input_tokens: int
+
+
 class ChatCompletionPage(TypedDict):
     object: Literal["list"]
     data: list[ChatCompletion]
@@ -154,5 +169,5 @@ class Text(TypedDict):
     prompt: str
 
 
-OBJECTS: tuple[Any, ...] = (ChatCompletion, TextCompletion, ResponseObject, ChatCompletionPage, Page, Deleted, Ended,
-                            Model, Models, Tokens, Text)
+OBJECTS: tuple[Any, ...] = (ChatCompletion, TextCompletion, ResponseObject, MessageObject, InputTokens,
+                            ChatCompletionPage, Page, Deleted, Ended, Model, Models, Tokens, Text)

@@ -109,12 +109,12 @@ def _arguments(raw: str | None) -> Any:
         arguments = json.loads(raw or "{}")
     except (ValueError, RecursionError):
         return raw
-    return raw if _is_deep(arguments) else arguments
+    return raw if is_deep(arguments) else arguments
 
 
-def _is_deep(value: Any, room: int = MAX_NESTING) -> bool:
+def is_deep(value: Any, room: int = MAX_NESTING) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return room == 0 or any(_is_deep(element, room - 1) for element in inner)
+    return room == 0 or any(is_deep(element, room - 1) for element in inner)
 
 
 class ChatRequest(Sampled):
@@ -148,7 +148,7 @@ class ChatRequest(Sampled):
             function = tool.get("function")
             if tool.get("type") != "function" or not isinstance(function, dict) or not _is_name(function.get("name")):
                 raise ValueError("a tool is {'type': 'function', 'function': {'name': …}}")
-            if _is_deep(tool):
+            if is_deep(tool):
                 raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
             if not isinstance(function.get("parameters") or {}, dict):
                 raise ValueError("a tool's parameters are a JSON schema")

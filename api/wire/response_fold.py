@@ -11,7 +11,7 @@ from typing import Any
 from api.wire.fold import EventFold, TokenBytes, WholeFold, dump
 from api.wire.output import Event, Output
 from api.wire.parts import with_reasoning
-from shared.errors import job_error
+from shared.errors import APIError, job_error
 from shared.job import Entry, Finish, Header, Usage
 
 
@@ -52,8 +52,8 @@ class ResponseFold(EventFold):
             events += self._tell(self._response.last_event, {"response": self._response.body()})
         return events
 
-    def error(self, body: dict[str, Any]) -> bytes:
-        return b"event: error\ndata: %b\n\n" % dump({"type": "error"} | body)
+    def error(self, error: APIError) -> bytes:
+        return b"event: error\ndata: %b\n\n" % dump({"type": "error"} | error.body())
 
     def _tell(self, kind: str, fields: dict[str, Any]) -> bytes:
         number = self.num_events

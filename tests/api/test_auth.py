@@ -41,6 +41,19 @@ async def test_any_other_is_refused(headers: tuple[bytes, ...]) -> None:
         await Door(KEYS)(request(*headers))
 
 
+async def test_a_key_may_come_as_anthropics_clients_send_it() -> None:
+    """The same tenant either way; a bearer's key is the one that counts, and an empty one is none."""
+    def named(*headers: tuple[bytes, bytes]) -> Request:
+        return Request({"type": "http", "headers": list(headers)})
+
+    door, key = Door((*KEYS, "")), (b"x-api-key", KEYS[1].encode())
+    assert await door(named(key)) == await door(request(f"Bearer {KEYS[1]}".encode()))
+    assert await door(named(key, (b"authorization", b"Basic eA=="))) == await door(named(key))
+    for headers in ((key, (b"authorization", b"Bearer sk-wrong")), ((b"x-api-key", b" "),), ()):
+        with pytest.raises(Unauthorized):
+            await door(named(*headers))
+
+
 async def test_a_tenant_is_a_hash_that_tells_nothing_of_the_key() -> None:
     first, second = [await Door(KEYS)(request(f"Bearer {key}".encode())) for key in KEYS]
     assert first != second

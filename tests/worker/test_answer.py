@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -68,14 +69,16 @@ def test_tokens_are_gathered_but_never_a_choices_first_or_last() -> None:
     assert [d.token_ids for d in entries(answer.flush(0.5))[0].deltas] == [(second, third)]
 
 
-def test_a_stop_string_ends_the_choice_and_tells_the_engine() -> None:
-    answer = Answer(claim(stop=("END",)), TOKENIZER)
+@pytest.mark.parametrize("tells_stop", [False, True])
+def test_a_stop_string_ends_the_choice_and_tells_the_engine(tells_stop: bool) -> None:
+    answer = Answer(claim(stop=("END",), tells_stop=tells_stop), TOKENIZER)
     told = [answer.take(draw(0, token_id)) for token_id in ids("say END")]
     assert told == [False] * 6 + [True]
     delta, end = entries(answer.flush(0.0))
     assert delta.deltas[0].text == "say "
     assert delta.deltas[0].finish_reason == "stop"
     assert delta.deltas[0].token_ids == tuple(ids("say END"))
+    assert delta.deltas[0].stop == ("END" if tells_stop else "")
     assert end.finish.usage.num_completion_tokens == 7
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 class Scan(NamedTuple):
     found: int | None       # where the stop string begins, counted from the piece's start: negative in earlier pieces
     num_held: int           # characters at the end that may begin a stop string
+    stop: str = ""          # the one that was found
 
 
 class StopScanner:
@@ -21,17 +22,17 @@ class StopScanner:
 
     def scan(self, piece: str) -> Scan:
         for position, character in enumerate(piece if self._stop else ""):
-            longest = 0
+            longest = ""
             for i, (text, borders) in enumerate(self._stop):
                 matched = self._matched[i]
                 while matched and text[matched] != character:
                     matched = borders[matched]
                 self._matched[i] = matched + (text[matched] == character)
                 if self._matched[i] == len(text):
-                    longest = max(longest, len(text))
+                    longest = max(longest, text, key=len)
                     self._matched[i] = borders[len(text)]
             if longest:
-                return Scan(position + 1 - longest, 0)
+                return Scan(position + 1 - len(longest), 0, longest)
         return Scan(None, max(self._matched, default=0))
 
 

@@ -16,10 +16,14 @@ from worker.output.stops import StopScanner
 
 class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
-        self.stopped = False            # a stop string was found: the text ends before it
+        self.stop = ""                  # the stop string that was found: the text ends before it
         self._decoder = vocabulary(tokenizer).decoder()
         self._scanner = StopScanner(stop)
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.stop)
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """What may be shown now. One call or many give the same text."""
@@ -34,10 +38,10 @@ class TextStream:
     def _show(self, piece: str) -> str:
         if self.stopped:
             return ""
-        found, num_held = self._scanner.scan(piece)
+        found, num_held, self.stop = self._scanner.scan(piece)
         text = self._held + piece
         if found is not None:
-            self.stopped, text = True, text[:len(self._held) + found]
+            text = text[:len(self._held) + found]
         cut = len(text) - num_held
         self._held = text[cut:]
         return text[:cut]
