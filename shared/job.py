@@ -45,6 +45,7 @@ class Sampling:
     speculative: bool = True                            # tokens may be drafted; the answer is the same
     grammar: str = ""                                   # what the answer must be (shared/grammar.py); empty: anything
     grammar_after: int | None = None                    # the token behind which it must; until then it may not end
+    shown_token_ids: tuple[int, ...] = ()               # special tokens whose text is shown: the markers of a dialect
 
 
 @dataclass(frozen=True, slots=True)
