@@ -15,8 +15,8 @@ from typing import Any
 
 from api.directory import Served
 from api.wire.chat import fold_version
-from api.wire.dialects import Dialect, choose_dialect
-from api.wire.reasoning import BEGIN, END, mode_of
+from api.wire.dialects import Dialect
+from api.wire.reading import Reading
 from api.wire.request import ChatRequest, Message
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, UnsupportedParameter
@@ -25,7 +25,6 @@ from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
-MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in which a template may begin a thought
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
@@ -39,12 +38,14 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
     if not prompt:
         raise InvalidValue("The messages make an empty prompt.", param="messages")
     sampling = resolve_sampling(request, card, len(prompt))
-    think_begin_id, think_end_id = map(served.tokenizer.added_id, (BEGIN, END))
-    reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], think_begin_id, think_end_id, card.chat_templates.values())
-    dialect = choose_dialect(settings.tool_dialect, card.chat_templates.values()) if request.offered_tools else None
+    reading = Reading.of(prompt, card.chat_templates.values(), served.tokenizer.added_id,
+                         wanted=settings.tool_dialect, has_tools=bool(request.offered_tools))
+    sampling = replace(sampling, shown_token_ids=reading.shown_token_ids)
+    dialect = reading.dialect
     if request.is_constrained or request.calls.mode == "required":
         grammar = await asyncio.to_thread(_compile, request, served.tokenizer, dialect)
-        sampling = replace(sampling, grammar=grammar, grammar_after=think_end_id if reasoning == "open" else None)
+        after = reading.think_end_id if reading.reasoning == "open" else None
+        sampling = replace(sampling, grammar=grammar, grammar_after=after)
     n, created_s = request.n or 1, int(time.time())
     if n > card.max_num_seqs:
         raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")
@@ -57,10 +58,10 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
                     num_prompt_tokens=len(prompt), tokenizer_id=card.tokenizer_id, stream=bool(request.stream),
                     include_usage=bool(options and options.include_usage),
                     continuous_usage=bool(options and options.continuous_usage_stats),
-                    logprobs=bool(request.logprobs), reasoning=reasoning,
-                    think_end_id=think_end_id if reasoning else None, tool_dialect=dialect.name if dialect else "",
+                    logprobs=bool(request.logprobs), reasoning=reading.reasoning,
+                    think_end_id=reading.think_end_id, tool_dialect=dialect.name if dialect else "",
                     has_named_tool=request.calls.is_named, has_functions=request.is_legacy,
-                    fold_version=fold_version(dialect, reasoning))
+                    fold_version=fold_version(dialect, reading.reasoning))
     return job, header
 
 
@@ -69,12 +70,12 @@ def _compile(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None
     choice = request.calls
     if choice.mode != "required":
         return request.compile_grammar(tokenizer.check_grammar)
-    if dialect is None:
+    if dialect is None or not dialect.can_call:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
                                    "to.", param="tool_choice")
     is_one = choice.is_named or request.parallel_tool_calls is False
-    grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, added_id=tokenizer.added_id)
     try:
+        grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, added_id=tokenizer.added_id)
         tokenizer.check_grammar(grammar)
     except InvalidGrammar as error:
         raise InvalidGrammar(str(error), param="tools") from None

@@ -18,7 +18,7 @@ from api.wire.reasoning import Mode, ThoughtReader
 from shared.errors import job_error
 from shared.job import Delta, Entry, FinishReason, Header, TokenLogprob, Usage
 
-FOLD_VERSIONS = (1, 2)                                  # 2: with thoughts and calls of tools
+FOLD_VERSIONS = (1, 2, 3)                               # 2: with thoughts and calls of tools; 3: in more dialects
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after an `id:` breaks clients
 MIN_LOGPROB = -9999.0                                   # OpenAI's word for "very unlikely"; -inf is not JSON
@@ -27,7 +27,7 @@ TokenBytes = Callable[[int], bytes]
 
 
 def fold_version(dialect: Dialect | None, reasoning: Mode) -> int:
-    return FOLD_VERSIONS[bool(dialect or reasoning)]
+    return max(dialect.fold_version if dialect else 1, 2 if reasoning else 1)
 
 
 class ChunkFold:
@@ -130,10 +130,8 @@ class Parts:
 
     def read(self, delta: Delta) -> list[Piece]:
         """What the next delta turns out to say."""
-        was_inside = self._thoughts.is_inside
+        was_inside = self._is_inside
         thoughts = self._thoughts.feed(delta.text) + (self._thoughts.finish() if delta.finish_reason else [])
-        if was_inside or any(thought.is_reasoning for thought in thoughts) or self._thoughts.is_inside:
-            self.num_reasoning_tokens += self._num_thought(delta.token_ids)
         pieces: list[Piece] = []
         for is_reasoning, text in thoughts:
             if is_reasoning or self._calls is None:
@@ -142,13 +140,20 @@ class Parts:
                 pieces += self._calls.feed(text)
         if delta.finish_reason and self._calls is not None:
             pieces += self._calls.finish()
+        if was_inside or any(piece.kind == "reasoning" for piece in pieces) or self._is_inside:
+            self.num_reasoning_tokens += self._num_thought(delta.token_ids)
         return pieces
+
+    @property
+    def _is_inside(self) -> bool:
+        """A thought."""
+        return self._thoughts.is_inside or (self._calls is not None and self._calls.is_inside)
 
     def _num_thought(self, token_ids: Sequence[int]) -> int:
         """Up to the token that ends the thought."""
         if self._end_id is not None and self._end_id in token_ids:
             return token_ids.index(self._end_id) + 1
-        return len(token_ids) if self._thoughts.is_inside else 0
+        return len(token_ids) if self._is_inside else 0
 
     def bodies(self, delta: Delta) -> Iterator[bytes]:
         """The deltas of its events."""

@@ -1,0 +1,93 @@
+"""What every dialect has: the words that tell it, its markers, a grammar that makes calls, a reader that finds them.
+
+It knows no dialect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from shared.errors import InvalidGrammar
+
+MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
+MAX_NAME_CHARS = 256
+
+Tools = Iterable[Mapping[str, Any]]                     # functions, as OpenAI describes them
+AddedId = Callable[[str], int | None]                   # of a text that is one added token of the model's tokenizer
+
+
+class Piece(NamedTuple):
+    """What a stretch of text turned out to be."""
+
+    kind: Literal["text", "reasoning", "call", "arguments"]     # of a call: its name, then its arguments in pieces
+    value: str
+
+
+class Reader(Protocol):
+    """Reads one choice's text in pieces; every character a bounded number of times."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what comes now is a thought."""
+
+    def feed(self, text: str) -> list[Piece]:
+        """What is known by now."""
+
+    def finish(self) -> list[Piece]:
+        """What was held back, when no more comes."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    name: str                                           # in settings, and in the headers of logs
+    signs: tuple[tuple[str, ...], ...]                  # of a chat template: all words of one of these are in it
+    markers: tuple[str, ...] = ()                       # of its tokens those whose text the reader has to see
+    end_of_thought: str = ""                            # of a dialect that also tells thoughts from the answer
+    without_tools: Dialect | None = None                # how an answer is read that may call nothing; None: as text
+    can_call: bool = True
+    fold_version: int = 3                               # the first that reads it (api/wire/chat.py)
+
+    def is_shown_by(self, template: str) -> bool:
+        return any(all(word in template for word in words) for words in self.signs)
+
+    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
+        """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more. Markers that are
+        tokens of their own are no text to a grammar. Raises InvalidGrammar."""
+        raise NotImplementedError
+
+    def reader(self) -> Reader:
+        raise NotImplementedError
+
+
+def marker(text: str, added_id: AddedId) -> str:
+    """As a grammar says it."""
+    token_id = added_id(text) if text else None
+    return quoted(text) if token_id is None else f"<[{token_id}]>"
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def schema_of(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a tool's arguments. One that is not strict is kept as far as it can be enforced."""
+    return with_options(dict(tool.get("parameters") or {"type": "object"}), is_strict=bool(tool.get("strict")))
+
+
+def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
+    options = {"whitespace_pattern": "[ ]?"} | ({} if is_strict else {"lenient": True})
+    return schema | {"x-guidance": options}
+
+
+def object_of(tool: Mapping[str, Any]) -> str:
+    """A tool's arguments as JSON, in a grammar."""
+    return f"%json {json.dumps({'type': 'object'} | schema_of(tool))}"
+
+
+def require_names(tools: Tools, is_name: Callable[[str], bool]) -> None:
+    """Raises InvalidGrammar when one cannot be written in the dialect."""
+    if not all(is_name(tool["name"]) for tool in tools):
+        raise InvalidGrammar("This model cannot call a tool of such a name: letters, digits, '_' and '-' are safe.")

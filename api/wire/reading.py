@@ -1,0 +1,38 @@
+"""How a model's answers are read: what their text is told apart into, as its chat template, its prompt and the request
+have it. Decided at the door, and kept in the header of the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from api.wire.dialects import Dialect, choose_dialect
+from api.wire.dialects.dialect import AddedId
+from api.wire.reasoning import BEGIN, END, Mode, mode_of
+
+MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in which a template may begin a thought
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    dialect: Dialect | None
+    reasoning: Mode
+    think_end_id: int | None                            # the token that ends a thought, where it is one
+    shown_token_ids: tuple[int, ...]                    # special tokens that the text must show
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], templates: Iterable[str], added_id: AddedId, *, wanted: str, has_tools: bool
+           ) -> Reading:
+        """`wanted` is the setting `tool_dialect`."""
+        templates = list(templates)
+        dialect = choose_dialect(wanted, templates, has_tools=has_tools)
+        begin_id, end_id = added_id(BEGIN), added_id(END)
+        reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], begin_id, end_id, templates)
+        if dialect and dialect.end_of_thought:
+            reasoning, end_id = "", added_id(dialect.end_of_thought)
+        elif not reasoning:
+            end_id = None
+        markers = (dialect.markers if dialect else ()) + ((BEGIN, END) if reasoning else ())
+        shown = (token_id for token_id in map(added_id, markers) if token_id is not None)
+        return cls(dialect, reasoning, end_id, tuple(shown))
