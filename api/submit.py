@@ -69,7 +69,11 @@ def _compile(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None
     """What the answer must be: calls, if some are required, or what else was asked for. Raises BadRequest."""
     choice = request.calls
     if choice.mode != "required":
-        return request.compile_grammar(tokenizer.check_grammar)
+        form = request.compile_grammar(tokenizer.check_grammar)
+        framed = dialect.framed(form, tokenizer.added_id) if dialect else form
+        if framed != form:
+            tokenizer.check_grammar(framed)
+        return framed
     if dialect is None or not dialect.can_call:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
                                    "to.", param="tool_choice")

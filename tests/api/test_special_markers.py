@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from api.wire.dialects import deepseek, harmony
 from shared import connection
+from shared.grammar import Grammars
 from shared.job import Delta
 from tests.api.scripted import Script, ScriptedWorker, ask, byte_card, byte_tokenizer, error_of, until_known
 from worker.output.text import TextStream
@@ -114,6 +115,24 @@ async def test_harmony_can_be_made_to_call(http: httpx.AsyncClient, gpt_oss: Scr
     tools = [{"type": "function", "function": {"name": "a b"}}]
     refused = await http.post(CHAT, json=ask(gpt_oss.model, tools=tools, tool_choice="required"))
     assert error_of(refused, 400)["param"] == "tools"
+
+
+async def test_an_answer_of_harmony_that_keeps_a_form_may_think_first(http: httpx.AsyncClient,
+                                                                       gpt_oss: ScriptedWorker) -> None:
+    """Every kind of form, in its channel: the frame is part of what the worker enforces, and not of the answer."""
+    tokenizer = Tokenizer.from_str(gpt_oss.card.tokenizer_json)
+    grammars = Grammars(gpt_oss.card.tokenizer_json, gpt_oss.card.vocab_size, gpt_oss.card.eos_token_ids)
+    for fields in ({"choice": ["Yes"]}, {"regex": "Y.s"}, {"grammar": 'start: "Yes"'},
+                   {"guided_json": {"const": "Yes"}}):
+        said = json.dumps("Yes") if "guided_json" in fields else "Yes"
+        for thought in (THOUGHT, ""):
+            text = f"{thought}<|channel|>final<|message|>{said}"
+            choice, _, script = await answers(http, gpt_oss, text, **fields)
+            assert choice["message"]["content"] == said
+            matcher = grammars.matcher(script.job.sampling.grammar)
+            assert all(matcher.consume_token(token_id) for token_id in tokenizer.encode(text).ids)
+            assert matcher.is_accepting()
+            assert not grammars.matcher(script.job.sampling.grammar).consume_token(ord("Y"))
 
 
 async def test_deepseeks_calls_come_behind_its_thoughts(http: httpx.AsyncClient, deep: ScriptedWorker) -> None:

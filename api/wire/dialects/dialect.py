@@ -58,6 +58,10 @@ class Dialect:
         tokens of their own are no text to a grammar. Raises InvalidGrammar."""
         raise NotImplementedError
 
+    def framed(self, form: str, added_id: AddedId) -> str:  # noqa: ARG002 - most have no frame
+        """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""
+        return form
+
     def reader(self) -> Reader:
         raise NotImplementedError
 

@@ -6,7 +6,7 @@
 
 What is analysed is a thought, what is said to a function is its call, all else is text. The prompt ends where the first
 message has begun. Markers and heads are never text; inside a string of a call's arguments they are a part of it. An
-answer without a head, as one that keeps a form has it, is text.
+answer without a head is text.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from api.wire.dialects.dialect import (
 )
 from api.wire.dialects.json_value import JsonValue
 from api.wire.markers import Splitter
+from shared.grammar import within
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 CONSTRAIN, CALL, RETURN = "<|constrain|>", "<|call|>", "<|return|>"
@@ -47,18 +48,29 @@ class Harmony(Dialect):
         """Of a call, and of a thought before it. The token that ends the answer ends the call."""
         tools = list(tools)
         require_names(tools, _is_name)
-        channel, message, constrain, start, end = (marker(text, added_id) for text in (
-            CHANNEL, MESSAGE, CONSTRAIN, START, END))
+        channel, message, constrain = (marker(text, added_id) for text in (CHANNEL, MESSAGE, CONSTRAIN))
         bodies = [f"{quoted(tool['name'] + ' ')} {constrain} {quoted('json')} {message} {object_of(tool)}"
                   for tool in tools]
         rules = [f"call: {channel} {quoted('commentary to=functions.')} body", "body: " + "\n | ".join(bodies)]
-        if added_id(END) is None:           # nothing would tell where a thought ends
-            return "\n".join(["start: call", *rules]) + "\n"
-        thought = f'thought: {channel} "analysis" {message} /(.|\\n)*/ {end} {start} "assistant"'
-        return "\n".join(["start: thought? call", thought, *rules]) + "\n"
+        return "\n".join(["start: thought call", _thought(added_id), *rules]) + "\n"
+
+    def framed(self, form: str, added_id: AddedId) -> str:
+        """In the final channel, perhaps behind a thought."""
+        if added_id(END) is None:
+            return form
+        channel, message = marker(CHANNEL, added_id), marker(MESSAGE, added_id)
+        return within(f'start: thought {channel} "final" {message} @form\n{_thought(added_id)}\n', form)
 
     def reader(self) -> HarmonyReader:
         return HarmonyReader(can_call=self.can_call)
+
+
+def _thought(added_id: AddedId) -> str:
+    """A rule for one, or for none; always none where no token tells where it ends."""
+    if added_id(END) is None:
+        return 'thought: ""'
+    channel, message, end, start = (marker(text, added_id) for text in (CHANNEL, MESSAGE, END, START))
+    return f'thought: "" | {channel} "analysis" {message} /(.|\\n)*/ {end} {start} "assistant"'
 
 
 class HarmonyReader:
