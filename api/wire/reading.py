@@ -26,7 +26,8 @@ class Reading:
            ) -> Reading:
         """`wanted` is the setting `tool_dialect`."""
         templates = list(templates)
-        dialect = choose_dialect(wanted, templates, has_tools=has_tools)
+        chosen = choose_dialect(wanted, templates, has_tools=has_tools)
+        dialect = chosen.of(added_id) if chosen else None
         begin_id, end_id = added_id(BEGIN), added_id(END)
         reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], begin_id, end_id, templates)
         if dialect and dialect.end_of_thought:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from api.wire.dialects.deepseek import DEEPSEEK
 from api.wire.dialects.dialect import MAX_HEAD_CHARS, MAX_NAME_CHARS, Dialect, Piece, Reader
 from api.wire.dialects.harmony import HARMONY
-from api.wire.dialects.json_calls import HERMES, LLAMA, MISTRAL
+from api.wire.dialects.json_calls import HERMES, LLAMA
+from api.wire.dialects.mistral import MISTRAL
 from api.wire.dialects.pythonic import PYTHONIC
 
 __all__ = ["CHOICES", "DEEPSEEK", "DIALECTS", "HARMONY", "HERMES", "LLAMA", "MAX_HEAD_CHARS", "MAX_NAME_CHARS",
@@ -19,7 +20,8 @@ __all__ = ["CHOICES", "DEEPSEEK", "DIALECTS", "HARMONY", "HERMES", "LLAMA", "MAX
 
 # Those with signs of their own come first.
 CHOICES = (HARMONY, DEEPSEEK, PYTHONIC, HERMES, MISTRAL, LLAMA)
-DIALECTS = {dialect.name: dialect for choice in CHOICES for dialect in (choice, choice.without_tools) if dialect}
+DIALECTS = {dialect.name: dialect for choice in CHOICES
+            for dialect in (choice, choice.without_tools, choice.with_tokens) if dialect}
 
 
 def choose_dialect(wanted: str, templates: Iterable[str], *, has_tools: bool = True) -> Dialect | None:

@@ -47,8 +47,14 @@ class Dialect:
     markers: tuple[str, ...] = ()                       # of its tokens those whose text the reader has to see
     end_of_thought: str = ""                            # of a dialect that also tells thoughts from the answer
     without_tools: Dialect | None = None                # how an answer is read that may call nothing; None: as text
+    with_tokens: Dialect | None = None                  # how it is read where its first marker is a token
     can_call: bool = True
     fold_version: int = 3                               # the first that reads it (api/wire/chat.py)
+
+    def of(self, added_id: AddedId) -> Dialect:
+        """As a tokenizer has it."""
+        other = self.with_tokens
+        return self if other is None or added_id(other.markers[0]) is None else other
 
     def is_shown_by(self, template: str) -> bool:
         return any(all(word in template for word in words) for words in self.signs)

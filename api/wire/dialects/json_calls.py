@@ -1,7 +1,7 @@
-"""Calls as JSON, {"name": …, "arguments": {…}}: the dialects of Hermes and Qwen, of Mistral and of Llama.
+"""Calls as JSON, {"name": …, "arguments": {…}}: the dialects of Hermes and Qwen and of Llama, and arrays of such calls.
 
-Hermes' and Qwen's between <tool_call> and </tool_call>, anywhere; Mistral's as one array behind a token that is not
-shown; Llama's (3.1 and on) as bare objects at the beginning. Arguments are shown as they are written. What does not
+Hermes' and Qwen's stand between <tool_call> and </tool_call>, anywhere; Llama's (3.1 and on) are bare objects at the
+beginning; arrays stand there too (mistral.py). Arguments are shown as they are written. What does not
 become a call is text, as it was written, markers included.
 """
 
@@ -59,8 +59,6 @@ class JsonDialect(Dialect):
 
 HERMES = JsonDialect("hermes", (("<tool_call>", "</tool_call>"),), ("<tool_call>", "</tool_call>"),
                      begin="<tool_call>", end="</tool_call>", blank="\n")
-MISTRAL = JsonDialect("mistral", (("[TOOL_CALLS]", "[AVAILABLE_TOOLS]"),), begin="[", end="]", between=", ",
-                      is_leading=True, hidden="[TOOL_CALLS]")
 LLAMA = JsonDialect("llama", (("ipython", '"parameters"'),), key="parameters", between="; ", is_leading=True)
 
 OPENING = '{"name": '
@@ -81,6 +79,11 @@ class CallReader:
         self._marker = ""                   # of the call that began, as it was written
         self._value = JsonValue()           # the arguments
         self._is_behind = False             # a call: blanks that come now are nobody's
+
+    @property
+    def in_string(self) -> bool:
+        """Of a call's arguments."""
+        return self._read == self._arguments and self._value.in_string
 
     def feed(self, text: str) -> list[Piece]:
         self._held += text
