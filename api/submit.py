@@ -39,7 +39,7 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
         raise InvalidValue("The messages make an empty prompt.", param="messages")
     sampling = resolve_sampling(request, card, len(prompt))
     reading = Reading.of(prompt, card.chat_templates.values(), served.tokenizer.added_id,
-                         wanted=settings.tool_dialect, has_tools=bool(request.offered_tools))
+                         wanted=settings.tool_dialect, tools=request.offered_tools)
     sampling = replace(sampling, shown_token_ids=reading.shown_token_ids)
     dialect = reading.dialect
     if request.is_constrained or request.calls.mode == "required":
@@ -60,6 +60,7 @@ async def make_job(request: ChatRequest, served: Served, completion_id: str, *, 
                     continuous_usage=bool(options and options.continuous_usage_stats),
                     logprobs=bool(request.logprobs), reasoning=reading.reasoning,
                     think_end_id=reading.think_end_id, tool_dialect=dialect.name if dialect else "",
+                    typed_arguments=reading.typed_arguments,
                     has_named_tool=request.calls.is_named, has_functions=request.is_legacy,
                     fold_version=fold_version(dialect, reading.reasoning))
     return job, header

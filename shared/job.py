@@ -113,6 +113,7 @@ class Header:
     reasoning: Literal["", "open", "maybe"] = ""        # whether it begins with a thought (api/wire/reasoning.py)
     think_end_id: int | None = None                     # the token that ends it, where it is one
     tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects.py); empty: none
+    typed_arguments: tuple[str, ...] = ()               # of tools, those that are no strings, where a dialect must know
     has_named_tool: bool = False                        # the one call was asked for: it is no reason to end
     has_functions: bool = False                         # calls are answered as OpenAI did before there were tools
     fold_version: int = 1                               # of api/wire: how entries become events

@@ -125,7 +125,7 @@ class Parts:
         self._is_named, self._has_functions = header.has_named_tool, header.has_functions
         self._end_id = header.think_end_id
         self._thoughts = ThoughtReader(header.reasoning)
-        self._calls = DIALECTS[header.tool_dialect].reader() if header.tool_dialect else None
+        self._calls = DIALECTS[header.tool_dialect].reader_of(header.typed_arguments) if header.tool_dialect else None
         self._num_calls = 0
 
     def read(self, delta: Delta) -> list[Piece]:

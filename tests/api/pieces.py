@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from api.wire.dialects import Dialect, Piece
+from api.wire.dialects import Dialect, Piece, Reader
 from shared.grammar import Grammars
 from tests.api.scripted import byte_tokenizer
 
@@ -19,7 +19,11 @@ TOOLS: list[dict[str, Any]] = [{"name": "f", "parameters": {"type": "object", "p
                                 "strict": True}, {"name": "g-2"}]
 
 
-def read(pieces: Iterable[str], dialect: Dialect) -> list[Piece]:
+class Readable(Protocol):
+    def reader(self) -> Reader: ...
+
+
+def read(pieces: Iterable[str], dialect: Readable) -> list[Piece]:
     """What neighbours of a kind say together."""
     reader = dialect.reader()
     found = [piece for text in pieces for piece in reader.feed(text)] + reader.finish()
@@ -32,7 +36,7 @@ def read(pieces: Iterable[str], dialect: Dialect) -> list[Piece]:
     return joined
 
 
-def reads_as(dialect: Dialect, text: str, expected: list[tuple[str, str]]) -> None:
+def reads_as(dialect: Readable, text: str, expected: list[tuple[str, str]]) -> None:
     """Whole, by characters, and at every pair of cuts."""
     assert read([text], dialect) == expected
     assert read(text, dialect) == expected

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +22,12 @@ from api.wire.dialects import (
     MAX_HEAD_CHARS,
     MISTRAL,
     PYTHONIC,
+    QWEN_CODER,
     Dialect,
     choose_dialect,
     dialect_of,
 )
+from shared.errors import InvalidGrammar
 from shared.settings import Settings
 from tests.api.pieces import TOOLS, drawn, read, reads_as
 
@@ -107,6 +112,7 @@ def test_a_dialect_is_known_by_the_template() -> None:
     for sign in ('ipython "parameters" in the format of [func_name1(params_name1=params_value1, …)]',
                  "List of tools: <|tool_list_start|>["):
         assert dialect_of([sign]) is PYTHONIC
+    assert dialect_of(["<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"]) is QWEN_CODER
     assert dialect_of(["{{ messages }}"]) is None
     assert choose_dialect("llama", ["<tool_call></tool_call>"]) is LLAMA
     assert choose_dialect("none", ["<tool_call></tool_call>"]) is None
@@ -136,8 +142,9 @@ def test_what_a_grammar_makes_its_reader_reads(dialect: Dialect, is_one: bool, h
     """Whatever is drawn: calls, perhaps behind a thought, and nothing else, until the grammar has an end."""
     added = MARKERS[dialect.name] if has_tokens else ()
     num_read, counts = 0, set()
+    reader: Any = SimpleNamespace(reader=lambda: dialect.reader_of(dialect.typed_arguments(TOOLS)))
     for text in drawn(dialect, TOOLS, added, is_one=is_one, hidden=() if dialect is not MISTRAL else added):
-        pieces = read([text], dialect)
+        pieces = read([text], reader)
         if pieces[0].kind == "reasoning":
             del pieces[0]
         num_read += 1
@@ -154,6 +161,22 @@ def test_what_a_grammar_makes_its_reader_reads(dialect: Dialect, is_one: bool, h
 def test_json_says_any_name(dialect: Dialect) -> None:
     for text in drawn(dialect, [{"name": 'g "quoted"'}]):
         assert read([text], dialect)[0] == ("call", 'g "quoted"')
+
+
+ODD: list[Any] = [5, "x", None, [], [[1]], {}, {"a": 5}, {"a": []}, {"a": None}, [{"type": 5}], ["a", 5], [{}], True]
+
+
+@pytest.mark.parametrize("dialect", CHOICES, ids=[dialect.name for dialect in CHOICES])
+@pytest.mark.parametrize("key", ["properties", "required", "type", "enum", "anyOf", "$defs", "additionalProperties"])
+def test_what_is_no_schema_breaks_nothing(dialect: Dialect, key: str) -> None:
+    """Its grammar is made, for the compiler to refuse, or is refused in words."""
+    for odd, is_strict in itertools.product(ODD, [True, False]):
+        for schema in ({key: odd}, {"properties": {"a": {key: odd, "minLength": odd}}},
+                       {"properties": {"a": odd}, "required": ["a"]}, {"properties": {"a": {"anyOf": [{key: odd}]}}}):
+            tool = {"name": "f", "parameters": schema, "strict": is_strict}
+            dialect.typed_arguments([tool])
+            with contextlib.suppress(InvalidGrammar):
+                dialect.grammar([tool], is_one=True, added_id=lambda _: None)
 
 
 def test_arguments_are_what_the_model_wrote() -> None:

@@ -81,5 +81,6 @@ def test_a_model_writes_calls_in_either_form() -> None:
 def test_the_tokenizer_says_how_it_is_read() -> None:
     """Where the marker is no token, nothing would show it."""
     for added, name, shown in (({}, "mistral", ()), ({"[TOOL_CALLS]": 9}, "mistral_tokens", (9,))):
-        reading = Reading.of([1], ["[AVAILABLE_TOOLS][TOOL_CALLS]"], added.get, wanted="auto", has_tools=True)
+        reading = Reading.of([1], ["[AVAILABLE_TOOLS][TOOL_CALLS]"], added.get, wanted="auto",
+                             tools=[{"function": {"name": "f"}}])
         assert reading.dialect and reading.dialect.name == name and reading.shown_token_ids == shown

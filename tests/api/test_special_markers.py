@@ -144,3 +144,16 @@ async def test_deepseeks_calls_come_behind_its_thoughts(http: httpx.AsyncClient,
     assert usage["completion_tokens_details"] == {"reasoning_tokens": 3}
     choice, _, script = await answers(http, deep, f"Hm{END_OF_THOUGHT}Yes")
     assert len(script.job.sampling.shown_token_ids) == 2 and choice["message"]["content"] == "Yes"
+
+
+async def test_the_header_names_what_qwen_coder_has_to_know(redis_url: str, http: httpx.AsyncClient) -> None:
+    """A number by the tool's schema, and a string that looks like one."""
+    properties = {"a": {"type": "integer"}, "s": {"type": "string"}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
+    said = "".join(f"<parameter={name}>\n5\n</parameter>\n" for name in properties)
+    template = BODY + "{# <tool_call></tool_call><function=f><parameter=a> #}"
+    async with served(redis_url, http, "scripted/coder", template, ["<tool_call>", "</tool_call>"]) as coder:
+        text = f"<tool_call>\n<function=f>\n{said}</function>\n</tool_call>"
+        choice, _, _ = await answers(http, coder, text, tools=tools)
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"a": 5, "s": "5"}'}

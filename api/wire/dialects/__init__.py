@@ -14,12 +14,13 @@ from api.wire.dialects.harmony import HARMONY
 from api.wire.dialects.json_calls import HERMES, LLAMA
 from api.wire.dialects.mistral import MISTRAL
 from api.wire.dialects.pythonic import PYTHONIC
+from api.wire.dialects.qwen_coder import QWEN_CODER
 
 __all__ = ["CHOICES", "DEEPSEEK", "DIALECTS", "HARMONY", "HERMES", "LLAMA", "MAX_HEAD_CHARS", "MAX_NAME_CHARS",
-           "MISTRAL", "PYTHONIC", "Dialect", "Piece", "Reader", "choose_dialect", "dialect_of"]
+           "MISTRAL", "PYTHONIC", "QWEN_CODER", "Dialect", "Piece", "Reader", "choose_dialect", "dialect_of"]
 
 # Those with signs of their own come first.
-CHOICES = (HARMONY, DEEPSEEK, PYTHONIC, HERMES, MISTRAL, LLAMA)
+CHOICES = (HARMONY, DEEPSEEK, PYTHONIC, QWEN_CODER, HERMES, MISTRAL, LLAMA)
 DIALECTS = {dialect.name: dialect for choice in CHOICES
             for dialect in (choice, choice.without_tools, choice.with_tokens) if dialect}
 

@@ -6,7 +6,7 @@ It knows no dialect.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -68,8 +68,16 @@ class Dialect:
         """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""
         return form
 
+    def typed_arguments(self, tools: Tools) -> tuple[str, ...]:  # noqa: ARG002 - most write all values as JSON
+        """Those that are no strings, of a dialect that writes strings as they are: for the header of the log."""
+        return ()
+
     def reader(self) -> Reader:
         raise NotImplementedError
+
+    def reader_of(self, typed_arguments: Collection[str]) -> Reader:  # noqa: ARG002 - as above
+        """Of an answer whose header names them."""
+        return self.reader()
 
 
 def marker(text: str, added_id: AddedId) -> str:
@@ -95,6 +103,39 @@ def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
 def object_of(tool: Mapping[str, Any]) -> str:
     """A tool's arguments as JSON, in a grammar."""
     return f"%json {json.dumps({'type': 'object'} | schema_of(tool))}"
+
+
+def arguments_of(tool: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The schemas of a tool's arguments, and which of them are required; what is no schema says nothing."""
+    schema = tool.get("parameters") or {}
+    found = schema.get("properties")
+    properties = found.items() if isinstance(found, dict) else ()
+    required = [name for name in listed(schema, "required") if isinstance(name, str)]
+    return {name: each if isinstance(each, dict) else {} for name, each in properties}, required
+
+
+def definitions_of(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """What parts of its schema may refer to."""
+    schema = tool.get("parameters") or {}
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+
+def listed(schema: Any, key: str) -> list[Any]:
+    """What a schema lists under a key, if it does."""
+    found = schema.get(key) if isinstance(schema, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def kinds_of(schema: Any) -> list[str]:
+    """The types that it names."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return [kind] if isinstance(kind, str) else [each for each in listed(schema, "type") if isinstance(each, str)]
+
+
+def constants_of(schema: Any) -> list[Any]:
+    if isinstance(schema, dict) and "const" in schema:
+        return [schema["const"]]
+    return listed(schema, "enum")
 
 
 def require_names(tools: Tools, is_name: Callable[[str], bool]) -> None:

@@ -18,6 +18,11 @@ from api.wire.dialects.dialect import (
     Dialect,
     Piece,
     Tools,
+    arguments_of,
+    constants_of,
+    definitions_of,
+    kinds_of,
+    listed,
     quoted,
     require_names,
     with_options,
@@ -60,13 +65,13 @@ def _arguments(rule: str, tool: Mapping[str, Any]) -> list[str]:
     schema, is_strict = tool.get("parameters") or {}, bool(tool.get("strict"))
     if is_strict and not schema.keys() <= ENFORCED:
         raise InvalidGrammar("The arguments of a strict tool are an object with properties, for this model.")
-    if not schema.get("properties") and schema.get("additionalProperties") is not False:
+    properties, required = arguments_of(tool)
+    if not properties and schema.get("additionalProperties") is not False:
         return [f'{rule}_first_0: ({rule}_any (", " {rule}_any)*)?', f'{rule}_any: /[a-z_][a-z0-9_]*/ "=" %json {{}}']
-    required, properties = set(schema.get("required") or ()), schema.get("properties") or {}
     names = [name for name in properties if _is_name(name)]
-    if not required <= set(names):
+    if not set(required) <= set(names):
         raise InvalidGrammar("A required argument has no schema, or this model cannot write its name.")
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    definitions = definitions_of(tool)
     rules = [f'{rule}_first_{len(names)}: ""', f'{rule}_rest_{len(names)}: ""']
     for number, name in enumerate(names):
         item = f"{quoted(name + '=')} {rule}_value_{number} {rule}_rest_{number + 1}"
@@ -80,25 +85,26 @@ def _value(schema: Any, definitions: dict[str, Any], is_strict: bool) -> str:
     """A literal: JSON's numbers, strings, lists and dicts are Python's too."""
     if not isinstance(schema, dict):
         schema = {}
-    kinds = schema.get("type")
-    if constants := _constants(schema, kinds if isinstance(kinds, list) else [kinds]):
+    kinds = kinds_of(schema)
+    if constants := _constants(schema, kinds):
         return " | ".join(constants)
-    if isinstance(kinds, list):
+    if len(kinds) > 1:
         return " | ".join(_value(schema | {"type": kind}, definitions, is_strict) for kind in kinds)
-    if "anyOf" in schema and not schema.keys() - {"anyOf", "title", "description", "default"}:
-        return " | ".join(_value(each, definitions, is_strict) for each in schema["anyOf"])
-    if kinds == "boolean":
+    if (options := listed(schema, "anyOf")) and not schema.keys() - {"anyOf", "title", "description", "default"}:
+        return " | ".join(_value(each, definitions, is_strict) for each in options)
+    if kinds == ["boolean"]:
         return '"True" | "False"'
-    if kinds == "null":
+    if kinds == ["null"]:
         return '"None"'
     return f"%json {json.dumps(with_options(schema | definitions, is_strict=is_strict))}"
 
 
-def _constants(schema: dict[str, Any], kinds: list[Any]) -> list[str]:
+def _constants(schema: dict[str, Any], kinds: list[str]) -> list[str]:
     """Those that a schema names, of the types that stand beside them."""
-    values = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else []
+    values = [value for value in constants_of(schema)
+              if type(value) in KINDS and (not kinds or KINDS[type(value)] & set(kinds))]
     return [WORDS[value] if value is None or isinstance(value, bool) else quoted(json.dumps(value, ensure_ascii=False))
-            for value in values if kinds == [None] or KINDS.get(type(value), set()) & set(kinds)]
+            for value in values]
 
 
 def _is_name(name: str) -> bool:
