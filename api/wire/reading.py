@@ -17,11 +17,11 @@ MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    dialect: Dialect | None
-    reasoning: Mode
-    think_end_id: int | None                            # the token that ends a thought, where it is one
-    shown_token_ids: tuple[int, ...]                    # special tokens that the text must show
-    typed_arguments: tuple[str, ...]                    # of tools, those that are no strings
+    dialect: Dialect | None = None
+    reasoning: Mode = ""
+    think_end_id: int | None = None                     # the token that ends a thought, where it is one
+    shown_token_ids: tuple[int, ...] = ()               # special tokens that the text must show
+    typed_arguments: tuple[str, ...] = ()               # of tools, those that are no strings
 
     @classmethod
     def of(cls, prompt: Sequence[int], templates: Iterable[str], added_id: AddedId, *, wanted: str,
