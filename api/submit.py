@@ -10,14 +10,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from api.directory import Served
 from api.stored import Record
 from api.wire.completions import CompletionRequest
-from api.wire.dialects import Dialect, choose_dialect
+from api.wire.dialects import Dialect
 from api.wire.parts import fold_version
-from api.wire.reasoning import BEGIN, END, Mode, mode_of
+from api.wire.reading import Reading
 from api.wire.request import ChatRequest, Message
 from api.wire.sampled import Sampled
 from shared.card import Card
@@ -27,7 +27,6 @@ from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
-MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in which a template may begin a thought
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
@@ -44,14 +43,6 @@ class Order:
     priority: int = 0
 
 
-class Reading(NamedTuple):
-    """How an answer's text is to be read."""
-
-    dialect: Dialect | None = None
-    reasoning: Mode = ""
-    think_end_id: int | None = None
-
-
 async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: str, settings: Settings, retain_s: float
                    ) -> tuple[Job, Header]:
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
@@ -59,9 +50,10 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
     is_long = order.num_body_bytes > INLINE_BYTES
     prompt = (await asyncio.to_thread(encode, request, served.tokenizer) if is_long else
               encode(request, served.tokenizer))
-    sampling = replace(resolve_sampling(request, card, len(prompt)), tells_stop=order.language == "messages")
-    reading = (_reading(request, prompt, served.tokenizer, settings.tool_dialect)
-               if isinstance(request, ChatRequest) else Reading())
+    reading = (Reading.of(prompt, card.chat_templates.values(), served.tokenizer.added_id, wanted=settings.tool_dialect,
+                          tools=request.offered_tools) if isinstance(request, ChatRequest) else Reading())
+    sampling = replace(resolve_sampling(request, card, len(prompt)), shown_token_ids=reading.shown_token_ids,
+                       tells_stop=order.language == "messages")
     if request.is_constrained or _must_call(request):
         grammar = await asyncio.to_thread(_compile, request, served.tokenizer, reading.dialect)
         sampling = replace(sampling, grammar=grammar,
@@ -85,8 +77,8 @@ def _header(order: Order, job: Job, reading: Reading, card: Card) -> Header:
                   stream=bool(request.stream), include_usage=bool(options and options.include_usage),
                   continuous_usage=bool(options and options.continuous_usage_stats),
                   logprobs=request.num_logprobs is not None, reasoning=reading.reasoning,
-                  think_end_id=reading.think_end_id if reading.reasoning else None,
-                  tool_dialect=reading.dialect.name if reading.dialect else "",
+                  think_end_id=reading.think_end_id, tool_dialect=reading.dialect.name if reading.dialect else "",
+                  typed_arguments=reading.typed_arguments,
                   has_named_tool=bool(chat and chat.calls.is_named), has_functions=bool(chat and chat.is_legacy),
                   language=order.language, fold_version=fold_version(reading.dialect, reading.reasoning))
 
@@ -111,13 +103,6 @@ def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int
     return prompt
 
 
-def _reading(request: ChatRequest, prompt: Sequence[int], tokenizer: Tokenizer, tool_dialect: str) -> Reading:
-    templates = tokenizer.card.chat_templates.values()
-    think_begin_id, think_end_id = map(tokenizer.added_id, (BEGIN, END))
-    reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], think_begin_id, think_end_id, templates)
-    return Reading(choose_dialect(tool_dialect, templates) if request.offered_tools else None, reasoning, think_end_id)
-
-
 def _must_call(request: Sampled) -> bool:
     return isinstance(request, ChatRequest) and request.calls.mode == "required"
 
@@ -125,14 +110,18 @@ def _must_call(request: Sampled) -> bool:
 def _compile(request: Sampled, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
     """What the answer must be: calls, if some are required, or what else was asked for. Raises BadRequest."""
     if not isinstance(request, ChatRequest) or request.calls.mode != "required":
-        return request.compile_grammar(tokenizer.check_grammar)
+        form = request.compile_grammar(tokenizer.check_grammar)
+        framed = dialect.framed(form, tokenizer.added_id) if dialect else form
+        if framed != form:
+            tokenizer.check_grammar(framed)
+        return framed
     choice = request.calls
-    if dialect is None:
+    if dialect is None or not dialect.can_call:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
                                    "to.", param="tool_choice")
     is_one = choice.is_named or request.parallel_tool_calls is False
-    grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, added_id=tokenizer.added_id)
     try:
+        grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, added_id=tokenizer.added_id)
         tokenizer.check_grammar(grammar)
     except InvalidGrammar as error:
         raise InvalidGrammar(str(error), param="tools") from None

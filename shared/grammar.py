@@ -59,6 +59,15 @@ def of_grammar(text: str) -> str:
         raise InvalidGrammar("The grammar is neither Lark's nor GBNF.") from None
 
 
+def within(frame: str, form: str) -> str:
+    """A frame in Lark's language around a form that it names @form."""
+    try:
+        forms = json.loads(form)["grammars"]
+    except ValueError:                                  # Lark's own
+        forms = [{"lark_grammar": form}]
+    return json.dumps({"grammars": [{"lark_grammar": frame}, forms[0] | {"name": "form"}, *forms[1:]]})
+
+
 def _bounded(grammar: str) -> str:
     if len(grammar) > MAX_GRAMMAR_CHARS:
         raise InvalidGrammar(f"A schema, regular expression or grammar has at most {MAX_GRAMMAR_CHARS} characters.")

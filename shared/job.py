@@ -49,6 +49,7 @@ class Sampling:
     tells_stop: bool = False                            # the log is to say which stop string was found
     grammar: str = ""                                   # what the answer must be (shared/grammar.py); empty: anything
     grammar_after: int | None = None                    # the token behind which it must; until then it may not end
+    shown_token_ids: tuple[int, ...] = ()               # special tokens whose text is shown: the markers of a dialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ class Header:
     reasoning: Literal["", "open", "maybe"] = ""        # whether it begins with a thought (api/wire/reasoning.py)
     think_end_id: int | None = None                     # the token that ends it, where it is one
     tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects.py); empty: none
+    typed_arguments: tuple[str, ...] = ()               # of tools, those that are no strings, where a dialect must know
     has_named_tool: bool = False                        # the one call was asked for: it is no reason to end
     has_functions: bool = False                         # calls are answered as OpenAI did before there were tools
     language: Language = "chat"

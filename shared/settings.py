@@ -47,7 +47,8 @@ class Settings(BaseSettings):
     cors_origins: Words = Field((), description="web origins that a browser may call from; none: CORS is off")
     max_body_bytes: int = Field(8 << 20, gt=0, description="largest request body")
     max_messages: int = Field(2048, gt=0, description="most messages in one request")
-    tool_dialect: Literal["auto", "none", "hermes", "mistral", "llama"] = Field(
+    tool_dialect: Literal[
+        "auto", "none", "harmony", "deepseek", "pythonic", "qwen3_coder", "hermes", "mistral", "llama"] = Field(
         "auto", description="how models write calls of tools; auto: as their chat template shows")
     heartbeat_s: float = Field(10.0, gt=0, description="longest silence on a stream before a comment is sent")
     max_pending_entries: int = Field(256, gt=0, description="log entries kept in memory for a slow client")

@@ -41,7 +41,9 @@ class Answer:
         self.flushed_s = float("-inf")
         self.is_exact = claimed.is_like                 # what it says is what any like worker would have said
         self.num_cached_tokens = 0                      # of the prompt, when the answer began
-        self.choices = [Choice(TextStream(tokenizer, self.job.sampling.stop)) for _ in range(self.job.n)]
+        sampling = self.job.sampling
+        self.choices = [Choice(TextStream(tokenizer, sampling.stop, sampling.shown_token_ids))
+                        for _ in range(self.job.n)]
         for delta in (delta for entry in log if entry.kind == "delta" for delta in entry.deltas):
             choice = self.choices[delta.index]
             choice.text.feed(delta.token_ids)

@@ -14,7 +14,7 @@ from typing import Any
 from shared.errors import APIError, job_error
 from shared.job import Delta, Entry, Header, Usage
 
-FOLD_VERSIONS = (1, 2)                                  # 2: with thoughts and calls of tools
+FOLD_VERSIONS = (1, 2, 3)                               # 2: with thoughts and calls of tools; 3: in more dialects
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after an `id:` breaks clients
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
 MAX_BLANKS = 64             # at most so many before a marker are nobody's
 
 
@@ -13,3 +17,36 @@ def num_begun(text: str, marker: str) -> int:
 def trimmed(text: str, end: int) -> int:
     """Where text[:end] ends without the blanks behind it: the same place whatever pieces they come in."""
     return max(len(text[:end].rstrip()), end - MAX_BLANKS, 0)
+
+
+class Run(NamedTuple):
+    is_marker: bool
+    text: str
+
+
+class Splitter:
+    """Cuts text at its markers. They share their first character, and have it nowhere else."""
+
+    def __init__(self, markers: Sequence[str]) -> None:
+        self._markers = markers
+        self._first = markers[0][0]
+        self._found = re.compile("|".join(map(re.escape, markers)))
+        self._held = ""                     # may begin a marker
+        assert all(marker.rfind(self._first) == 0 for marker in markers)
+
+    def feed(self, text: str) -> list[Run]:
+        text, self._held = self._held + text, ""
+        runs, place = [], 0
+        for match in self._found.finditer(text):
+            runs.append(Run(False, text[place:match.start()]))
+            runs.append(Run(True, match[0]))
+            place = match.end()
+        begun = text.rfind(self._first, place)
+        if begun >= 0 and any(marker.startswith(text[begun:]) for marker in self._markers):
+            text, self._held = text[:begun], text[begun:]
+        runs.append(Run(False, text[place:]))
+        return [run for run in runs if run.text]
+
+    def finish(self) -> list[Run]:
+        held, self._held = self._held, ""
+        return [Run(False, held)] if held else []

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from api.wire.dialects import DIALECTS, Dialect, Piece
-from api.wire.fold import FOLD_VERSIONS
 from api.wire.reasoning import Mode, ThoughtReader
 from shared.job import Delta, FinishReason, Header, Usage
 
@@ -41,7 +40,7 @@ class Parts:
         self._is_named = header.has_named_tool
         self._end_id = header.think_end_id
         self._thoughts = ThoughtReader(header.reasoning)
-        self._calls = DIALECTS[header.tool_dialect].reader() if header.tool_dialect else None
+        self._calls = DIALECTS[header.tool_dialect].reader_of(header.typed_arguments) if header.tool_dialect else None
 
     def read(self, delta: Delta) -> Iterator[Piece]:
         """What the next delta turns out to say. While a call is told, it is the newest of `num_calls`."""
@@ -50,10 +49,8 @@ class Parts:
             yield piece
 
     def _pieces(self, delta: Delta) -> list[Piece]:
-        was_inside = self._thoughts.is_inside
+        was_inside = self._is_inside
         thoughts = self._thoughts.feed(delta.text) + (self._thoughts.finish() if delta.finish_reason else [])
-        if was_inside or any(thought.is_reasoning for thought in thoughts) or self._thoughts.is_inside:
-            self.num_reasoning_tokens += self._num_thought(delta.token_ids)
         pieces: list[Piece] = []
         for is_reasoning, text in thoughts:
             if is_reasoning or self._calls is None:
@@ -62,13 +59,20 @@ class Parts:
                 pieces += self._calls.feed(text)
         if delta.finish_reason and self._calls is not None:
             pieces += self._calls.finish()
+        if was_inside or any(piece.kind == "reasoning" for piece in pieces) or self._is_inside:
+            self.num_reasoning_tokens += self._num_thought(delta.token_ids)
         return pieces
+
+    @property
+    def _is_inside(self) -> bool:
+        """A thought."""
+        return self._thoughts.is_inside or (self._calls is not None and self._calls.is_inside)
 
     def _num_thought(self, token_ids: Sequence[int]) -> int:
         """Up to the token that ends the thought."""
         if self._end_id is not None and self._end_id in token_ids:
             return token_ids.index(self._end_id) + 1
-        return len(token_ids) if self._thoughts.is_inside else 0
+        return len(token_ids) if self._is_inside else 0
 
     @property
     def call_id(self) -> str:
@@ -95,7 +99,7 @@ class Parts:
 
 
 def fold_version(dialect: Dialect | None, reasoning: Mode) -> int:
-    return FOLD_VERSIONS[bool(dialect or reasoning)]
+    return max(dialect.fold_version if dialect else 1, 2 if reasoning else 1)
 
 
 def has_parts(header: Header) -> bool:

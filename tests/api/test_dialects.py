@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import random
-from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,34 +13,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.wire.dialects import (
+    CHOICES,
+    DEEPSEEK,
     DIALECTS,
+    HARMONY,
     HERMES,
     LLAMA,
     MAX_HEAD_CHARS,
     MISTRAL,
+    PYTHONIC,
+    QWEN_CODER,
     Dialect,
-    Piece,
     choose_dialect,
     dialect_of,
 )
-from shared.grammar import Grammars
-from tests.api.scripted import byte_tokenizer
+from shared.errors import InvalidGrammar
+from shared.settings import Settings
+from tests.api.pieces import TOOLS, drawn, read, reads_as
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\"<tool_call>", "b": [1, {"c": "\\\\"}]}}\n</tool_call>'
 ARGUMENTS = '{"a": "}\\"<tool_call>", "b": [1, {"c": "\\\\"}]}'
-
-
-def read(pieces: Iterable[str], dialect: Dialect = HERMES) -> list[Piece]:
-    """What neighbours of a kind say together."""
-    reader = dialect.reader()
-    found = [piece for text in pieces for piece in reader.feed(text)] + reader.finish()
-    joined: list[Piece] = []
-    for piece in found:
-        if joined and joined[-1].kind == piece.kind != "call":
-            joined[-1] = Piece(piece.kind, joined[-1].value + piece.value)
-        else:
-            joined.append(piece)
-    return joined
 
 
 TEXTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -82,17 +74,15 @@ LEADING: list[tuple[Dialect, str, list[tuple[str, str]]]] = [
 @pytest.mark.parametrize(("dialect", "text", "expected"), [
     *((HERMES, text, expected) for text, expected in TEXTS.values()), *LEADING], ids=str)
 def test_every_split_reads_the_same(dialect: Dialect, text: str, expected: list[tuple[str, str]]) -> None:
-    assert read([text], dialect) == expected
-    assert read(text, dialect) == expected
-    for first, second in itertools.combinations(range(len(text) + 1), 2):
-        assert read([text[:first], text[first:second], text[second:]], dialect) == expected
+    reads_as(dialect, text, expected)
 
 
+JSON_DIALECTS = {dialect.name: dialect for dialect in (HERMES, MISTRAL, LLAMA)}
 WORDS = ["<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', "{", "}", '"', "\\", "\n", " ", "<", "x", "[1]",
          "</tool"]
 
 
-@given(st.lists(st.sampled_from(WORDS), max_size=25), st.integers(1, 7), st.sampled_from(list(DIALECTS.values())))
+@given(st.lists(st.sampled_from(WORDS), max_size=25), st.integers(1, 7), st.sampled_from(list(JSON_DIALECTS.values())))
 def test_nothing_breaks_it_and_pieces_do_not_matter(parts: list[str], size: int, dialect: Dialect) -> None:
     text = "".join(parts)
     whole = read([text], dialect)
@@ -101,13 +91,13 @@ def test_nothing_breaks_it_and_pieces_do_not_matter(parts: list[str], size: int,
     assert calls == sum(piece.kind == "arguments" for piece in whole) or whole[-1].kind == "call"
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize("dialect", JSON_DIALECTS.values(), ids=JSON_DIALECTS)
 def test_hostile_text_is_read_in_linear_time(dialect: Dialect) -> None:
     """What is held back is bounded, so that no character is looked at more than a bounded number of times."""
     for unit in ("<", " ", "<tool_call>", "<tool_call>{", '<tool_call>{"name":"f","arguments":{}}' + " ", "{", '"',
                  '<tool_call>{"name":"', "</tool_call>", '{"name":"f","parameters":{}};', "[",
                  '[{"name":"f","arguments":['):
-        reader = dialect.reader()
+        reader: Any = dialect.reader()
         for character in unit * (3000 // len(unit)):
             reader.feed(character)
             assert len(reader._held) <= MAX_HEAD_CHARS + len(HERMES.end)
@@ -117,42 +107,77 @@ def test_a_dialect_is_known_by_the_template() -> None:
     assert dialect_of(["{{ messages }}", 'say <tool_call>{"name"}</tool_call>']) is HERMES
     assert dialect_of(["[AVAILABLE_TOOLS] {{ tools }} [TOOL_CALLS]"]) is MISTRAL
     assert dialect_of(['Environment: ipython {"name": function name, "parameters": …}']) is LLAMA
+    assert dialect_of(["<|start|>assistant<|channel|>final<|message|>"]) is HARMONY
+    assert dialect_of(["<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"]) is DEEPSEEK
+    for sign in ('ipython "parameters" in the format of [func_name1(params_name1=params_value1, …)]',
+                 "List of tools: <|tool_list_start|>["):
+        assert dialect_of([sign]) is PYTHONIC
+    assert dialect_of(["<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"]) is QWEN_CODER
     assert dialect_of(["{{ messages }}"]) is None
     assert choose_dialect("llama", ["<tool_call></tool_call>"]) is LLAMA
     assert choose_dialect("none", ["<tool_call></tool_call>"]) is None
 
 
-TOOLS: list[dict[str, Any]] = [{"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}},
-                                                           "required": ["a"], "additionalProperties": False},
-                                "strict": True}, {"name": 'g "quoted"'}]
+def test_thoughts_of_harmony_are_told_without_tools_as_well() -> None:
+    template = "<|start|>assistant<|channel|>final<|message|>"
+    for wanted, has_tools in (("auto", False), ("none", True), ("harmony", False)):
+        found = choose_dialect(wanted, [template], has_tools=has_tools)
+        assert found is HARMONY.without_tools and found and not found.can_call
+    assert choose_dialect("auto", ["<tool_call></tool_call>"], has_tools=False) is None
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+def test_every_dialect_can_be_set_and_is_told_to_the_pods_of_other_releases() -> None:
+    wanted: Any = Settings.model_fields["tool_dialect"].annotation
+    assert sorted(wanted.__args__) == sorted(["auto", "none", *(dialect.name for dialect in CHOICES)])
+    assert {name for name, dialect in DIALECTS.items() if dialect.fold_version == 2} == {"hermes", "mistral", "llama"}
+
+
+MARKERS = {dialect.name: dialect.markers for dialect in CHOICES} | {"mistral": ("[TOOL_CALLS]",)}
+
+
+@pytest.mark.parametrize("dialect", CHOICES, ids=[dialect.name for dialect in CHOICES])
 @pytest.mark.parametrize("is_one", [True, False])
-@pytest.mark.parametrize("added", [(), ("<tool_call>", "</tool_call>", "[TOOL_CALLS]")], ids=["text", "tokens"])
-def test_what_a_grammar_makes_its_reader_reads(dialect: Dialect, is_one: bool, added: tuple[str, ...]) -> None:
-    """Whatever is drawn: calls, and nothing but calls, until the grammar has an end."""
-    tokenizer = byte_tokenizer("<|end|>", *added)
-    grammars = Grammars(tokenizer.to_str(), tokenizer.get_vocab_size(), [256])
-    grammar = dialect.grammar(TOOLS, is_one=is_one, added_id=lambda text: (
-        tokenizer.token_to_id(text) if text in added else None))
-    for seed in range(12):
-        draw, matcher, ids = random.Random(seed), grammars.matcher(grammar), list[int]()
-        while not matcher.is_stopped() and len(ids) < 600:
-            allowed = matcher.compute_bitmask()
-            choices = [i for i in range(tokenizer.get_vocab_size()) if allowed[i // 8] >> i % 8 & 1]
-            ids.append(256 if 256 in choices else draw.choice([i for i in choices if i < 127 or i > 255] or choices))
-            assert matcher.consume_token(ids[-1])
-        hidden = {tokenizer.token_to_id(dialect.hidden)} if dialect.hidden in added else set()
-        text = tokenizer.decode([i for i in ids if i != 256 and i not in hidden], skip_special_tokens=False)
-        pieces = read([text], dialect)
-        if ids[-1] != 256 and not matcher.is_stopped():
-            continue
+@pytest.mark.parametrize("has_tokens", [True, False], ids=["tokens", "text"])
+def test_what_a_grammar_makes_its_reader_reads(dialect: Dialect, is_one: bool, has_tokens: bool) -> None:
+    """Whatever is drawn: calls, perhaps behind a thought, and nothing else, until the grammar has an end."""
+    added = MARKERS[dialect.name] if has_tokens else ()
+    num_read, counts = 0, set()
+    reader: Any = SimpleNamespace(reader=lambda: dialect.reader_of(dialect.typed_arguments(TOOLS)))
+    for text in drawn(dialect, TOOLS, added, is_one=is_one, hidden=() if dialect is not MISTRAL else added):
+        pieces = read([text], reader)
+        if pieces[0].kind == "reasoning":
+            del pieces[0]
+        num_read += 1
+        counts.add(len(pieces) // 2)
         assert [piece.kind for piece in pieces] == ["call", "arguments"] * (len(pieces) // 2) and pieces
         for name, arguments in zip(pieces[::2], pieces[1::2], strict=True):
-            assert name.value in ("f", 'g "quoted"')
+            assert name.value in ("f", "g-2")
             assert isinstance(json.loads(arguments.value).get("a", 0), int) or name.value != "f"
+    assert num_read > 3
+    assert not is_one or counts == {1}
+
+
+@pytest.mark.parametrize("dialect", JSON_DIALECTS.values(), ids=JSON_DIALECTS)
+def test_json_says_any_name(dialect: Dialect) -> None:
+    for text in drawn(dialect, [{"name": 'g "quoted"'}]):
+        assert read([text], dialect)[0] == ("call", 'g "quoted"')
+
+
+ODD: list[Any] = [5, "x", None, [], [[1]], {}, {"a": 5}, {"a": []}, {"a": None}, [{"type": 5}], ["a", 5], [{}], True]
+
+
+@pytest.mark.parametrize("dialect", CHOICES, ids=[dialect.name for dialect in CHOICES])
+@pytest.mark.parametrize("key", ["properties", "required", "type", "enum", "anyOf", "$defs", "additionalProperties"])
+def test_what_is_no_schema_breaks_nothing(dialect: Dialect, key: str) -> None:
+    """Its grammar is made, for the compiler to refuse, or is refused in words."""
+    for odd, is_strict in itertools.product(ODD, [True, False]):
+        for schema in ({key: odd}, {"properties": {"a": {key: odd, "minLength": odd}}},
+                       {"properties": {"a": odd}, "required": ["a"]}, {"properties": {"a": {"anyOf": [{key: odd}]}}}):
+            tool = {"name": "f", "parameters": schema, "strict": is_strict}
+            dialect.typed_arguments([tool])
+            with contextlib.suppress(InvalidGrammar):
+                dialect.grammar([tool], is_one=True, added_id=lambda _: None)
 
 
 def test_arguments_are_what_the_model_wrote() -> None:
-    assert json.loads(read([CALL])[1].value) == {"a": '}"<tool_call>', "b": [1, {"c": "\\"}]}
+    assert json.loads(read([CALL], HERMES)[1].value) == {"a": '}"<tool_call>', "b": [1, {"c": "\\"}]}

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.wire.chat import ChunkFold, CompletionFold
-from api.wire.fold import DONE
+from api.wire.dialects import DIALECTS
+from api.wire.fold import DONE, FOLD_VERSIONS
+from api.wire.parts import fold_version
+from api.wire.reasoning import Mode
 from shared.errors import DeadlineExceeded, JobFailed
 from shared.job import Delta, Entry, Finish, FinishReason, Header, TokenLogprob, Usage, encode_deltas
 
@@ -250,3 +253,35 @@ def test_text_without_calls_is_as_it_was_without_tools() -> None:
     assert collect(HI, tool_dialect="hermes") == collect(HI)
     spaced = make_log([Delta(0, (1,), " a <b> \n"), Delta(0, (2,), "", "stop")])
     assert collect(spaced, tool_dialect="hermes") == collect(spaced)
+
+
+HARMONY = ["<|channel|>", "analysis", "<|message|>", "Hm", ".", "<|end|>", "<|start|>", "assistant", "<|channel|>",
+           "commentary to=functions.f", " <|constrain|>json<|message|>", '{"a":', "1}"]
+
+
+def test_harmonys_messages_are_told_apart_and_thoughts_counted() -> None:
+    """Up to the token that ends them. Streamed and whole are the same."""
+    log = make_log(*([Delta(0, (i,), text)] for i, text in enumerate(HARMONY)), [Delta(0, (99,), "", "stop")])
+    header: dict[str, Any] = {"tool_dialect": "harmony", "think_end_id": 5, "fold_version": 3}
+    whole = collect(log, **header)
+    (choice,) = whole["choices"]
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}    # <|message|>, two, <|end|>
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert choice["message"]["reasoning"] == choice["message"]["reasoning_content"] == "Hm."
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"a":1}'}
+    *chunks, last = events(stream(log, include_usage=True, **header))
+    assert last["usage"] == whole["usage"]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("reasoning") or "" for delta in deltas) == "Hm."
+    called = [each["function"] for delta in deltas for each in delta.get("tool_calls", ())]
+    assert "".join(each["arguments"] for each in called) == '{"a":1}'
+    assert not any(delta.get("content") for delta in deltas)
+
+
+def test_pods_of_other_releases_are_told_what_they_cannot_count() -> None:
+    assert FOLD_VERSIONS == (1, 2, 3)
+    cases: list[tuple[str, Mode, int]] = [("", "", 1), ("", "maybe", 2), ("hermes", "", 2), ("mistral", "open", 2),
+                                          ("harmony", "", 3), ("deepseek", "maybe", 3)]
+    for name, reasoning, version in cases:
+        assert fold_version(DIALECTS.get(name), reasoning) == version

@@ -155,3 +155,14 @@ def test_what_was_drawn_behind_a_stop_string_is_not_part_of_the_answer() -> None
     assert together.take(Output("job", 0, tuple(token_ids), (), None))
     assert entries(together.flush(0.0)) == entries(one_by_one.flush(0.0))
     assert together.num_tokens == 3
+
+
+def test_a_job_says_which_special_tokens_are_shown() -> None:
+    """To whoever begins its answer, and to whoever goes on from the log."""
+    end = TOKENIZER.get_vocab()["<|im_end|>"]
+    for shown, text in (((end,), "a<|im_end|>b<|im_end|>"), ((), "ab")):
+        claimed = claim(shown_token_ids=shown)
+        first = Answer(claimed, TOKENIZER)
+        log = run(first, [*ids("a"), end], {1}, end=False)
+        heir = Answer(replace(claimed, epoch=2, position=1, num_tokens=2), TOKENIZER, log)
+        assert text_of(log + run(heir, [*ids("b"), end], set())) == text

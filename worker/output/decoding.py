@@ -1,4 +1,5 @@
-"""Token ids to text, one at a time, equal to decoding them all at once; special tokens are left out.
+"""Token ids to text, one at a time, equal to decoding them all at once; special tokens are left out, but for those
+that are to be shown.
 
 A character whose bytes have not all arrived is held back. It knows tokenizers, nothing of stop strings or models.
 
@@ -37,14 +38,15 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special = {token_id: token.content for token_id, token in added.items() if token.special}
         state = tokenizer.decoder.__getstate__() if tokenizer.decoder else b""
         self.is_byte_level = type(tokenizer.decoder).__name__ == "ByteLevel"
         self.has_byte_tokens = b"ByteFallback" in state
         self._bytes: dict[int, bytes] = {}
 
-    def decoder(self) -> Decoder:
-        return ByteLevelDecoder(self) if self.is_byte_level else WindowDecoder(self)
+    def decoder(self, shown: frozenset[int] = frozenset()) -> Decoder:
+        """One that shows these special tokens."""
+        return ByteLevelDecoder(self, shown) if self.is_byte_level else WindowDecoder(self, shown)
 
     def decode(self, token_ids: list[int]) -> str:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -70,13 +72,14 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 class ByteLevelDecoder:
     """Tokens are bytes; the text is their UTF-8."""
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: Vocabulary, shown: frozenset[int]):
         self._vocabulary = vocabulary
+        self._shown_ids = shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
-        if token_id in self._vocabulary.special_ids:
-            return ""
+        if token_id in self._vocabulary.special:
+            return self.finish() + self._vocabulary.special[token_id] if token_id in self._shown_ids else ""
         return self._utf8.decode(self._vocabulary.bytes_of(token_id))
 
     def finish(self) -> str:
@@ -89,8 +92,9 @@ class WindowDecoder:
     The tokens before serve as context: the first token of a text may lose its leading space.
     """
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: Vocabulary, shown: frozenset[int]):
         self._vocabulary = vocabulary
+        self._shown_ids = shown
         self._context: list[int] = []       # shown already
         self._shown = ""                    # as the context reads alone
         self._held: list[int] = []          # tokens of an unfinished character
@@ -98,7 +102,9 @@ class WindowDecoder:
         self._is_broken = False             # this run of byte tokens is no UTF-8
 
     def feed(self, token_id: int) -> str:
-        if token_id in self._vocabulary.special_ids or self._vocabulary.tokenizer.id_to_token(token_id) is None:
+        if token_id in self._shown_ids and token_id in self._vocabulary.special:
+            return self.finish() + self._vocabulary.special[token_id]
+        if token_id in self._vocabulary.special or self._vocabulary.tokenizer.id_to_token(token_id) is None:
             return ""
         byte = self._vocabulary.byte_token(token_id)
         if byte is not None:
@@ -131,6 +137,7 @@ class WindowDecoder:
         return text
 
     def finish(self) -> str:
+        self._is_broken = False
         if self._vocabulary.has_byte_tokens:
             return self._end_of_run()
         return self._show(self._whole()) if self._held else ""

@@ -6,7 +6,7 @@ characters and whatever may begin a stop string. It knows nothing of where ids c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
@@ -15,9 +15,9 @@ from worker.output.stops import StopScanner
 
 
 class TextStream:
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), shown: Collection[int] = ()):
         self.stop = ""                  # the stop string that was found: the text ends before it
-        self._decoder = vocabulary(tokenizer).decoder()
+        self._decoder = vocabulary(tokenizer).decoder(frozenset(shown))
         self._scanner = StopScanner(stop)
         self._held = ""
 

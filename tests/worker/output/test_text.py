@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from shared.byte_level import BYTE_OF_CHARACTER
 from worker.output.text import TextStream
 
+BYTES = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CORPUS = ["the cat sat on the mat", "naïve café 🙂 日本語 🙃", "END of the END", "{\"a\": [1, 2]}"] * 4
 
@@ -134,3 +136,29 @@ def test_special_tokens_are_hidden_and_added_ones_are_shown(make: Callable[[], T
     ids = [token_id for text in ("<tool_call>", "<|end|>") if (token_id := tokenizer.token_to_id(text)) is not None]
     assert len(ids) == 2
     assert "".join(shown(TextStream(tokenizer), ids)).strip() == "<tool_call>"
+
+
+@given(kind=kinds, before=texts, behind=texts)
+def test_a_special_token_may_be_shown_where_it_came(kind: str, before: str, behind: str) -> None:
+    """The text about it is what it is without."""
+    tokenizer = TOKENIZERS[kind]
+    end = tokenizer.get_vocab()["<|end|>"]
+    first, second = tokenizer.encode(before).ids, tokenizer.encode(behind).ids
+    stream = TextStream(tokenizer, shown=(end,))
+    said = stream.feed(first) + stream.feed([end]) + stream.feed(second) + stream.finish()
+    left, mark, right = said.partition("<|end|>")
+    assert mark and left + right == whole(tokenizer, first + second)
+    assert left == whole(tokenizer, first)
+
+
+@pytest.mark.parametrize(("make", "half"), [(byte_level, "é"), (byte_fallback, "🙂")])
+def test_half_a_character_before_a_shown_token_is_shown_before_it(make: Callable[[], Tokenizer], half: str) -> None:
+    """And what comes behind it is no half of the same."""
+    tokenizer = TOKENIZERS[make.__name__]
+    end, (begin, *_, last) = tokenizer.get_vocab()["<|end|>"], _byte_ids(tokenizer, half)
+    assert "".join(shown(TextStream(tokenizer, shown=(end,)), [begin, end, last])) == "\ufffd<|end|>\ufffd"
+
+
+def _byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary.get(f"<0x{byte:02X}>") or vocabulary[BYTES[byte]] for byte in text.encode()]

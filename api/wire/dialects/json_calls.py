@@ -1,65 +1,55 @@
-"""How models write calls of tools into their text, and how to read them out of it, whatever pieces it comes in.
+"""Calls as JSON, {"name": …, "arguments": {…}}: the dialects of Hermes and Qwen and of Llama, and arrays of such calls.
 
-Hermes' and Qwen's between <tool_call> and </tool_call>, anywhere; Mistral's as one array behind a token that is not
-shown; Llama's (3.1 and on) as bare objects at the beginning. A dialect is known by the words of the model's chat
-template. Its grammar makes a model call; its reader finds calls that a model makes by itself. A reader reads every
-character once, or a bounded number of times; what does not become a call is text, as it was written. It knows text,
-nothing of events or requests.
+Hermes' and Qwen's stand between <tool_call> and </tool_call>, anywhere; Llama's (3.1 and on) are bare objects at the
+beginning; arrays stand there too (mistral.py). Arguments are shown as they are written. What does not
+become a call is text, as it was written, markers included.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
+from api.wire.dialects.dialect import (
+    MAX_HEAD_CHARS,
+    MAX_NAME_CHARS,
+    AddedId,
+    Dialect,
+    Piece,
+    Tools,
+    marker,
+    quoted,
+    schema_of,
+)
+from api.wire.dialects.json_value import JsonValue
 from api.wire.markers import MAX_BLANKS, num_begun, trimmed
-
-MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
-MAX_NAME_CHARS = 256
-
-
-class Piece(NamedTuple):
-    """What a stretch of text turned out to be."""
-
-    kind: Literal["text", "reasoning", "call", "arguments"]     # of a call: its name, then its arguments in pieces
-    value: str
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """Calls as JSON, {"name": …, arguments: {…}}, each between two markers, or all of them at an answer's beginning."""
+class JsonDialect(Dialect):
+    """Each call between two markers, or all of them at an answer's beginning."""
 
-    name: str
-    signs: tuple[str, ...]                              # of a chat template: all of them are in it
-    begin: str
-    end: str
+    fold_version: int = 2
+    begin: str = ""
+    end: str = ""
     key: str = "arguments"
     between: str = "\n"                                 # two calls
     blank: str = ""                                     # between a marker and the JSON
     is_leading: bool = False                            # begin and end are about all calls, and no text comes before
     hidden: str = ""                                    # a token before them, which no text shows
 
-    def grammar(self, tools: Iterable[Mapping[str, Any]], *, is_one: bool, added_id: Callable[[str], int | None]
-                ) -> str:
-        """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more.
-
-        Markers that are tokens of their own are no text to a grammar: `added_id` knows them."""
-        def marker(text: str) -> str:
-            token_id = added_id(text) if text else None
-            return _quoted(text) if token_id is None else f"<[{token_id}]>"
-
+    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
         bodies = []
         for tool in tools:
             head = f"{json.dumps(tool['name'])}, {json.dumps(self.key)}: "
-            bodies.append(f"{_quoted(head)} %json {json.dumps(_schema(tool))}")
-        begin, end = marker(self.begin), marker(self.end)
-        one = f"{_quoted(self.blank + OPENING)} body {_quoted('}' + self.blank)}"
+            bodies.append(f"{quoted(head)} %json {json.dumps(schema_of(tool))}")
+        begin, end = marker(self.begin, added_id), marker(self.end, added_id)
+        one = f"{quoted(self.blank + OPENING)} body {quoted('}' + self.blank)}"
         start, call = (f"{begin} calls {end}", one) if self.is_leading else ("calls", f"{begin} {one} {end}")
-        hidden = marker(self.hidden) if self.hidden and added_id(self.hidden) is not None else ""
-        more = "" if is_one else f" ({_quoted(self.between)} call)*"
+        hidden = marker(self.hidden, added_id) if self.hidden and added_id(self.hidden) is not None else ""
+        more = "" if is_one else f" ({quoted(self.between)} call)*"
         rules = [f"start: {hidden} {start}", f"calls: call{more}", f"call: {call}", "body: " + "\n | ".join(bodies)]
         return "\n".join(rules) + "\n"
 
@@ -67,35 +57,9 @@ class Dialect:
         return LeadingReader(self) if self.is_leading else CallReader(self)
 
 
-HERMES = Dialect("hermes", ("<tool_call>", "</tool_call>"), "<tool_call>", "</tool_call>", blank="\n")     # Qwen's too
-MISTRAL = Dialect("mistral", ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]"), "[", "]", between=", ", is_leading=True,
-                  hidden="[TOOL_CALLS]")
-LLAMA = Dialect("llama", ("ipython", '"parameters"'), "", "", key="parameters", between="; ", is_leading=True)
-DIALECTS = {dialect.name: dialect for dialect in (HERMES, MISTRAL, LLAMA)}
-
-
-def choose_dialect(wanted: str, templates: Iterable[str]) -> Dialect | None:
-    """The one that an operator names, or that a template shows."""
-    return dialect_of(templates) if wanted == "auto" else DIALECTS.get(wanted)
-
-
-def dialect_of(templates: Iterable[str]) -> Dialect | None:
-    """The one in which a chat template shows its model calls."""
-    texts = list(templates)
-    return next((dialect for dialect in DIALECTS.values()
-                 if any(all(sign in text for sign in dialect.signs) for text in texts)), None)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a tool's arguments. One that is not strict is kept as far as it can be enforced."""
-    schema = dict(tool.get("parameters") or {"type": "object"})
-    options = {"whitespace_pattern": "[ ]?"} | ({} if tool.get("strict") else {"lenient": True})
-    return schema | {"x-guidance": options}
-
+HERMES = JsonDialect("hermes", (("<tool_call>", "</tool_call>"),), ("<tool_call>", "</tool_call>"),
+                     begin="<tool_call>", end="</tool_call>", blank="\n")
+LLAMA = JsonDialect("llama", (("ipython", '"parameters"'),), key="parameters", between="; ", is_leading=True)
 
 OPENING = '{"name": '
 COMPACT = OPENING.replace(" ", "").removesuffix(":")    # what any call begins with, but for blanks
@@ -106,14 +70,20 @@ TAIL = re.compile(r"\s*\}\s*")
 class CallReader:
     """Reads text in pieces, with calls between markers. Blanks about a call belong to nobody."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    is_inside = False                       # it knows no thoughts
+
+    def __init__(self, dialect: JsonDialect) -> None:
         self._dialect = dialect
         self._read: Callable[[list[Piece]], bool] = self._text
         self._held = ""                     # not yet known what it is
         self._marker = ""                   # of the call that began, as it was written
-        self._depth = 0                     # of brackets in the arguments
-        self._in_string = self._is_escaped = False
+        self._value = JsonValue()           # the arguments
         self._is_behind = False             # a call: blanks that come now are nobody's
+
+    @property
+    def in_string(self) -> bool:
+        """Of a call's arguments."""
+        return self._read == self._arguments and self._value.in_string
 
     def feed(self, text: str) -> list[Piece]:
         self._held += text
@@ -151,8 +121,7 @@ class CallReader:
             if name is not None:
                 pieces.append(Piece("call", name))
                 self._held = self._held[match.end():]
-                self._marker, self._depth = "", 0
-                self._in_string = self._is_escaped = False
+                self._marker, self._value = "", JsonValue()
                 self._read = self._arguments
                 return True
         elif len(self._held) < MAX_HEAD_CHARS and _may_be_call(self._held):
@@ -163,30 +132,14 @@ class CallReader:
         return True
 
     def _arguments(self, pieces: list[Piece]) -> bool:
-        """One JSON value, as it is written, up to the bracket or the quote that closes it."""
-        for place, character in enumerate(self._held, 1):
-            self._step(character)
-            if self._depth <= 0 and not self._in_string:
-                pieces.append(Piece("arguments", self._held[:place]))
-                self._held, self._read = self._held[place:], self._tail
-                return True
-        if self._held:
-            pieces.append(Piece("arguments", self._held))
-            self._held = ""
-        return False
-
-    def _step(self, character: str) -> None:
-        if self._is_escaped:
-            self._is_escaped = False
-        elif self._in_string:
-            self._is_escaped = character == "\\"
-            self._in_string = character != '"'
-        elif character == '"':
-            self._in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
+        """One JSON value, as it is written."""
+        size = self._value.feed(self._held)
+        if size:
+            pieces.append(Piece("arguments", self._held[:size]))
+        self._held = self._held[size:]
+        if self._value.is_closed:
+            self._read = self._tail
+        return self._value.is_closed
 
     def _tail(self, _: list[Piece]) -> bool:
         """What closes a call."""
@@ -204,7 +157,7 @@ class CallReader:
 class LeadingReader(CallReader):
     """Calls at the beginning, and nothing else before them."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: JsonDialect) -> None:
         super().__init__(dialect)
         self._read = self._first
 

@@ -1,0 +1,153 @@
+"""DeepSeek's calls, between tokens of their own: V3's and R1's with JSON in a fence, V3.1's with bare JSON.
+
+    …calls▁begin…call▁begin…function…sep…NAME\n```json\n{…}\n```…call▁end…calls▁end…        V3, R1
+    …calls▁begin…call▁begin…NAME…sep…{…}…call▁end…calls▁end…                                V3.1
+
+Text may come before. Markers, and blanks about them, are never text, whatever stands between them; inside a string of
+a call's arguments they are a part of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from api.wire.dialects.dialect import (
+    MAX_HEAD_CHARS,
+    MAX_NAME_CHARS,
+    AddedId,
+    Dialect,
+    Piece,
+    Tools,
+    marker,
+    object_of,
+    quoted,
+    require_names,
+)
+from api.wire.dialects.json_value import JsonValue
+from api.wire.markers import Splitter, trimmed
+
+CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+SEP = "<｜tool▁sep｜>"
+MARKERS = (CALLS, END_CALLS, CALL, END_CALL, SEP)
+
+HEAD = re.compile(r"\s*+(?:([^\n`{]++)\n\s*+```(?:json)?\s*+)?(?={)")      # behind SEP; V3's has the name
+END_FENCE = "\n```"
+
+
+@dataclass(frozen=True)
+class DeepSeek(Dialect):
+    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
+        """In both forms: the model knows which one is its own."""
+        tools = list(tools)
+        require_names(tools, _is_name)
+        calls, end_calls, call, end_call, sep = (marker(text, added_id) for text in (
+            CALLS, END_CALLS, CALL, END_CALL, SEP))
+        bodies = []
+        for tool in tools:
+            bodies.append(f"{quoted(tool['name'])} {sep} {object_of(tool)}")
+            fence = quoted(tool["name"] + "\n```json\n")
+            bodies.append(f'"function" {sep} {fence} {object_of(tool)} {quoted(END_FENCE)}')
+        more = "" if is_one else r' ("\n"? call)*'
+        return "\n".join([f"start: {calls} call{more} {end_calls}", f"call: {call} body {end_call}",
+                          "body: " + "\n | ".join(bodies)]) + "\n"
+
+    def reader(self) -> DeepSeekReader:
+        return DeepSeekReader()
+
+
+class DeepSeekReader:
+    is_inside = False                       # its thoughts are between <think> and </think>
+
+    def __init__(self) -> None:
+        self._splitter = Splitter(MARKERS)
+        self._read = self._text
+        self._held = ""                     # not yet known what it is: of text, blanks alone
+        self._name = ""                     # between CALL and SEP
+        self._value = JsonValue()
+
+    def feed(self, text: str) -> list[Piece]:
+        pieces: list[Piece] = []
+        for is_marker, run in self._splitter.feed(text):
+            if is_marker and not (self._read == self._arguments and self._value.in_string):
+                self._marker(run, pieces)
+            else:
+                self._read(run, pieces)
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """Blanks, or nothing of a call that was cut off."""
+        pieces: list[Piece] = []
+        for _, run in self._splitter.finish():
+            self._read(run, pieces)
+        if self._held and self._read == self._text:
+            pieces.append(Piece("text", self._held))
+        return pieces
+
+    def _marker(self, marker: str, pieces: list[Piece]) -> None:
+        if marker == SEP and self._read == self._call:
+            self._name, self._held, self._read = self._held, "", self._head
+            return
+        if self._read in (self._call, self._head):
+            self._give_up(pieces)
+        self._held = self._name = ""
+        self._read = self._call if marker == CALL else self._between
+
+    def _give_up(self, pieces: list[Piece]) -> None:
+        """What was to become a call is text."""
+        text, self._held, self._name = self._name + self._held, "", ""
+        self._read = self._text
+        self._text(text, pieces)
+
+    def _text(self, run: str, pieces: list[Piece]) -> None:
+        """Blanks at its end may come before a marker."""
+        self._held += run
+        cut = trimmed(self._held, len(self._held))
+        if cut:
+            pieces.append(Piece("text", self._held[:cut]))
+            self._held = self._held[cut:]
+
+    def _between(self, run: str, pieces: list[Piece]) -> None:
+        if rest := run.lstrip():
+            self._read = self._text
+            self._text(rest, pieces)
+
+    def _call(self, run: str, pieces: list[Piece]) -> None:
+        """What kind of a tool it is, or its name."""
+        self._held += run
+        if len(self._held) > MAX_HEAD_CHARS:
+            self._give_up(pieces)
+
+    def _head(self, run: str, pieces: list[Piece]) -> None:
+        """Up to the arguments."""
+        self._held += run
+        match = HEAD.match(self._held[:MAX_HEAD_CHARS])
+        name = (match[1] or self._name).strip() if match else ""
+        if match and 0 < len(name) <= MAX_NAME_CHARS:
+            pieces.append(Piece("call", name))
+            rest, self._held = self._held[match.end():], ""
+            self._read, self._value = self._arguments, JsonValue()
+            self._arguments(rest, pieces)
+        elif match or len(self._held) >= MAX_HEAD_CHARS:
+            self._give_up(pieces)
+
+    def _arguments(self, run: str, pieces: list[Piece]) -> None:
+        size = self._value.feed(run)
+        pieces.append(Piece("arguments", run[:size]))
+        if self._value.is_closed:
+            self._read = self._tail
+            self._tail(run[size:], pieces)
+
+    def _tail(self, run: str, pieces: list[Piece]) -> None:
+        """What closes a fence."""
+        if rest := run.lstrip(END_FENCE + " \t\r"):
+            self._read = self._text
+            self._text(rest, pieces)
+
+
+def _is_name(name: str) -> bool:
+    return not set(name) & set("\n`{") and not any(text in name for text in MARKERS) and name == name.strip()
+
+
+DEEPSEEK = DeepSeek("deepseek", ((CALLS,),), MARKERS)

@@ -1,0 +1,144 @@
+"""What every dialect has: the words that tell it, its markers, a grammar that makes calls, a reader that finds them.
+
+It knows no dialect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from shared.errors import InvalidGrammar
+
+MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
+MAX_NAME_CHARS = 256
+
+Tools = Iterable[Mapping[str, Any]]                     # functions, as OpenAI describes them
+AddedId = Callable[[str], int | None]                   # of a text that is one added token of the model's tokenizer
+
+
+class Piece(NamedTuple):
+    """What a stretch of text turned out to be."""
+
+    kind: Literal["text", "reasoning", "call", "arguments"]     # of a call: its name, then its arguments in pieces
+    value: str
+
+
+class Reader(Protocol):
+    """Reads one choice's text in pieces; every character a bounded number of times."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what comes now is a thought."""
+
+    def feed(self, text: str) -> list[Piece]:
+        """What is known by now."""
+
+    def finish(self) -> list[Piece]:
+        """What was held back, when no more comes."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    name: str                                           # in settings, and in the headers of logs
+    signs: tuple[tuple[str, ...], ...]                  # of a chat template: all words of one of these are in it
+    markers: tuple[str, ...] = ()                       # of its tokens those whose text the reader has to see
+    end_of_thought: str = ""                            # of a dialect that also tells thoughts from the answer
+    without_tools: Dialect | None = None                # how an answer is read that may call nothing; None: as text
+    with_tokens: Dialect | None = None                  # how it is read where its first marker is a token
+    can_call: bool = True
+    fold_version: int = 3                               # the first that reads it (api/wire/chat.py)
+
+    def of(self, added_id: AddedId) -> Dialect:
+        """As a tokenizer has it."""
+        other = self.with_tokens
+        return self if other is None or added_id(other.markers[0]) is None else other
+
+    def is_shown_by(self, template: str) -> bool:
+        return any(all(word in template for word in words) for words in self.signs)
+
+    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
+        """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more. Markers that are
+        tokens of their own are no text to a grammar. Raises InvalidGrammar."""
+        raise NotImplementedError
+
+    def framed(self, form: str, added_id: AddedId) -> str:  # noqa: ARG002 - most have no frame
+        """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""
+        return form
+
+    def typed_arguments(self, tools: Tools) -> tuple[str, ...]:  # noqa: ARG002 - most write all values as JSON
+        """Those that are no strings, of a dialect that writes strings as they are: for the header of the log."""
+        return ()
+
+    def reader(self) -> Reader:
+        raise NotImplementedError
+
+    def reader_of(self, typed_arguments: Collection[str]) -> Reader:  # noqa: ARG002 - as above
+        """Of an answer whose header names them."""
+        return self.reader()
+
+
+def marker(text: str, added_id: AddedId) -> str:
+    """As a grammar says it."""
+    token_id = added_id(text) if text else None
+    return quoted(text) if token_id is None else f"<[{token_id}]>"
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def schema_of(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a tool's arguments. One that is not strict is kept as far as it can be enforced."""
+    return with_options(dict(tool.get("parameters") or {"type": "object"}), is_strict=bool(tool.get("strict")))
+
+
+def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
+    options = {"whitespace_pattern": "[ ]?"} | ({} if is_strict else {"lenient": True})
+    return schema | {"x-guidance": options}
+
+
+def object_of(tool: Mapping[str, Any]) -> str:
+    """A tool's arguments as JSON, in a grammar."""
+    return f"%json {json.dumps({'type': 'object'} | schema_of(tool))}"
+
+
+def arguments_of(tool: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The schemas of a tool's arguments, and which of them are required; what is no schema says nothing."""
+    schema = tool.get("parameters") or {}
+    found = schema.get("properties")
+    properties = found.items() if isinstance(found, dict) else ()
+    required = [name for name in listed(schema, "required") if isinstance(name, str)]
+    return {name: each if isinstance(each, dict) else {} for name, each in properties}, required
+
+
+def definitions_of(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """What parts of its schema may refer to."""
+    schema = tool.get("parameters") or {}
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+
+def listed(schema: Any, key: str) -> list[Any]:
+    """What a schema lists under a key, if it does."""
+    found = schema.get(key) if isinstance(schema, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def kinds_of(schema: Any) -> list[str]:
+    """The types that it names."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return [kind] if isinstance(kind, str) else [each for each in listed(schema, "type") if isinstance(each, str)]
+
+
+def constants_of(schema: Any) -> list[Any]:
+    if isinstance(schema, dict) and "const" in schema:
+        return [schema["const"]]
+    return listed(schema, "enum")
+
+
+def require_names(tools: Tools, is_name: Callable[[str], bool]) -> None:
+    """Raises InvalidGrammar when one cannot be written in the dialect."""
+    if not all(is_name(tool["name"]) for tool in tools):
+        raise InvalidGrammar("This model cannot call a tool of such a name: letters, digits, '_' and '-' are safe.")

@@ -1,0 +1,198 @@
+"""Reads Qwen3-Coder's calls, elements of elements, as JSON (qwen_coder.py shows one).
+
+Inside a value nothing but its end is a marker. A string is what is written, but for the line breaks about it; any
+other value is JSON, or else a string. What does not become a call is text, as it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import NoReturn
+
+from api.wire.dialects.dialect import MAX_NAME_CHARS, Piece, quoted
+from api.wire.markers import MAX_BLANKS, Splitter, trimmed
+
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+FUNCTION, END_FUNCTION = "<function=", "</function>"
+PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
+MARKERS = (CALL, END_CALL, FUNCTION, END_FUNCTION, PARAMETER, END_PARAMETER)
+
+WORDS = {"True": "true", "False": "false", "None": "null"}          # of Python, for JSON's
+BRACKET = re.compile(r"[\[{}\]]")
+MAX_DEPTH = 100             # of a value: what is deeper is a string, on every pod
+
+
+def argument(function: str, name: str) -> str:
+    """As the names of typed arguments are kept."""
+    return f"{function}.{name}"
+
+
+class ElementReader:
+    is_inside = False                       # it knows no thoughts
+
+    def __init__(self, typed_arguments: frozenset[str]) -> None:
+        self._typed_arguments = typed_arguments
+        self._splitter = Splitter(MARKERS)
+        self._read = self._text
+        self._held = ""                     # not yet known what it is: of text, blanks alone
+        self._marker = ""                   # of the call that began, as it was written
+        self._name = self._key = ""
+        self._num_arguments = 0
+        self._typed: list[str] | None = None            # a value that is no string, so far
+        self._is_fresh = False              # nothing of the value was read
+
+    def feed(self, text: str) -> list[Piece]:
+        pieces: list[Piece] = []
+        for is_marker, run in self._splitter.feed(text):
+            if is_marker and (self._read != self._value or run == END_PARAMETER):
+                self._take(run, pieces)
+            else:
+                self._read(run, pieces)
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back: text, or what closes a call that lacks no more than that."""
+        pieces: list[Piece] = []
+        for _, run in self._splitter.finish():
+            self._read(run, pieces)
+        if self._read == self._function:
+            pieces.append(Piece("arguments", "}"))
+        elif self._read in (self._text, self._call, self._named):
+            self._give_up(pieces)
+            pieces += [Piece("text", self._held)] if self._held else []
+        return pieces
+
+    def _take(self, marker: str, pieces: list[Piece]) -> None:
+        """What a marker means where it stands; one that means nothing is text."""
+        if marker == END_PARAMETER and self._read == self._value:
+            self._close_value(pieces)
+        elif marker == PARAMETER and self._read == self._function:
+            self._held, self._read = "", self._keyed
+        elif marker in (END_FUNCTION, END_CALL) and self._read == self._function:
+            pieces.append(Piece("arguments", "}"))
+            self._read = self._between
+        elif marker == END_CALL and self._read == self._between:
+            pass
+        elif marker == CALL or (marker == FUNCTION and self._read != self._keyed):
+            self._begin(marker, pieces)
+        elif self._read == self._keyed:
+            self._read = self._function     # an argument without a name
+        elif self._read != self._function:
+            self._give_up(pieces)
+            self._text(marker, pieces)
+
+    def _begin(self, marker: str, pieces: list[Piece]) -> None:
+        """A call, or its name."""
+        if self._read in (self._function, self._keyed):
+            pieces.append(Piece("arguments", "}"))
+        elif self._read == self._named or (self._read == self._call and marker == CALL):
+            self._give_up(pieces)
+        if self._read != self._call:
+            self._marker = ""               # and blanks before a marker are nobody's
+            self._held = ""
+        self._marker += self._held + marker
+        self._held, self._read = "", self._call if marker == CALL else self._named
+
+    def _give_up(self, pieces: list[Piece]) -> None:
+        """What was to become a call is text."""
+        if self._read in (self._call, self._named):
+            text, self._marker, self._held = self._marker + self._held, "", ""
+            self._read = self._text
+            self._text(text, pieces)
+
+    def _text(self, run: str, pieces: list[Piece]) -> None:
+        """Blanks at its end may come before a marker."""
+        self._read = self._text
+        self._held += run
+        cut = trimmed(self._held, len(self._held))
+        if cut:
+            pieces.append(Piece("text", self._held[:cut]))
+            self._held = self._held[cut:]
+
+    def _between(self, run: str, pieces: list[Piece]) -> None:
+        if rest := run.lstrip():
+            self._held = ""
+            self._text(rest, pieces)
+
+    def _call(self, run: str, pieces: list[Piece]) -> None:
+        """Blanks alone."""
+        self._held += run
+        if self._held.strip() or len(self._held) > MAX_BLANKS:
+            self._give_up(pieces)
+
+    def _named(self, run: str, pieces: list[Piece]) -> None:
+        self._held += run
+        name = _before(self._held)
+        if name:
+            rest = self._held[self._held.index(">") + 1:]
+            pieces += Piece("call", name), Piece("arguments", "{")
+            self._name, self._num_arguments, self._marker, self._held = name, 0, "", ""
+            self._read = self._function
+            self._function(rest, pieces)
+        elif name is not None:
+            self._give_up(pieces)
+
+    def _function(self, run: str, pieces: list[Piece]) -> None:
+        """Blanks; anything else ends the call."""
+        if run.strip():
+            pieces.append(Piece("arguments", "}"))
+            self._between(run, pieces)
+
+    def _keyed(self, run: str, pieces: list[Piece]) -> None:
+        self._held += run
+        key = _before(self._held)
+        if key:
+            rest = self._held[self._held.index(">") + 1:]
+            comma = ", " if self._num_arguments else ""
+            is_typed = argument(self._name, key) in self._typed_arguments
+            pieces.append(Piece("arguments", f"{comma}{quoted(key)}: " + ("" if is_typed else '"')))
+            self._num_arguments += 1
+            self._typed, self._held, self._is_fresh = [] if is_typed else None, "", True
+            self._read = self._value
+            self._value(rest, pieces)
+        elif key is not None:
+            self._read = self._function
+
+    def _value(self, run: str, pieces: list[Piece]) -> None:
+        """As it is written, but for the line breaks about it."""
+        self._held += run
+        if self._is_fresh and self._held:
+            self._is_fresh, self._held = False, self._held.removeprefix("\n")
+        value, self._held = self._held.removesuffix("\n"), "\n" if self._held.endswith("\n") else ""
+        if self._typed is not None:
+            self._typed.append(value)
+        elif value:
+            pieces.append(Piece("arguments", quoted(value)[1:-1]))
+
+    def _close_value(self, pieces: list[Piece]) -> None:
+        pieces.append(Piece("arguments", '"' if self._typed is None else _literal("".join(self._typed).strip())))
+        self._held, self._read = "", self._function
+
+
+def _before(text: str) -> str | None:
+    """What stands before '>'. None: more has to come; empty: it is no name."""
+    place = text.find(">", 0, MAX_NAME_CHARS + 1)
+    if place < 0:
+        return None if len(text) <= MAX_NAME_CHARS else ""
+    return text[:place].strip()
+
+
+def _literal(text: str) -> str:
+    """Of JSON, or of Python's words; what is neither is a string."""
+    depth = deepest = 0
+    for bracket in BRACKET.finditer(text):
+        depth += 1 if bracket[0] in "[{" else -1
+        deepest = max(deepest, depth)
+    try:
+        if deepest <= MAX_DEPTH:
+            json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse)
+            return text
+    except ValueError:
+        pass
+    return WORDS.get(text) or quoted(text)
+
+
+def _refuse(_: str) -> NoReturn:
+    """NaN and infinity are no JSON."""
+    raise ValueError

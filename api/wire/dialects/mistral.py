@@ -1,0 +1,170 @@
+"""Mistral's calls where [TOOL_CALLS] is a token of the model's: an array of JSON behind it, or name by name.
+
+    [TOOL_CALLS][{"name": …, "arguments": {…}}, …]                                          up to v7
+    [TOOL_CALLS]NAME[ARGS]{…}[TOOL_CALLS]NAME[CALL_ID]…[ARGS]{…}                            from v11
+
+Text may come before; without the token, what looks like calls is text. Markers are never text; inside a string of a
+call's arguments they are a part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from api.wire.dialects.dialect import (
+    MAX_HEAD_CHARS,
+    MAX_NAME_CHARS,
+    AddedId,
+    Dialect,
+    Piece,
+    Tools,
+    marker,
+    object_of,
+    quoted,
+    require_names,
+)
+from api.wire.dialects.json_calls import JsonDialect, LeadingReader
+from api.wire.dialects.json_value import JsonValue
+from api.wire.markers import Splitter, trimmed
+
+CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+MARKERS = (CALLS, CALL_ID, ARGS)
+
+
+@dataclass(frozen=True)
+class Mistral(Dialect):
+    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
+        """In both forms, where the tokenizer has the second: the model knows which one is its own."""
+        tools = list(tools)
+        if added_id(ARGS) is None:
+            return ARRAY.grammar(tools, is_one=is_one, added_id=added_id)
+        require_names(tools, _is_name)
+        calls, call_id, args = (marker(text, added_id) for text in MARKERS)
+        an_id = f"({call_id} /[a-zA-Z0-9]{{9}}/)?" if added_id(CALL_ID) is not None else ""
+        bodies = [f"{quoted(tool['name'])} {an_id} {args} {object_of(tool)}" for tool in tools]
+        rules = [f"start: array | named{'' if is_one else '+'}", f"named: {calls} named_body",
+                 "named_body: " + "\n | ".join(bodies)]
+        array = ARRAY.grammar(tools, is_one=is_one, added_id=added_id)
+        return "\n".join([*rules, array.replace("start:", "array:", 1)])
+
+    def reader(self) -> MistralReader:
+        return MistralReader()
+
+
+class MistralReader:
+    is_inside = False                       # it knows no thoughts
+
+    def __init__(self) -> None:
+        self._splitter = Splitter(MARKERS)
+        self._read = self._text
+        self._held = ""                     # not yet known what it is: of text, blanks alone
+        self._name = ""                     # before CALL_ID or ARGS
+        self._value = JsonValue()
+        self._array = LeadingReader(ARRAY)
+
+    def feed(self, text: str) -> list[Piece]:
+        pieces: list[Piece] = []
+        for is_marker, run in self._splitter.feed(text):
+            if is_marker and not self._in_string:
+                self._marker(run, pieces)
+            else:
+                self._read(run, pieces)
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        for _, run in self._splitter.finish():
+            self._read(run, pieces)
+        return pieces + self._left()
+
+    @property
+    def _in_string(self) -> bool:
+        return self._array.in_string if self._read == self._calls else (
+            self._read == self._arguments and self._value.in_string)
+
+    def _left(self) -> list[Piece]:
+        """What was held back: text, or nothing of a call that was cut off."""
+        array, self._array = self._array, LeadingReader(ARRAY)
+        if self._read == self._calls:
+            return array.finish()
+        text, self._name, self._held = self._name + self._held, "", ""
+        return [Piece("text", text)] if text else []
+
+    def _marker(self, marker: str, pieces: list[Piece]) -> None:
+        if marker != CALLS and self._read == self._head:
+            self._name, self._held = self._held, ""
+            self._read = self._begin if marker == ARGS else self._id
+        elif marker == ARGS and self._read == self._id:
+            self._held, self._read = "", self._begin
+        else:
+            if self._read == self._text:
+                self._held = ""             # blanks
+            pieces += self._left()
+            self._read = self._head if marker == CALLS else self._between
+
+    def _text(self, run: str, pieces: list[Piece]) -> None:
+        """Blanks at its end may come before a marker."""
+        self._held += run
+        cut = trimmed(self._held, len(self._held))
+        if cut:
+            pieces.append(Piece("text", self._held[:cut]))
+            self._held = self._held[cut:]
+
+    def _between(self, run: str, pieces: list[Piece]) -> None:
+        if rest := run.lstrip():
+            self._read = self._text
+            self._text(rest, pieces)
+
+    def _head(self, run: str, pieces: list[Piece]) -> None:
+        """An array, or a name."""
+        self._held = (self._held + run).lstrip()
+        if self._held.startswith("["):
+            self._read, run, self._held = self._calls, self._held, ""
+            self._calls(run, pieces)
+        elif (place := self._held.find("{", 0, MAX_HEAD_CHARS + 1)) >= 0:
+            self._name, run = self._held[:place], self._held[place:]
+            self._held, self._read = "", self._begin
+            self._begin(run, pieces)
+        elif len(self._held) > MAX_HEAD_CHARS:
+            self._give_up(pieces)
+
+    def _id(self, run: str, pieces: list[Piece]) -> None:
+        """It is nobody's: a call has one of ours."""
+        self._held += run
+        if len(self._held) > MAX_HEAD_CHARS:
+            self._give_up(pieces)
+
+    def _give_up(self, pieces: list[Piece]) -> None:
+        text, self._name, self._held = self._name + self._held, "", ""
+        self._read = self._text
+        self._text(text, pieces)
+
+    def _calls(self, run: str, pieces: list[Piece]) -> None:
+        pieces += self._array.feed(run)
+
+    def _begin(self, run: str, pieces: list[Piece]) -> None:
+        """Of the arguments."""
+        rest, name = run.lstrip(), self._name.strip()
+        if rest.startswith("{") and 0 < len(name) <= MAX_NAME_CHARS:
+            pieces.append(Piece("call", name))
+            self._name, self._value, self._read = "", JsonValue(), self._arguments
+            self._arguments(rest, pieces)
+        elif rest:
+            self._held = rest
+            self._give_up(pieces)
+
+    def _arguments(self, run: str, pieces: list[Piece]) -> None:
+        size = self._value.feed(run)
+        pieces.append(Piece("arguments", run[:size]))
+        if self._value.is_closed:
+            self._read = self._between
+            self._between(run[size:], pieces)
+
+
+def _is_name(name: str) -> bool:
+    return not set(name) & set("[{") and name == name.strip()
+
+
+SIGNS = (("[TOOL_CALLS]", "[AVAILABLE_TOOLS]"), ("[TOOL_CALLS]", ARGS))
+ARRAY = JsonDialect("mistral", SIGNS, begin="[", end="]", between=", ", is_leading=True, hidden=CALLS)
+MISTRAL = replace(ARRAY, with_tokens=Mistral("mistral_tokens", SIGNS, MARKERS))

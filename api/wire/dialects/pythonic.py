@@ -1,0 +1,223 @@
+"""Calls as a list of Python's: `[get_weather(city="Paris", days=3), f()]`, of Llama 4, ToolACE, LFM and others.
+
+At the beginning of an answer, or behind a marker. A call is said when it is complete, so that what turns out to be
+none is text as it was written, but for markers. What a grammar makes is Python where it is flat; deeper, true, false
+and null are JSON's words, which the reader takes too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from api.wire.dialects.dialect import (
+    MAX_NAME_CHARS,
+    AddedId,
+    Dialect,
+    Piece,
+    Tools,
+    arguments_of,
+    constants_of,
+    definitions_of,
+    kinds_of,
+    listed,
+    quoted,
+    require_names,
+    with_options,
+)
+from api.wire.dialects.python_calls import NAME, NoCall, PythonCall
+from api.wire.markers import MAX_BLANKS, Splitter
+from shared.errors import InvalidGrammar
+
+BEGINS = ("<|python_start|>", "<|tool_call_start|>")
+ENDS = ("<|python_end|>", "<|tool_call_end|>")
+QUOTES = ("'", '"')                                     # held back, one begins a string, whatever follows
+KINDS: dict[type, set[str]] = {str: {"string"}, bool: {"boolean"}, type(None): {"null"}, float: {"number"},
+                               int: {"integer", "number"}}
+WORDS = {True: '"True"', False: '"False"', None: '"None"'}
+# What may stand beside the properties of a strict tool's arguments: all else is not enforced.
+ENFORCED = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema",
+                      "title", "description"})
+
+
+@dataclass(frozen=True)
+class Pythonic(Dialect):
+    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
+        tools = list(tools)
+        require_names(tools, _is_name)
+        more = "" if is_one else ' (", " call)*'
+        rules = [f'list: "[" call{more} "]"', "call: " + " | ".join(f"tool_{i}" for i in range(len(tools)))]
+        for number, tool in enumerate(tools):
+            rules.append(f'tool_{number}: {quoted(tool["name"] + "(")} tool_{number}_first_0 ")"')
+            rules += _arguments(f"tool_{number}", tool)
+        pairs = [(added_id(begin), added_id(end)) for begin, end in zip(BEGINS, ENDS, strict=True)]
+        marked = [f"<[{begin}]> list <[{end}]>" for begin, end in pairs if begin is not None and end is not None]
+        return "\n".join(["start: " + " | ".join(["list", *marked]), *rules]) + "\n"
+
+    def reader(self) -> PythonicReader:
+        return PythonicReader()
+
+
+def _arguments(rule: str, tool: Mapping[str, Any]) -> list[str]:
+    """Rules for the properties in their order: `first` where none was said yet, `rest` behind one."""
+    schema, is_strict = tool.get("parameters") or {}, bool(tool.get("strict"))
+    if is_strict and not schema.keys() <= ENFORCED:
+        raise InvalidGrammar("The arguments of a strict tool are an object with properties, for this model.")
+    properties, required = arguments_of(tool)
+    if not properties and schema.get("additionalProperties") is not False:
+        return [f'{rule}_first_0: ({rule}_any (", " {rule}_any)*)?', f'{rule}_any: /[a-z_][a-z0-9_]*/ "=" %json {{}}']
+    names = [name for name in properties if _is_name(name)]
+    if not set(required) <= set(names):
+        raise InvalidGrammar("A required argument has no schema, or this model cannot write its name.")
+    definitions = definitions_of(tool)
+    rules = [f'{rule}_first_{len(names)}: ""', f'{rule}_rest_{len(names)}: ""']
+    for number, name in enumerate(names):
+        item = f"{quoted(name + '=')} {rule}_value_{number} {rule}_rest_{number + 1}"
+        skips = [""] * 2 if name in required else [f" | {rule}_{kind}_{number + 1}" for kind in ("first", "rest")]
+        rules += [f"{rule}_first_{number}: {item}{skips[0]}", f'{rule}_rest_{number}: ", " {item}{skips[1]}',
+                  f"{rule}_value_{number}: {_value(properties[name], definitions, is_strict)}"]
+    return rules
+
+
+def _value(schema: Any, definitions: dict[str, Any], is_strict: bool) -> str:
+    """A literal: JSON's numbers, strings, lists and dicts are Python's too."""
+    if not isinstance(schema, dict):
+        schema = {}
+    kinds = kinds_of(schema)
+    if constants := _constants(schema, kinds):
+        return " | ".join(constants)
+    if len(kinds) > 1:
+        return " | ".join(_value(schema | {"type": kind}, definitions, is_strict) for kind in kinds)
+    if (options := listed(schema, "anyOf")) and not schema.keys() - {"anyOf", "title", "description", "default"}:
+        return " | ".join(_value(each, definitions, is_strict) for each in options)
+    if kinds == ["boolean"]:
+        return '"True" | "False"'
+    if kinds == ["null"]:
+        return '"None"'
+    return f"%json {json.dumps(with_options(schema | definitions, is_strict=is_strict))}"
+
+
+def _constants(schema: dict[str, Any], kinds: list[str]) -> list[str]:
+    """Those that a schema names, of the types that stand beside them."""
+    values = [value for value in constants_of(schema)
+              if type(value) in KINDS and (not kinds or KINDS[type(value)] & set(kinds))]
+    return [WORDS[value] if value is None or isinstance(value, bool) else quoted(json.dumps(value, ensure_ascii=False))
+            for value in values]
+
+
+def _is_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None and len(name) <= MAX_NAME_CHARS
+
+
+class PythonicReader:
+    is_inside = False                       # it knows no thoughts
+
+    def __init__(self) -> None:
+        self._splitter = Splitter(BEGINS + ENDS)
+        self._read = self._begin
+        self._raw: list[str] = []           # what becomes text, should it be no call
+        self._held = ""                     # the end of it, of which more has to come
+        self._call = PythonCall()
+
+    def feed(self, text: str) -> list[Piece]:
+        pieces: list[Piece] = []
+        for is_marker, run in self._splitter.feed(text):
+            if is_marker and not self._call.in_string and self._held not in QUOTES:
+                self._marker(run, pieces)
+            else:
+                self._take(run, pieces)
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back, a call that was cut off too: half of one is none."""
+        pieces: list[Piece] = []
+        for _, run in self._splitter.finish():
+            self._take(run, pieces)
+        if self._read != self._next or self._held:
+            self._give_up(pieces)
+        return pieces
+
+    def _take(self, run: str, pieces: list[Piece]) -> None:
+        self._raw.append(run)
+        self._held += run
+        while self._held and self._read(pieces):
+            pass
+
+    def _marker(self, marker: str, pieces: list[Piece]) -> None:
+        if self._read != self._behind:
+            self._give_up(pieces)
+        self._read = self._begin if marker in BEGINS else self._behind
+        self._call = PythonCall()
+
+    def _give_up(self, pieces: list[Piece]) -> None:
+        text = "".join(run for run in self._raw if run not in BEGINS + ENDS)
+        if text:
+            pieces.append(Piece("text", text))
+        self._drop()
+        self._read = self._text
+
+    def _drop(self) -> None:
+        """What is held is nobody's, or was said."""
+        self._raw.clear()
+        self._held, self._call = "", PythonCall()
+
+    def _begin(self, pieces: list[Piece]) -> bool:
+        """Whether a list begins."""
+        rest = self._held.lstrip()
+        is_late = len(self._held) - len(rest) > MAX_BLANKS
+        if not rest and not is_late:
+            return False
+        if is_late or rest[0] != "[":
+            self._give_up(pieces)
+            return False
+        self._held, self._read = rest[1:], self._calls
+        return True
+
+    def _calls(self, pieces: list[Piece]) -> bool:
+        """One call, as far as it goes."""
+        try:
+            size = self._call.feed(self._held)
+        except NoCall:
+            self._give_up(pieces)
+            return False
+        self._held = self._held[size:]
+        if not self._call.is_closed:
+            return False
+        pieces += Piece("call", self._call.name), Piece("arguments", self._call.arguments)
+        rest = self._held
+        self._drop()
+        self._raw, self._held, self._read = [rest], rest, self._next
+        return True
+
+    def _next(self, pieces: list[Piece]) -> bool:
+        """Another one, or the end of them."""
+        rest = self._held = self._held.lstrip()
+        if not rest:
+            return False
+        if rest[0] == ",":
+            self._held, self._read = rest[1:], self._calls
+        elif rest[0] == "]":
+            self._drop()
+            self._raw, self._held, self._read = [rest[1:]], rest[1:], self._behind
+        else:
+            self._give_up(pieces)
+        return bool(self._held)
+
+    def _behind(self, pieces: list[Piece]) -> bool:
+        """Blanks that are nobody's."""
+        rest = self._held.lstrip()
+        self._drop()
+        if rest:
+            pieces.append(Piece("text", rest))
+            self._read = self._text
+        return False
+
+    def _text(self, pieces: list[Piece]) -> bool:
+        pieces.append(Piece("text", self._held))
+        self._drop()
+        return False
+
+
+PYTHONIC = Pythonic("pythonic", (("func_name1(",), (BEGINS[1],), ("<|tool_list_start|>",)), BEGINS + ENDS)

@@ -1,0 +1,42 @@
+"""How a model's answers are read: what their text is told apart into, as its chat template, its prompt and the request
+have it. Decided at the door, and kept in the header of the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from api.wire.dialects import Dialect, choose_dialect
+from api.wire.dialects.dialect import AddedId
+from api.wire.reasoning import BEGIN, END, Mode, mode_of
+
+MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in which a template may begin a thought
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    dialect: Dialect | None = None
+    reasoning: Mode = ""
+    think_end_id: int | None = None                     # the token that ends a thought, where it is one
+    shown_token_ids: tuple[int, ...] = ()               # special tokens that the text must show
+    typed_arguments: tuple[str, ...] = ()               # of tools, those that are no strings
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], templates: Iterable[str], added_id: AddedId, *, wanted: str,
+           tools: Sequence[Mapping[str, Any]] | None) -> Reading:
+        """`wanted` is the setting `tool_dialect`; `tools` are those that the request offers."""
+        templates = list(templates)
+        chosen = choose_dialect(wanted, templates, has_tools=bool(tools))
+        dialect = chosen.of(added_id) if chosen else None
+        begin_id, end_id = added_id(BEGIN), added_id(END)
+        reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], begin_id, end_id, templates)
+        if dialect and dialect.end_of_thought:
+            reasoning, end_id = "", added_id(dialect.end_of_thought)
+        elif not reasoning:
+            end_id = None
+        markers = (dialect.markers if dialect else ()) + ((BEGIN, END) if reasoning else ())
+        shown = (token_id for token_id in map(added_id, markers) if token_id is not None)
+        typed = dialect.typed_arguments(tool["function"] for tool in tools) if dialect and tools else ()
+        return cls(dialect, reasoning, end_id, tuple(shown), typed)
