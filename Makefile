@@ -5,7 +5,7 @@
 #   TORCH_INDEX=… the index that torch is taken from; otherwise the build that fits this machine
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench bench-peers chaos tiny lock clean tools static
+.PHONY: help serve test test-clients check bench bench-peers chaos tiny lock clean tools static
 
 BIN := .venv/bin
 PYTHONS := $(or $(PYTHON),$(BIN)/python python3 python3.14 python3.13 python3.12 python3.11)
@@ -20,7 +20,7 @@ echo 'Baton needs Python 3.11, 3.12, 3.13 or 3.14, and $(or $(PYTHON),none on th
 endef
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 serve: ## a whole Baton on this machine: Redis, API, worker (ARGS: baton serve --help)
 	$(call install,serve)
@@ -28,6 +28,10 @@ serve: ## a whole Baton on this machine: Redis, API, worker (ARGS: baton serve -
 
 test: tools static ## everything that is checked (ARGS: pytest's; -n 0 in one process)
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-clients: ## real clients: the SDKs for Python and node, two major versions of each (ARGS: pytest's)
+	$(call install,test)
+	BATON_TEST_CLIENTS=all $(BIN)/python -m pytest -n 0 -q tests/clients $(ARGS)
 
 check: tools static ## what takes seconds: lint, types, compose, Dockerfiles, nginx
 	$(BIN)/python -m pytest -q tests/deploy/test_files.py tests/deploy/test_proxy.py

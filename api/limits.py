@@ -26,6 +26,16 @@ def retry_after_s(num_queued: int, jobs_per_s: float) -> float:
     return min(max(num_queued / jobs_per_s if jobs_per_s > 0 else MIN_RETRY_S, MIN_RETRY_S), MAX_RETRY_S)
 
 
+def measured_rate(before: float, num_ended: int, num_live: int) -> float:
+    """Jobs that end in a second, smoothed, after one more: so many ended in it, and so many live behind it.
+
+    A second without any shows what was asked, not what could be answered: after a quiet hour the line moves as before.
+    """
+    if not num_ended and not num_live:
+        return before
+    return (1 - SMOOTHING) * before + SMOOTHING * num_ended / WATCH_S
+
+
 def retain_under_pressure_s(retain_s: float, fraction: float, max_fraction: float) -> float:
     """How long a finished log is kept: less and less from `PRESSED_FRACTION` of the limit on, a tenth at the limit."""
     pressure = (fraction / max_fraction - PRESSED_FRACTION) / (1 - PRESSED_FRACTION)
@@ -74,6 +84,6 @@ class Limits:
         for queue in self._directory.queues():
             counters, shard = await queue.counters(), queue.shard.id
             ended = sum(counters.get(outcome, 0) for outcome in ("finished", "cancelled", "dead", "expired"))
-            rate = (ended - self._ended.get(shard, ended)) / WATCH_S
-            self._jobs_per_s[shard] = (1 - SMOOTHING) * self._jobs_per_s.get(shard, rate) + SMOOTHING * rate
+            num_ended = ended - self._ended.get(shard, ended)
+            self._jobs_per_s[shard] = measured_rate(self._jobs_per_s.get(shard, 0.0), num_ended, counters["live"])
             self._ended[shard] = ended

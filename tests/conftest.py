@@ -16,6 +16,7 @@ from deploy.redis import RedisServer, binaries, major
 from shared import connection
 from shared.connection import MIN_CLUSTER_VERSION
 from shared.threads import num_cores
+from tests.clients.sdk import python_with
 from tests.cluster import cluster
 from tests.nursery import Nursery
 from tests.system import System
@@ -23,6 +24,7 @@ from tests.system import System
 REPORT: list[str] = []
 MAX_PROCESSES = 4                                       # each holds a Redis and torch, some 1 GiB
 
+OLDER_SDK = "openai>=2,<3"
 FORMS = ("redis", "cluster")
 
 
@@ -110,6 +112,12 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     system.start_all(1)
     yield system
     system.stop()
+
+
+@pytest.fixture(scope="session")
+def older_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python that has the SDK of the major version before ours."""
+    return python_with(tmp_path_factory.mktemp("older"), OLDER_SDK, "httpx")
 
 
 def docker_answers() -> bool:

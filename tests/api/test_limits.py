@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.limits import MAX_RETRY_S, MIN_RETRY_S, PRESSED_FRACTION, retain_under_pressure_s, retry_after_s
+from api.limits import (
+    MAX_RETRY_S,
+    MIN_RETRY_S,
+    PRESSED_FRACTION,
+    measured_rate,
+    retain_under_pressure_s,
+    retry_after_s,
+)
 
 counts = st.integers(0, 10**6)
 rates = st.floats(0, 10**6)
@@ -29,6 +36,18 @@ def test_the_wait_is_bounded(num_queued: int, jobs_per_s: float) -> None:
 @given(num_queued=counts, more=counts, jobs_per_s=rates)
 def test_a_longer_line_is_a_longer_wait(num_queued: int, more: int, jobs_per_s: float) -> None:
     assert retry_after_s(num_queued, jobs_per_s) <= retry_after_s(num_queued + more, jobs_per_s)
+
+
+def test_after_a_quiet_hour_the_line_is_as_fast_as_before() -> None:
+    """Who comes with a crowd is not sent away for a minute because nobody came before."""
+    rate = 4.0
+    for _ in range(3600):
+        rate = measured_rate(rate, num_ended=0, num_live=0)
+    assert retry_after_s(8, rate) == 2.0
+
+
+def test_a_line_that_stands_is_seen_to_stand() -> None:
+    assert measured_rate(4.0, num_ended=0, num_live=8) < 4.0 < measured_rate(4.0, num_ended=9, num_live=0)
 
 
 def test_logs_are_kept_in_full_until_memory_is_short() -> None:

@@ -23,11 +23,9 @@ from api import client as resuming
 from tests.nursery import Nursery
 from tests.switch import switch
 from tests.system import MODEL, System
-from tests.tools import lack
 
 CHAT = "/v1/chat/completions"
 COUNT: Any = [{"role": "user", "content": "Count from 1 to 40."}]
-OLDER_SDK = "openai>=2,<3"
 WAIT_S = 60.0
 
 
@@ -95,17 +93,12 @@ def test_a_pod_that_is_replaced_costs_one_reconnect(pods: System) -> None:
 # ── an application of which nothing is changed but its http_client ──
 
 
-@pytest.fixture(scope="module", params=["the SDK of the environment", OLDER_SDK])
-def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module", params=["the SDK of the environment", "openai 2"])
+def python(request: pytest.FixtureRequest) -> str:
     """A Python that has this SDK."""
-    if request.param != OLDER_SDK:
+    if request.param != "openai 2":
         return sys.executable
-    folder = tmp_path_factory.mktemp("sdk")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    python = str(folder / "bin" / "python")
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet"]
-    if subprocess.run([*pip, OLDER_SDK, "httpx"], check=False, capture_output=True).returncode:
-        lack(f"{OLDER_SDK} cannot be installed: no package index answers")
+    python: str = request.getfixturevalue("older_python")
     return python
 
 
