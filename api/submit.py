@@ -22,6 +22,7 @@ from api.wire.request import ChatRequest, Message
 from api.wire.sampled import Sampled
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, UnsupportedParameter
+from shared.grammar import within
 from shared.job import Header, Job, Language, Sampling
 from shared.prefix import prefix_names, some
 from shared.settings import Settings
@@ -54,7 +55,7 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
                           tools=request.offered_tools) if isinstance(request, ChatRequest) else Reading())
     sampling = replace(resolve_sampling(request, card, len(prompt)), shown_token_ids=reading.shown_token_ids,
                        tells_stop=order.language == "messages")
-    if request.is_constrained or _must_call(request):
+    if request.is_constrained or (isinstance(request, ChatRequest) and (request.must_call or request.has_strict_tools)):
         grammar = await asyncio.to_thread(_compile, request, served.tokenizer, reading.dialect)
         sampling = replace(sampling, grammar=grammar,
                            grammar_after=reading.think_end_id if reading.reasoning == "open" else None)
@@ -103,18 +104,31 @@ def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int
     return prompt
 
 
-def _must_call(request: Sampled) -> bool:
-    return isinstance(request, ChatRequest) and request.calls.mode == "required"
-
-
 def _compile(request: Sampled, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
-    """What the answer must be: calls, if some are required, or what else was asked for. Raises BadRequest."""
-    if not isinstance(request, ChatRequest) or request.calls.mode != "required":
-        form = request.compile_grammar(tokenizer.check_grammar)
-        framed = dialect.framed(form, tokenizer.added_id) if dialect else form
-        if framed != form:
-            tokenizer.check_grammar(framed)
-        return framed
+    """What the answer must be. Raises BadRequest.
+
+    Calls, if some are required; else what was asked for, or calls, if there may be some; else text, and where some tool
+    is strict no other calls in it than those of its schema.
+    """
+    if not isinstance(request, ChatRequest):
+        return request.compile_grammar(tokenizer.check_grammar)
+    if request.must_call:
+        return _calls(request, tokenizer, dialect)
+    calls = _calls(request, tokenizer, dialect) if request.offered_tools and dialect and dialect.can_call else ""
+    form = request.compile_grammar(tokenizer.check_grammar)
+    grammar = dialect.framed(form, tokenizer.added_id) if dialect and form else form
+    if calls and form:
+        grammar = within("start: @asked | @calls", asked=grammar, calls=calls)
+    elif calls and dialect:
+        is_one = request.parallel_tool_calls is False
+        grammar = dialect.among_text(calls, is_one=is_one, added_id=tokenizer.added_id)
+    if grammar not in ("", form):
+        tokenizer.check_grammar(grammar)
+    return grammar
+
+
+def _calls(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
+    """Of nothing but calls. Raises BadRequest."""
     choice = request.calls
     if dialect is None or not dialect.can_call:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "

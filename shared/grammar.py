@@ -59,13 +59,22 @@ def of_grammar(text: str) -> str:
         raise InvalidGrammar("The grammar is neither Lark's nor GBNF.") from None
 
 
-def within(frame: str, form: str) -> str:
-    """A frame in Lark's language around a form that it names @form."""
+def within(frame: str, **forms: str) -> str:
+    """A frame in Lark's language around forms that it names: @form is the one that is given as `form`."""
+    grammars: list[dict[str, Any]] = [{"lark_grammar": frame}]
+    for name, form in forms.items():
+        first, *rest = _parts(form)
+        grammars += [first | {"name": name}, *rest]
+    return json.dumps({"grammars": grammars})
+
+
+def _parts(grammar: str) -> list[dict[str, Any]]:
+    """The first is the grammar, the rest is what it names."""
     try:
-        forms = json.loads(form)["grammars"]
+        parts: list[dict[str, Any]] = json.loads(grammar)["grammars"]
     except ValueError:                                  # Lark's own
-        forms = [{"lark_grammar": form}]
-    return json.dumps({"grammars": [{"lark_grammar": frame}, forms[0] | {"name": "form"}, *forms[1:]]})
+        return [{"lark_grammar": grammar}]
+    return parts
 
 
 def _bounded(grammar: str) -> str:

@@ -210,6 +210,15 @@ class ChatRequest(Sampled):
         return read_choice(self.tool_choice, self.tools or ())
 
     @property
+    def must_call(self) -> bool:
+        return self.calls.mode == "required"
+
+    @property
+    def has_strict_tools(self) -> bool:
+        """Whether something that may be called is to be called by its schema alone."""
+        return any(tool["function"].get("strict") is True for tool in self.offered_tools or ())
+
+    @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """What the model is shown."""
         choice = self.calls

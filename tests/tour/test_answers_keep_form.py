@@ -73,6 +73,25 @@ def test_a_schema_that_is_known_to_validators(client: openai.Client) -> None:
         jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
 
 
+def test_a_form_leaves_room_for_calls(client: openai.Client) -> None:
+    """Whatever the model would rather say, it is the one or the other; where no call may be, it is the form."""
+    tool: Any = {"type": "function", "function": {"name": "look", "parameters": {
+        "type": "object", "properties": {"where": {"enum": ["left", "right"]}}, "required": ["where"],
+        "additionalProperties": False}}}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "yes", "schema": {"enum": ["yes", "no"]}}}
+    kinds = set()
+    for choice in client.chat.completions.create(**WILD, seed=3, n=16, tools=[tool], response_format=wanted).choices:
+        if choice.finish_reason == "length":
+            continue
+        kinds.add(choice.finish_reason)
+        for call in choice.message.tool_calls or ():
+            assert call.type == "function" and json.loads(call.function.arguments)["where"] in ("left", "right")
+        assert choice.message.tool_calls or json.loads(choice.message.content or "") in ("yes", "no")
+    assert kinds == {"stop", "tool_calls"}
+    none = client.chat.completions.create(**WILD, seed=3, tools=[tool], tool_choice="none", response_format=wanted)
+    assert none.choices[0].message.content in ('"yes"', '"no"')
+
+
 @pytest.mark.parametrize("schema", [
     {"type": "integer", "minimum": 5, "maximum": 3}, {"$ref": "https://example.org/x.json"},
     {"enum": [f"value number {i}" for i in range(20_000)]}, {"not": {"type": "string"}}],

@@ -19,6 +19,7 @@ TOOLS: Any = [{"type": "function", "function": {"name": name, "description": tex
                                                 "strict": True}}
               for name, text, schema in (("get_weather", "The weather in a city", PLACE), ("add", "The sum", SUM))]
 SCHEMAS = {"get_weather": PLACE, "add": SUM}
+TOOL_CALL_ID = 259                                      # <tool_call>, of the built-in model
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 WILD: dict[str, Any] = {"model": MODEL, "temperature": 2.0, "max_tokens": 400, "tools": TOOLS,
                         "messages": [{"role": "user", "content": "Say something."}]}
@@ -79,6 +80,23 @@ def test_who_must_call_calls(choice: Any, allowed: set[str], reason: str, client
         (name,) = judge(only.message)
         names.add(name)
     assert names <= allowed
+
+
+def test_strict_tools_are_called_by_their_schema_alone(client: openai.Client) -> None:
+    """Also where nothing must be called: text is free, a call is not. Here the model is all but made to begin one."""
+    bias = {str(TOOL_CALL_ID): 100}
+    answers = [client.chat.completions.create(**WILD, seed=seed, logit_bias=bias, parallel_tool_calls=parallel)
+               for seed in range(3) for parallel in (False, True)]
+    counts = set()
+    for choice in (answer.choices[0] for answer in answers):
+        whole = choice.message.tool_calls or []
+        if choice.finish_reason == "length":
+            whole = whole[:-1]
+        counts.add(len(whole))
+        for call in whole:
+            assert call.type == "function"
+            jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+    assert max(counts) > 1
 
 
 def test_functions_are_what_tools_were_once(client: openai.Client) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from shared.errors import InvalidGrammar
+from shared.grammar import within
 
 MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
 MAX_NAME_CHARS = 256
@@ -49,6 +50,7 @@ class Dialect:
     without_tools: Dialect | None = None                # how an answer is read that may call nothing; None: as text
     with_tokens: Dialect | None = None                  # how it is read where its first marker is a token
     can_call: bool = True
+    opening: str = ""                                   # the marker that calls begin with, and nothing else
     fold_version: int = 3                               # the first that reads it (api/wire/chat.py)
 
     def of(self, added_id: AddedId) -> Dialect:
@@ -63,6 +65,13 @@ class Dialect:
         """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more. Markers that are
         tokens of their own are no text to a grammar. Raises InvalidGrammar."""
         raise NotImplementedError
+
+    def among_text(self, calls: str, *, is_one: bool, added_id: AddedId) -> str:
+        """Of text that may hold such calls; empty where no token tells that they begin."""
+        token_id = added_id(self.opening) if self.opening else None
+        times = "?" if is_one else "*"
+        frame = f"start: text (@calls text){times}\ntext: <[^{token_id}]>*\n"
+        return "" if token_id is None else within(frame, calls=calls)
 
     def framed(self, form: str, added_id: AddedId) -> str:  # noqa: ARG002 - most have no frame
         """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""

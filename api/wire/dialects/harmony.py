@@ -59,7 +59,7 @@ class Harmony(Dialect):
         if added_id(END) is None:
             return form
         channel, message = marker(CHANNEL, added_id), marker(MESSAGE, added_id)
-        return within(f'start: thought {channel} "final" {message} @form\n{_thought(added_id)}\n', form)
+        return within(f'start: thought {channel} "final" {message} @form\n{_thought(added_id)}\n', form=form)
 
     def reader(self) -> HarmonyReader:
         return HarmonyReader(can_call=self.can_call)

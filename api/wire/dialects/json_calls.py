@@ -58,7 +58,7 @@ class JsonDialect(Dialect):
 
 
 HERMES = JsonDialect("hermes", (("<tool_call>", "</tool_call>"),), ("<tool_call>", "</tool_call>"),
-                     begin="<tool_call>", end="</tool_call>", blank="\n")
+                     begin="<tool_call>", end="</tool_call>", blank="\n", opening="<tool_call>")
 LLAMA = JsonDialect("llama", (("ipython", '"parameters"'),), key="parameters", between="; ", is_leading=True)
 
 OPENING = '{"name": '

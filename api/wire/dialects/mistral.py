@@ -167,4 +167,4 @@ def _is_name(name: str) -> bool:
 
 SIGNS = (("[TOOL_CALLS]", "[AVAILABLE_TOOLS]"), ("[TOOL_CALLS]", ARGS))
 ARRAY = JsonDialect("mistral", SIGNS, begin="[", end="]", between=", ", is_leading=True, hidden=CALLS)
-MISTRAL = replace(ARRAY, with_tokens=Mistral("mistral_tokens", SIGNS, MARKERS))
+MISTRAL = replace(ARRAY, with_tokens=Mistral("mistral_tokens", SIGNS, MARKERS, opening=CALLS))
