@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from shared.connection import refusals
 from shared.job import Language
-from shared.keys import tenant_key
+from shared.keys import shard_of, tenant_key
 from shared.settings import Settings
 
 MAX_STORED = 10_000                                     # chat completions that a tenant can list; the oldest leave
@@ -56,7 +56,7 @@ class Store:
                     await pipe.execute()
 
     async def get(self, tenant: str, completion_id: str) -> Record | None:
-        return _decode(await self._redis.get(_key(tenant, completion_id)))
+        return _decode(await self._redis.get(_key(tenant, completion_id))) if shard_of(completion_id) else None
 
     async def update(self, tenant: str, record: Record, metadata: dict[str, str]) -> Record:
         changed = replace(record, metadata=metadata)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from api.wire.request import MAX_NESTING, is_deep
 from shared.errors import InvalidValue, UnsupportedContent, UnsupportedParameter
 
 TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
@@ -23,6 +24,8 @@ def _known(item: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedParameter("Items are given whole, or by previous_response_id.", param="input")
     if kind not in READERS:
         raise UnsupportedContent("Items are messages, reasoning, function calls and their outputs.", param="input")
+    if is_deep(item):
+        raise InvalidValue(f"An item is nested at most {MAX_NESTING} levels deep.", param="input")
     READERS[kind](item)
     return item
 

@@ -87,6 +87,7 @@ def test_some_of_the_tools() -> None:
     ({"input": [{"role": "robot", "content": "x"}]}, "invalid_value", "input"),
     ({"input": [{"role": "user", "content": 5}]}, "invalid_value", "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "unsupported_content", "input"),
+    ({"input": [{"role": "user", "content": "Hi", "x": json.loads("[" * 70 + "]" * 70)}]}, "invalid_value", "input"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_parameter", "input"),
     ({"input": [{"type": "web_search_call"}]}, "unsupported_content", "input"),
     ({"input": [{"type": "function_call", "name": "f"}]}, "invalid_value", "input"),
