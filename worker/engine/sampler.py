@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MIN_TEMPERATURE = 1e-5      # below: greedy
 NUM_CANDIDATES = 64
 BLOCK_TOKENS = 1 << 16      # of noise at a time
+FORBIDDEN = -1e30           # added to a logit; a float can be divided by MIN_TEMPERATURE then
 CPU = torch.device("cpu")
 
 Logprobs = tuple[int, float, tuple[tuple[int, float], ...]]    # token id, its log probability, the likeliest
@@ -151,7 +152,7 @@ class Sampler:
                      if rows[i].position < p.sampling.min_tokens and p.stop_token_ids and rows[i].allowed is None]
         if not (penalized or biased or too_short or constrained):
             return raw
-        logits = raw.clone()
+        logits = raw.clone() if penalized or biased or too_short or len(constrained) < len(rows) else raw
         for i in biased:
             token_ids, values = self._bias[rows[i].slot]
             logits[i, token_ids] += values
@@ -161,18 +162,22 @@ class Sampler:
         for i in too_short:
             logits[i, send(params[i].stop_token_ids, self.device)] = float("-inf")
         if constrained:
-            forbidden = self._forbidden(np.stack([row.allowed for row in rows if row.allowed is not None]))
+            allowed = np.stack([row.allowed for row in rows if row.allowed is not None])
             if len(constrained) == len(rows):
-                return logits.masked_fill_(forbidden, float("-inf"))
+                return self._constrained(logits, allowed)
             places = send(constrained, self.device)
-            logits[places] = logits[places].masked_fill_(forbidden, float("-inf"))
+            logits[places] = self._constrained(logits[places], allowed)
         return logits
+
+    def _constrained(self, logits: Tensor, allowed: npt.NDArray[np.int32]) -> Tensor:
+        """A sum takes a third of the time of a masked fill: on a CPU what is forbidden falls below whatever is not."""
+        if self.device.type != "cpu":
+            return logits.masked_fill(self._forbidden(allowed), float("-inf"))
+        bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
+        return torch.add(logits, torch.from_numpy(bits), alpha=FORBIDDEN)
 
     def _forbidden(self, allowed: npt.NDArray[np.int32]) -> Tensor:
         """A truth value for each token id, of the bits of those that are allowed."""
-        if self.device.type == "cpu":
-            bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
-            return torch.from_numpy(bits).view(torch.bool)
         words = send(~allowed, self.device, torch.int32)[:, :, None]
         places = torch.arange(32, dtype=torch.int32, device=self.device)
         return (words >> places & 1).bool().flatten(1)[:, :self.vocab_size]
