@@ -23,7 +23,7 @@ async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> 
     """Listens, then submits. Raises what make_job does, or Overloaded with the time at which the line has moved."""
     pod.limits.check_memory()
     job, header = await make_job(order, served, completion_id, pod_id=pod.id, settings=pod.settings,
-                                 retain_s=pod.limits.retain_s(is_stored=order.record is not None))
+                                 retain_s=pod.limits.retain_s(order.record is not None, order.retain_s))
     if order.record:
         await pod.store.put(order.tenant, replace(order.record, id=job.id))
     queue = served.queue                                # whoever found it has had the relay listen to its shard

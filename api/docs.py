@@ -7,10 +7,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from api.wire.batches import BatchRequest
 from api.wire.completions import CompletionRequest
 from api.wire.metadata import MetadataRequest
 from api.wire.request import ChatRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
+from api.wire.uploads import MIN_EXPIRES_S, PURPOSES
 
 COMPONENTS = "#/components/schemas/"
 
@@ -43,6 +45,13 @@ COMPLETION: dict[str, Any] = {
                           "content": {"application/json": {}, "text/event-stream": {}}}}}
 
 
+UPLOAD: dict[str, Any] = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object", "required": ["file", "purpose"], "properties": {
+        "file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": list(PURPOSES)},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": MIN_EXPIRES_S}}}}}}}
+
+
 def complete(app: FastAPI) -> None:
     """Makes /openapi.json, once, when somebody asks."""
 
@@ -51,7 +60,8 @@ def complete(app: FastAPI) -> None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             components = schema.setdefault("components", {})
             components["schemas"] = {"Error": ERROR_SCHEMA}
-            for model in (ChatRequest, CompletionRequest, MetadataRequest, TokenizeRequest, DetokenizeRequest):
+            for model in (BatchRequest, ChatRequest, CompletionRequest, MetadataRequest, TokenizeRequest,
+                          DetokenizeRequest):
                 one = model.model_json_schema(ref_template=COMPONENTS + "{model}")
                 components["schemas"] |= one.pop("$defs", {}) | {model.__name__: one}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
