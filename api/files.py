@@ -20,7 +20,7 @@ from shared.keys import tenant_key
 from shared.queue import LUA
 from shared.settings import Settings
 
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = (256 << 10) - 1024                        # with its header one allocation of 256 KiB, not of 320
 MAX_READ_PIECES = 256                                   # in one round trip, where they are small
 MAX_FILES = 1000                                        # of a tenant: each write looks at all of them
 UPLOAD_TTL_S = 300.0                                    # of a file that is not whole, since its last piece
