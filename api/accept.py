@@ -22,8 +22,9 @@ from shared.keys import new_completion_id
 async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> tuple[Stream, Header]:
     """Listens, then submits. Raises what make_job does, or Overloaded with the time at which the line has moved."""
     pod.limits.check_memory()
+    wanted_s = order.retain_s or (pod.settings.store_s if order.record else pod.settings.retain_s)
     job, header = await make_job(order, served, completion_id, pod_id=pod.id, settings=pod.settings,
-                                 retain_s=pod.limits.retain_s(is_stored=order.record is not None))
+                                 retain_s=pod.limits.retain_s(wanted_s))
     if order.record:
         await pod.store.put(order.tenant, replace(order.record, id=job.id))
     queue = served.queue                                # whoever found it has had the relay listen to its shard

@@ -16,7 +16,7 @@ from api import docs
 from api.answer import REQUEST_ID, answer, new_request_id, request_id_headers
 from api.auth import Door
 from api.pod import Pod
-from api.routes import chat, completions, health, messages, models, responses, stored, tokens
+from api.routes import batches, chat, completions, files, health, messages, models, responses, stored, tokens
 from api.sse import COMPLETION_ID
 from shared.errors import APIError, BadRequest, MethodNotAllowed, NotFound, Unavailable
 
@@ -36,6 +36,8 @@ def make_app(pod: Pod) -> FastAPI:
     app.include_router(completions.router(pod, door))
     app.include_router(responses.router(pod, door))
     app.include_router(messages.router(pod, door))
+    app.include_router(files.router(pod, door))
+    app.include_router(batches.router(pod, door))
     app.include_router(models.router(pod), dependencies=[Depends(door)])
     app.include_router(tokens.router(pod), dependencies=[Depends(door)])
     app.include_router(health.router(pod))

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from api.wire.batches import BatchRequest
 from api.wire.completions import CompletionRequest
 from api.wire.messages import CountRequest, MessageRequest
 from api.wire.metadata import MetadataRequest
@@ -15,10 +16,11 @@ from api.wire.objects import OBJECTS
 from api.wire.request import ChatRequest
 from api.wire.responses import ResponseRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
+from api.wire.uploads import MIN_EXPIRES_S, PURPOSES
 
 COMPONENTS = "#/components/schemas/"
 REQUESTS: tuple[Any, ...] = (ChatRequest, CompletionRequest, ResponseRequest, MessageRequest, CountRequest,
-                             MetadataRequest, TokenizeRequest, DetokenizeRequest)
+                             BatchRequest, MetadataRequest, TokenizeRequest, DetokenizeRequest)
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object", "required": ["error"],
@@ -58,6 +60,15 @@ def in_messages(route: dict[str, Any]) -> dict[str, Any]:
 
 CHUNKS = "chunks of it and [DONE]"
 BEHIND = "the events behind `starting_after`"
+
+
+UPLOAD: dict[str, Any] = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object", "required": ["file", "purpose"], "properties": {
+        "file": {"type": "string", "format": "binary", "description": "its bytes"},
+        "purpose": {"type": "string", "enum": list(PURPOSES), "description": "what for"},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"], "description": "with the seconds"},
+        "expires_after[seconds]": {"type": "integer", "minimum": MIN_EXPIRES_S,
+                                   "description": "how long it is kept; else `file_s`"}}}}}}}
 
 
 def complete(app: FastAPI) -> None:

@@ -59,9 +59,8 @@ class Limits:
         if self.redis_fraction > self._settings.max_redis_fraction:
             raise Overloaded(retry_after_s=MAX_RETRY_S / 4)
 
-    def retain_s(self, is_stored: bool) -> float:
-        """How long the log of an answer is to be kept after its end."""
-        wanted_s = self._settings.store_s if is_stored else self._settings.retain_s
+    def retain_s(self, wanted_s: float) -> float:
+        """How long the log of an answer is kept after its end."""
         return retain_under_pressure_s(wanted_s, self.redis_fraction, self._settings.max_redis_fraction)
 
     async def retry_after_s(self, shard_id: str) -> float:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
+from api.batches import Batches
 from api.directory import Directory
+from api.files import Files
 from api.idempotency import Reservations
 from api.limits import Limits
 from api.metrics import Metrics
@@ -34,6 +37,8 @@ class Pod:
         self.limits = Limits(self.redis, self.directory, settings)
         self.reservations = Reservations(self.redis, settings)
         self.store = Store(self.redis, settings)
+        self.files = Files(self.redis, settings)
+        self.batches = Batches(self.redis, self.files, settings)
         self.metrics = Metrics()
         self.draining = False
         self._goodbyes: set[asyncio.Task[None]] = set()
@@ -47,12 +52,12 @@ class Pod:
         return not self.draining and silent_s < READY_WITHIN_S
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """The pod's chores, for as long as it serves. A chore that fails ends the pod."""
+    async def running(self, *others: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+        """The pod's chores and others', for as long as it serves. A chore that fails ends the pod."""
         async with asyncio.TaskGroup() as group:
             chores = [group.create_task(chore) for chore in (
                 *self.relay.chores(), self.directory.run(), self.limits.run(),
-                reap(self.directory.queues, self.settings))]
+                reap(self.directory.queues, self.settings), *others)]
             try:
                 yield
             finally:

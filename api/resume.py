@@ -78,7 +78,7 @@ async def join(pod: Pod, queue: Queue, found: Found) -> Stream:
     await pod.relay.hear(queue.shard)
     stream = pod.relay.open(found.job_id, queue, Delivered(found.job, found.header.encode()))
     try:
-        await _attend(pod, stream)
+        await attend(pod, stream)
     except BaseException:
         pod.relay.close(stream)
         raise
@@ -100,14 +100,14 @@ async def follow(pod: Pod, queue: Queue, found: Found, after: int | None, asked:
         with _kept_until_now(found):
             said = await _catch_up(stream, fold)
         if not fold.ended:
-            await _attend(pod, stream)                  # not before: whoever is refused was no reader
+            await attend(pod, stream)                  # not before: whoever is refused was no reader
     except BaseException:
         pod.relay.close(stream)
         raise
     return stream, fold, said
 
 
-async def _attend(pod: Pod, stream: Stream) -> None:
+async def attend(pod: Pod, stream: Stream) -> None:
     await stream.queue.attend(pod.id, [stream.job_id])
     stream.look()                                       # at what came before the pod was pushed to
 

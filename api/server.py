@@ -15,6 +15,7 @@ import uvicorn
 from api.app import make_app
 from api.heads import BoundedProtocol
 from api.pod import Pod
+from api.pump import pump
 from shared import connection
 from shared.settings import Settings
 
@@ -43,7 +44,7 @@ async def serve(settings: Settings, listening: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     gc.freeze()                                         # what start-up made is not looked through again
-    async with pod.running():
+    async with pod.running(pump(pod)):
         serving = asyncio.create_task(server.serve([listening]))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)

@@ -42,6 +42,8 @@ class Order:
     is_unread: bool = False                             # it goes on with nobody reading
     record: Record | None = None                        # what is stored of it; its log is kept for `store_s` then
     priority: int = 0
+    deadline_s: float | None = None                     # what it may take, waiting included; None: as settings say
+    retain_s: float | None = None                       # how long its log is kept; None: as settings say
 
 
 async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: str, settings: Settings, retain_s: float
@@ -66,7 +68,7 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
               prompt_token_ids=tuple(prompt), sampling=sampling, tokenizer_id=card.tokenizer_id,
               weights_id=card.weights_id, n=n, priority=order.priority, created_s=created_s, retain_s=retain_s,
               prefix=some(prefix_names(order.tenant, prompt, card.prefill_chunk_tokens)),
-              deadline_s=settings.request_deadline_s)
+              deadline_s=order.deadline_s or settings.request_deadline_s)
     return job, _header(order, job, reading, card)
 
 

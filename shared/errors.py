@@ -92,6 +92,48 @@ class ContextTooLong(BadRequest):
     text = "The messages are longer than the model's context."
 
 
+class StorageFull(BadRequest):
+    """The files of one key together, or their number."""
+
+    code = "storage_limit_exceeded"
+    text = "Your files take too much room with this one. Delete some, or wait until they expire."
+
+
+class TooManyBatches(BadRequest):
+    code = "too_many_batches"
+    text = "You have too many batches. They are forgotten some time after their end."
+
+
+class EmptyFile(BadRequest):
+    code = "empty_file"
+    text = "The input file has no lines."
+
+
+class TooManyLines(BadRequest):
+    code = "too_many_tasks"
+    text = "The input file has too many lines."
+
+
+class LineTooLong(BadRequest):
+    code = "line_too_long"
+    text = "A line of the input file is too long."
+
+
+class InvalidLine(BadRequest):
+    code = "invalid_json_line"
+    text = "This line is not a JSON object."
+
+
+class DuplicateCustomID(BadRequest):
+    code = "duplicate_custom_id"
+    text = "The custom_id of this line was used in a line before."
+
+
+class MismatchedURL(BadRequest):
+    code = "mismatched_endpoint"
+    text = "The url of a line must be the endpoint of its batch."
+
+
 class Unauthorized(APIError):
     status = 401
     type = "invalid_request_error"
@@ -132,6 +174,20 @@ class ResponseNotFound(NotFound):
     text = "There is no such response, or it is not kept any more."
 
 
+class NoSuchFile(NotFound):
+    """Never uploaded, another's, deleted, or kept no longer: nobody learns which."""
+
+    code = "file_not_found"
+    text = "There is no such file, or it is not kept any more."
+
+
+class BatchNotFound(NotFound):
+    """As NoSuchFile."""
+
+    code = "batch_not_found"
+    text = "There is no such batch, or it is not kept any more."
+
+
 class MethodNotAllowed(APIError):
     status = 405
     type = "invalid_request_error"
@@ -170,11 +226,21 @@ class IdempotencyKeyReused(Conflict):
     text = "This Idempotency-Key was used with another body."
 
 
+class BatchOver(Conflict):
+    code = "batch_over"
+    text = "The batch has come to its end: there is nothing left to cancel."
+
+
 class BodyTooLarge(APIError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
     text = "The body of the request is too large."
+
+
+class FileTooLarge(BodyTooLarge):
+    code = "file_too_large"
+    text = "The file is too large."
 
 
 class HeadTooLarge(APIError):

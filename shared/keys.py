@@ -15,6 +15,10 @@ DIRECTORY = "{baton}:models"
 """HASH, the workers': shard id → Announcement (shared/card.py). What a pod knows of models. Fields expire by their own
 `expires_ms`, and are removed by whoever finds them stale."""
 
+BATCHES = "{baton}:batches"
+"""ZSET, the API's: `<tenant> <batch>` of every batch that is not over → the ms at which it was created. Where a pod
+looks for work that no other one does."""
+
 SHARD_KEYS: dict[str, tuple[str, str, str]] = {
     # name: (type, owner, what and until when)
     "jobs": ("stream", "scripts", "one entry per live job; group `workers`; length = queued + running"),
@@ -42,6 +46,12 @@ TENANT_KEYS: dict[str, tuple[str, str, str]] = {
     "stored:<id>": ("string", "api", "what was asked, of an answer to be stored, JSON; `request_deadline_s + store_s`"),
     "completions": ("zset", "api", "chat completions that are stored → the ms at which they were asked for"),
     "idempotency:<hash>": ("string", "api", "what an Idempotency-Key stands for; `request_deadline_s + retain_s`"),
+    "files": ("hash", "scripts", "file → its bytes, the ms of Redis time at which it expires, and JSON of the rest"),
+    "pieces:<file>": ("hash", "scripts", "number → bytes of a file, or the result of a line of a batch; `file_s`"),
+    "batch:<id>": ("hash", "scripts", "what was asked, status, counts and times of a batch; `batch_s + file_s`"),
+    "batches": ("zset", "scripts", "batches, also those that are over → the ms at which they were created"),
+    "allotted:<batch>": ("hash", "scripts", "line → its job, until it has a result"),
+    "pump:<batch>": ("string", "scripts", "pod that runs a batch; 5 s, renewed"),
 }
 
 

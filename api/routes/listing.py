@@ -31,12 +31,12 @@ def asked_from(stream: str | None, starting_after: str | None, last_event_id: st
                            position(starting_after, "starting_after"))
 
 
-def page_size(limit: str | None) -> int:
+def page_size(limit: str | None, *, default: int = DEFAULT_LISTED, most: int = MAX_LISTED) -> int:
     """Raises InvalidValue."""
     if limit is None:
-        return DEFAULT_LISTED
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= MAX_LISTED):
-        raise InvalidValue(f"limit is a number from 1 to {MAX_LISTED}.", param="limit")
+        return default
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= most):
+        raise InvalidValue(f"limit is a number from 1 to {most}.", param="limit")
     return int(limit)
 
 

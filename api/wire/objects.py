@@ -116,6 +116,33 @@ class InputTokens(TypedDict):
     input_tokens: int
 
 
+class FileObject(TypedDict):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+
+
+class BatchObject(TypedDict):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: dict[str, Any] | None
+    input_file_id: str
+    completion_window: Literal["24h"]
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    request_counts: dict[str, int]
+    metadata: dict[str, str] | None
+
+
 class ChatCompletionPage(TypedDict):
     object: Literal["list"]
     data: list[ChatCompletion]
@@ -169,5 +196,6 @@ class Text(TypedDict):
     prompt: str
 
 
-OBJECTS: tuple[Any, ...] = (ChatCompletion, TextCompletion, ResponseObject, MessageObject, InputTokens,
-                            ChatCompletionPage, Page, Deleted, Ended, Model, Models, Tokens, Text)
+OBJECTS: tuple[Any, ...] = (
+    ChatCompletion, TextCompletion, ResponseObject, MessageObject, InputTokens, FileObject, BatchObject,
+    ChatCompletionPage, Page, Deleted, Ended, Model, Models, Tokens, Text)

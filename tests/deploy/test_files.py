@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from api.routes.files import DRAINED_BYTES
 from api.server import KEEP_ALIVE_S
 from shared.settings import PREFIX, Settings
 from tests.tools import require_tool
@@ -163,6 +164,8 @@ def test_the_proxy_is_wider_than_the_api() -> None:
     """So that the API, which knows more, is the one that refuses and the one that gives up."""
     megabytes = int(directive("client_max_body_size").removesuffix("m"))
     assert megabytes << 20 > DEFAULTS["max_body_bytes"]
+    uploads = directive("client_max_body_size", NGINX_CONF[NGINX_CONF.index("location = /v1/files"):])
+    assert int(uploads.removesuffix("m")) << 20 > DEFAULTS["max_file_bytes"] + DRAINED_BYTES
     assert seconds(directive("proxy_read_timeout")) > DEFAULTS["request_deadline_s"]
 
 

@@ -237,8 +237,10 @@ async def test_a_body_beyond_the_limit_is_refused_in_openai_s_words(folder: Path
     pod = Pod()
     async with serving(pod) as port, proxy(folder, port) as client:
         answer = await client.post(CHAT, content=b"x" * (10 << 20))
-    assert (answer.status_code, answer.json()) == (413, BodyTooLarge().body())
-    assert not pod.seen
+        assert (answer.status_code, answer.json()) == (413, BodyTooLarge().body())
+        assert not pod.seen
+        pod.gate.set()
+        assert (await client.post("/v1/files", content=b"x" * (10 << 20))).status_code == 200, "a file may be larger"
 
 
 async def test_without_any_pod_the_refusal_is_openai_s(folder: Path) -> None:

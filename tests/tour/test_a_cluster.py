@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import openai
 import pytest
 
 from deploy.redis import RedisServer, binaries, major
@@ -14,7 +16,7 @@ from shared.connection import MIN_CLUSTER_VERSION
 from tests.cluster import cluster
 from tests.conftest import short_folder
 from tests.nursery import Nursery
-from tests.system import MODEL, System
+from tests.system import MODEL, System, eventually
 from tests.tools import require_tool
 from tests.tour.test_streams_survive import Reader
 
@@ -63,6 +65,18 @@ def test_a_killed_worker_is_not_noticed(stage: Stage, uninterrupted: tuple[Any, 
     reader.read()
     assert reader.answer == uninterrupted
     stage.system.await_workers(2)
+
+
+def test_a_batch_is_run(stage: Stage) -> None:
+    """Its tenant's keys, its jobs and the index of batches lie on nodes of their own."""
+    client = openai.Client(base_url=f"{stage.system.url}/v1", api_key="EMPTY", max_retries=0, timeout=30)
+    body = {"model": NAME, "messages": [{"role": "user", "content": "Count from 1 to 9."}]}
+    lines = [{"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body} for i in range(20)]
+    file = client.files.create(file=("x.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    eventually("it is over", lambda: client.batches.retrieve(batch.id).status == "completed", 60.0)
+    output = client.files.content(client.batches.retrieve(batch.id).output_file_id or "").text.splitlines()
+    assert [json.loads(line)["custom_id"] for line in output] == [str(i) for i in range(20)]
 
 
 def test_a_primary_that_is_killed_and_comes_back_costs_no_token(stage: Stage, uninterrupted: tuple[Any, ...]) -> None:

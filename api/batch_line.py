@@ -1,0 +1,188 @@
+"""One line of a batch, from its request to its result: a job like others, behind all that somebody waits for.
+
+What is wrong with a request is its result; what is wrong with the service is waited for. It knows nothing of files, and
+nothing of who runs a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+from api.accept import submit
+from api.delivered import Delivered
+from api.directory import Served
+from api.pod import Pod
+from api.relay import Stream
+from api.resume import attend, join, token_bytes, whole
+from api.submit import Order
+from api.wire.batches import Batch, digits_of
+from api.wire.fold import TokenBytes, dump
+from api.wire.languages import ID_KINDS, whole_fold
+from api.wire.lines import ENDPOINTS, GivenUp, Line, Result, answered, given_up, refused
+from shared import connection
+from shared.errors import (
+    APIError,
+    BadRequest,
+    DeadlineExceeded,
+    Draining,
+    JobEnded,
+    ModelNotFound,
+    NotFound,
+    NoWorker,
+    Overloaded,
+    StreamLost,
+    Unavailable,
+)
+from shared.job import Header
+from shared.keys import completion_id, shard_of
+from shared.queue import Queue
+
+log = logging.getLogger(__name__)
+
+PRIORITY = 1                                            # behind those who wait
+RETRY_S = 1.0
+LATE_S = 60.0                                           # its batch's time is over before its job's is
+
+
+class Asked(NamedTuple):
+    result: Result
+    job_id: str | None = None                           # None: there was none
+
+
+async def run(pod: Pod, batch: Batch, line: Line) -> None:
+    """Until the line has a result, here or from another pod. Raises what is wrong with Redis."""
+    while True:
+        try:
+            asked = await _ask(pod, batch, line)
+            break
+        except (Overloaded, Unavailable) as busy:
+            pause_s = busy.retry_after_s or RETRY_S
+        except (StreamLost, DeadlineExceeded):          # of a log that Redis has lost, or of a Redis that stays away
+            pause_s = RETRY_S
+        except connection.TROUBLE:
+            raise
+        except Exception:                               # a mistake of ours is one line's, as it is one request's
+            log.exception("line %d of %s failed", line.number, batch.id)
+            asked = Asked(refused(line, digits_of(batch.id, line.number), APIError()))
+            break
+        await asyncio.sleep(pause_s * random.uniform(0.75, 1.25))
+    if asked:
+        await _record(pod, batch, line, asked)
+
+
+async def close(pod: Pod, batch: Batch, line: Line, job_id: str | None, code: GivenUp) -> None:
+    """The result of a line that is not waited for any more: what its job has come to, if it came to an end."""
+    result = given_up(line, digits_of(batch.id, line.number), code)
+    if job_id:
+        queue = _queue(pod, job_id)
+        await queue.cancel(job_id)
+        result = await _ended(pod, queue, batch, line, job_id) or result
+    await _record(pod, batch, line, Asked(result, job_id))
+
+
+async def _record(pod: Pod, batch: Batch, line: Line, asked: Asked) -> None:
+    """The log of an answer is kept until its result is, and no longer."""
+    await pod.batches.record(batch, line.number, asked.result)
+    if asked.job_id:
+        await drop(pod, asked.job_id)
+
+
+async def drop(pod: Pod, job_id: str) -> None:
+    """A job of which nobody wants to know any more."""
+    await _queue(pod, job_id).erase(job_id)
+
+
+async def _ended(pod: Pod, queue: Queue, batch: Batch, line: Line, job_id: str) -> Result | None:
+    found, digits = await queue.find(job_id), digits_of(batch.id, line.number)
+    if found is None:
+        return None
+    try:
+        return answered(line, digits, await whole(pod, queue, found))
+    except JobEnded as failure:
+        return None if found.finish and found.finish.error == "cancelled" else refused(line, digits, failure)
+    except APIError:                                    # it runs, or cannot be told any more
+        return None
+
+
+async def _ask(pod: Pod, batch: Batch, line: Line) -> Asked | None:
+    """None when there is a result already. Raises what may be another way later."""
+    digits, endpoint = digits_of(batch.id, line.number), ENDPOINTS[batch.endpoint]
+    body = dump(line.body)
+    try:
+        request = endpoint.parse(body, pod.settings.max_messages)
+        served = await _find(pod, batch, request.model)
+        job_id = completion_id(served.queue.shard, digits, ID_KINDS[endpoint.language])
+        rest_s = max(batch.expires_s - time.time(), 0) + LATE_S
+        order = Order(request, batch.tenant, len(body), endpoint.language, is_unread=True, priority=PRIORITY,
+                      deadline_s=rest_s, retain_s=rest_s)
+        allotted = await pod.batches.allot(batch, line.number, job_id)
+        if allotted is None:
+            return None
+        try:
+            async with _stream(pod, served, order, allotted) as (stream, header, tokens):
+                return Asked(await _read(stream, header, tokens, line, digits), allotted)
+        except StreamLost:
+            if await _queue(pod, allotted).find(allotted) is None:
+                await drop(pod, allotted)               # what is left of it would stand in the way of another try
+            raise
+    except (BadRequest, NotFound) as refusal:
+        return Asked(refused(line, digits, refusal))
+
+
+async def _find(pod: Pod, batch: Batch, model: str) -> Served:
+    """A model that was served when the batch began is one that may be served again."""
+    try:
+        return await pod.directory.find(model)
+    except ModelNotFound:
+        if model in batch.models:
+            raise NoWorker(retry_after_s=RETRY_S) from None
+        raise
+
+
+@asynccontextmanager
+async def _stream(pod: Pod, served: Served, order: Order, job_id: str
+                  ) -> AsyncIterator[tuple[Stream, Header, TokenBytes]]:
+    """The answer of a job that may have been submitted before, by a pod that is gone."""
+    queue = _queue(pod, job_id)
+    await pod.relay.hear(queue.shard)
+    found = await queue.find(job_id)
+    if found:
+        tokens = await token_bytes(pod, found)
+        stream, header = await join(pod, queue, found), found.header
+    else:
+        tokens = served.tokenizer.token_bytes
+        stream, header = await submit(pod, replace(served, queue=queue), order, job_id)
+    try:
+        if not found:
+            await attend(pod, stream)                   # nobody is pushed to of a job that needs no reader
+        stream.delivered = Delivered()                  # nobody has seen any of it: what is lost is asked again
+        yield stream, header, tokens
+    finally:
+        pod.relay.close(stream)
+
+
+async def _read(stream: Stream, header: Header, tokens: TokenBytes, line: Line, digits: str) -> Result:
+    """Raises Draining when the pod goes, and what the relay does."""
+    fold = whole_fold(stream.job_id, header, tokens)
+    async for entries in stream.batches():
+        for entry in entries:
+            try:
+                fold.feed(entry)
+            except JobEnded as failure:
+                return refused(line, digits, failure)
+        if fold.ended:
+            return answered(line, digits, fold.body())
+    raise Draining(retry_after_s=RETRY_S)
+
+
+def _queue(pod: Pod, job_id: str) -> Queue:
+    shard = shard_of(job_id)
+    assert shard, "jobs of lines have ids like others"
+    return pod.directory.queue(shard)

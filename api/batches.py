@@ -1,0 +1,181 @@
+"""Batches: what Redis knows of them, which lines have a result, and who runs them. Each step may be repeated.
+
+A batch, its results and its holder lie in its tenant's slot; what no tenant has is the index in which pods look for
+work. Results are the pieces of the output file and of the error file, numbered by line: nothing is written twice, and
+a line has one result however many pods have asked for it. It knows nothing of HTTP, of jobs or of models.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+
+from api.files import File, Files, pieces_key
+from api.wire.batches import Batch, BatchRequest, Status
+from api.wire.lines import Raw, Result
+from shared.connection import refusals
+from shared.errors import BatchNotFound, TooManyBatches
+from shared.keys import BATCHES, tenant_key
+from shared.queue import LUA
+from shared.settings import Settings
+
+MAX_BATCHES = 10_000                                    # of a tenant, those that are over too
+HOLD_S = 5.0                                            # without a word from the pod that runs a batch: others may
+BEGINNING_S = 60.0                                      # from a batch's place in the index to the batch itself, at most
+LATE_S = 3600.0                                         # behind its time, for a batch to be closed
+
+SCRIPTS = ("enlist", "hold", "unreserve", "allot", "record", "advance")
+
+
+class Batches:
+    """The batches of all tenants."""
+
+    def __init__(self, redis: Redis, files: Files, settings: Settings) -> None:
+        self._redis = redis
+        self._files = files
+        self._settings = settings
+        self._scripts = {name: redis.register_script((LUA / f"{name}.lua").read_text()) for name in SCRIPTS}
+        self._lifetime_ms = round((settings.batch_s + settings.file_s) * 1000)
+
+    # ── what clients do ──
+
+    async def create(self, tenant: str, asked: BatchRequest, input_file: File) -> Batch:
+        """Raises TooManyBatches."""
+        now_ms = round(time.time() * 1000)
+        batch = Batch(f"batch_{secrets.token_hex(16)}", tenant, asked.endpoint, asked.input_file_id, now_ms,
+                      now_ms // 1000 + round(self._settings.batch_s), asked.metadata)
+        # Its requests must be there for as long as any of them may be asked.
+        await self._files.publish(tenant, input_file, self._settings.batch_s + LATE_S)
+        # First where it is looked for: a batch that nobody finds would be validated for ever.
+        await self._redis.zadd(BATCHES, {_member(tenant, batch.id): batch.created_ms})
+        fields = [part for pair in batch.encode().items() for part in pair]
+        if not await self._run("enlist", [_key(tenant, batch.id), tenant_key(tenant, "batches")], batch.id,
+                               batch.created_ms, self._lifetime_ms, MAX_BATCHES, *fields):
+            await self._redis.zrem(BATCHES, _member(tenant, batch.id))
+            raise TooManyBatches
+        return batch
+
+    async def get(self, tenant: str, batch_id: str) -> Batch:
+        """Raises BatchNotFound."""
+        fields: Any = await self._redis.hgetall(_key(tenant, batch_id))
+        if not fields:
+            raise BatchNotFound
+        return Batch.decode(fields)
+
+    async def page(self, tenant: str, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
+        """Up to `limit` batches behind `after`, the newest first, and whether there are more."""
+        index = tenant_key(tenant, "batches")
+        rank: Any = None if after is None else await self._redis.zrevrank(index, after)
+        begin = 0 if rank is None else rank + 1
+        ids: Any = await self._redis.zrange(index, begin, begin + limit, desc=True)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for batch_id in ids[:limit]:
+                pipe.hgetall(_key(tenant, batch_id.decode()))
+            rows = await pipe.execute() if ids else []
+        return [Batch.decode(fields) for fields in rows if fields], len(ids) > limit
+
+    async def advance(self, batch: Batch, status: Status, **fields: str | int) -> bool:
+        """To another status, with what is known then; False when it has another one than this by now."""
+        fields |= {"status": status, f"{status}_at": round(time.time())}
+        return bool(await self._run("advance", [_key(batch.tenant, batch.id)], batch.status,
+                                    *(part for pair in fields.items() for part in pair)))
+
+    # ── what the pod does that runs it ──
+
+    async def some_live(self, most: int) -> list[tuple[str, str]]:
+        """Tenant and id of some batches that are not over, any of them."""
+        members: Any = await self._redis.zrandmember(BATCHES, most)
+        return [(tenant, batch_id) for tenant, _, batch_id in (member.decode().partition(" ") for member in members)]
+
+    async def hold(self, tenant: str, batch_id: str, pod_id: str) -> Batch | None:
+        """The batch, this pod's for `HOLD_S` more. None when another pod holds it, or there is none."""
+        flat = await self._run("hold", [tenant_key(tenant, f"pump:{batch_id}"), _key(tenant, batch_id)], pod_id,
+                               round(HOLD_S * 1000))
+        if flat:
+            return Batch.decode(dict(zip(flat[::2], flat[1::2], strict=True)))
+        if flat is not None and await self._is_late(tenant, batch_id):
+            await self._redis.zrem(BATCHES, _member(tenant, batch_id))
+        return None
+
+    async def let_go(self, tenant: str, batch_id: str, pod_id: str) -> None:
+        """Another pod may have it at once."""
+        await self._run("unreserve", [tenant_key(tenant, f"pump:{batch_id}")], pod_id)
+
+    async def leave(self, batch: Batch) -> None:
+        """It is over: nobody looks at it any more."""
+        tenant = batch.tenant
+        await self._redis.delete(tenant_key(tenant, f"allotted:{batch.id}"))
+        await self._redis.zrem(BATCHES, _member(tenant, batch.id))
+
+    async def unfinished(self, batch: Batch, lines: Sequence[Raw]) -> list[Raw]:
+        """Those of the lines that have no result."""
+        if not lines:
+            return []
+        keys = [pieces_key(batch.tenant, file_id) for file_id in (batch.output_file_id, batch.error_file_id)]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for line in lines:
+                for key in keys:
+                    pipe.hexists(key, str(line.number))
+            found = await pipe.execute()
+        return [line for line, *has in zip(lines, found[::2], found[1::2], strict=True) if not any(has)]
+
+    async def allot(self, batch: Batch, number: int, job_id: str) -> str | None:
+        """The job of a line, this one or the one that it has already. None: it needs none."""
+        allotted = await self._run("allot", [_key(batch.tenant, batch.id), *_result_keys(batch)], number, job_id,
+                                   self._lifetime_ms)
+        return allotted.decode() if allotted else None
+
+    async def allotted(self, batch: Batch) -> dict[int, str]:
+        """Lines without a result whose jobs may run."""
+        rows: Any = await self._redis.hgetall(tenant_key(batch.tenant, f"allotted:{batch.id}"))
+        return {int(number): job_id.decode() for number, job_id in rows.items()}
+
+    async def record(self, batch: Batch, number: int, result: Result) -> bool:
+        """What has become of a line; False when that was known."""
+        allotted, output, errors = _result_keys(batch)
+        this, other, name = (errors, output, "error") if result.is_error else (output, errors, "output")
+        return bool(await self._run("record", [_key(batch.tenant, batch.id), allotted, this, other], number,
+                                    result.text, "num_failed" if result.is_error else "num_completed",
+                                    f"{name}_bytes", self._lifetime_ms))
+
+    async def publish(self, batch: Batch) -> None:
+        """What its lines have become are files from here on."""
+        now_ms = round(time.time() * 1000)
+        for file_id, name, num_results, num_bytes in (
+                (batch.output_file_id, "output", batch.num_completed, batch.output_bytes),
+                (batch.error_file_id, "error", batch.num_failed, batch.error_bytes)):
+            if num_results:
+                file = File(file_id, f"{batch.id}_{name}.jsonl", "batch_output", now_ms, batch.num_lines + 1,
+                            num_bytes=num_bytes)
+                await self._files.publish(batch.tenant, file, self._settings.file_s)
+
+    async def fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
+        await self.advance(batch, "failed", errors=json.dumps(errors))
+
+    async def _is_late(self, tenant: str, batch_id: str) -> bool:
+        created_ms: Any = await self._redis.zscore(BATCHES, _member(tenant, batch_id))
+        return created_ms is not None and time.time() * 1000 - created_ms > BEGINNING_S * 1000
+
+    async def _run(self, name: str, keys: list[str], *args: Any) -> Any:
+        with refusals():
+            return await self._scripts[name](keys=keys, args=args)
+
+
+def _key(tenant: str, batch_id: str) -> str:
+    return tenant_key(tenant, f"batch:{batch_id}")
+
+
+def _member(tenant: str, batch_id: str) -> str:
+    return f"{tenant} {batch_id}"
+
+
+def _result_keys(batch: Batch) -> tuple[str, str, str]:
+    """Jobs of lines, output, errors."""
+    tenant = batch.tenant
+    return (tenant_key(tenant, f"allotted:{batch.id}"), pieces_key(tenant, batch.output_file_id),
+            pieces_key(tenant, batch.error_file_id))

@@ -1,0 +1,145 @@
+"""Batches in OpenAI's language: the request, the states it goes through, the object that tells them.
+
+Pure: what is to be done next is decided here, from what is known of a batch and the time; who does it knows Redis. What
+stands in the lines of the files is api/wire/lines.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from api.wire.body import Fields, read_object, validate
+from api.wire.lines import ENDPOINTS
+from api.wire.metadata import Metadata
+from shared.errors import InvalidValue
+
+Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
+Step = Literal["validate", "run", "finalize", "complete", "expire", "cancel"]
+
+OVER: frozenset[Status] = frozenset({"completed", "failed", "expired", "cancelled"})
+TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+COUNTS = ("num_lines", "num_requests", "num_completed", "num_failed", "output_bytes", "error_bytes")
+
+
+class BatchRequest(Fields):
+    """`POST /v1/batches`."""
+
+    input_file_id: str = Field(min_length=1, max_length=256, description="of a file whose purpose is batch")
+    endpoint: str = Field(description="what every line asks: " + " or ".join(ENDPOINTS))
+    completion_window: Literal["24h"] = Field(description="as long as it may take: `batch_s`")
+    metadata: Metadata | None = Field(None, description="kept beside it")
+
+
+def parse_batch(body: bytes) -> BatchRequest:
+    """Raises BadRequest."""
+    asked = validate(BatchRequest, read_object(body), BatchRequest.model_fields)
+    if asked.endpoint not in ENDPOINTS:
+        raise InvalidValue(f"endpoint is one of {', '.join(ENDPOINTS)}.", param="endpoint")
+    return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch, as far as it has come."""
+
+    id: str
+    tenant: str
+    endpoint: str
+    input_file_id: str
+    created_ms: int
+    expires_s: int
+    metadata: dict[str, str] | None = None
+    status: Status = "validating"
+    num_lines: int = 0                                  # of the input file, blank ones too
+    num_requests: int = 0                               # in them
+    num_completed: int = 0                              # have a line in the output file
+    num_failed: int = 0                                 # have a line in the error file
+    output_bytes: int = 0
+    error_bytes: int = 0
+    models: tuple[str, ...] = ()                        # of its lines, those that were served when it began
+    errors: tuple[dict[str, Any], ...] = ()             # why it has failed
+    at: dict[str, int] = field(default_factory=dict)    # status → the second at which it came to it
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.id} {self.status}, {self.num_done} of {self.num_requests}>"
+
+    @property
+    def num_done(self) -> int:
+        return self.num_completed + self.num_failed
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in OVER
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its lines were found to be right."""
+        return "in_progress" in self.at
+
+    @property
+    def output_file_id(self) -> str:
+        return f"file-{digits_of(self.id, 'output')}"
+
+    @property
+    def error_file_id(self) -> str:
+        return f"file-{digits_of(self.id, 'errors')}"
+
+    def encode(self) -> dict[str, str]:
+        """As a hash of Redis holds it; counts that are missing are 0."""
+        what = {"id": self.id, "tenant": self.tenant, "endpoint": self.endpoint, "input_file_id": self.input_file_id,
+                "created_ms": self.created_ms, "expires_s": self.expires_s, "metadata": self.metadata}
+        return {"what": json.dumps(what), "status": self.status}
+
+    @classmethod
+    def decode(cls, fields: Mapping[bytes, bytes]) -> Batch:
+        text = {name.decode(): value.decode() for name, value in fields.items()}
+        counts: dict[str, Any] = {name: int(text.get(name, 0)) for name in COUNTS}
+        return cls(**json.loads(text["what"]), **counts, status=text["status"],  # type: ignore[arg-type]
+                   models=tuple(json.loads(text.get("models", "[]"))),
+                   errors=tuple(json.loads(text.get("errors", "[]"))),
+                   at={name: int(text[f"{name}_at"]) for name in TIMES if f"{name}_at" in text})
+
+    def body(self) -> dict[str, Any]:
+        """The object that clients see."""
+        has_files = self.is_over and self.has_begun
+        return {"id": self.id, "object": "batch", "endpoint": self.endpoint,
+                "errors": {"object": "list", "data": list(self.errors)} if self.errors else None,
+                "input_file_id": self.input_file_id, "completion_window": "24h", "status": self.status,
+                "output_file_id": self.output_file_id if has_files and self.num_completed else None,
+                "error_file_id": self.error_file_id if has_files and self.num_failed else None,
+                "created_at": self.created_ms // 1000, "expires_at": self.expires_s,
+                **{f"{name}_at": self.at.get(name) for name in TIMES},
+                "request_counts": {"total": self.num_requests, "completed": self.num_completed,
+                                   "failed": self.num_failed},
+                "metadata": self.metadata}
+
+
+def next_step(batch: Batch, now_s: float) -> Step | None:
+    """What is to be done for a batch; None when it is over. Whoever does it may be stopped, and does it again."""
+    if batch.is_over:
+        return None
+    if batch.status == "cancelling":
+        return "cancel"
+    if batch.status == "finalizing":
+        return "complete"
+    if now_s >= batch.expires_s:
+        return "expire"
+    if batch.status == "validating":
+        return "validate"
+    return "run" if batch.num_done < batch.num_requests else "finalize"
+
+
+def can_be_cancelled(batch: Batch) -> bool:
+    """Once its files are being made, all of it is done."""
+    return batch.status in ("validating", "in_progress")
+
+
+def digits_of(batch_id: str, what: str | int) -> str:
+    """32 hex digits that every pod derives alike."""
+    return hashlib.sha256(f"{batch_id} {what}".encode()).hexdigest()[:32]
