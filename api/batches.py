@@ -46,9 +46,9 @@ class Batches:
 
     async def create(self, tenant: str, asked: BatchRequest, input_file: File) -> Batch:
         """Raises TooManyBatches."""
-        now_s = time.time()
-        batch = Batch(f"batch_{secrets.token_hex(16)}", tenant, asked.endpoint, asked.input_file_id,
-                      round(now_s * 1000), round(now_s + self._settings.batch_s), asked.metadata)
+        now_ms = round(time.time() * 1000)
+        batch = Batch(f"batch_{secrets.token_hex(16)}", tenant, asked.endpoint, asked.input_file_id, now_ms,
+                      now_ms // 1000 + round(self._settings.batch_s), asked.metadata)
         # Its requests must be there for as long as any of them may be asked.
         await self._files.publish(tenant, input_file, self._settings.batch_s + LATE_S)
         # First where it is looked for: a batch that nobody finds would be validated for ever.
