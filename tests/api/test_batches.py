@@ -126,9 +126,9 @@ async def answering(worker: ScriptedWorker) -> AsyncIterator[list[str]]:
     try:
         yield ids
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await connection.end([task])                    # once may not be enough
+        if not task.cancelled():
+            task.result()
 
 
 async def claim(worker: ScriptedWorker, number: int) -> list[Script]:
