@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 
 from api.relay import Stream
 from api.wire.completions import Numbered
@@ -32,11 +31,12 @@ class Several:
 
     async def batches(self) -> AsyncIterator[list[Numbered]]:
         """As Stream.batches; ends when all have ended. Raises what any of them does."""
-        arrived: asyncio.Queue[list[Numbered] | None] = asyncio.Queue(maxsize=1)
+        arrived: asyncio.Queue[list[Numbered] | None] = asyncio.Queue()
 
         async def pass_on(number: int, stream: Stream) -> None:
             async for entries in stream.batches():
-                await arrived.put([Numbered(number, entry) for entry in entries])
+                arrived.put_nowait([Numbered(number, entry) for entry in entries])
+                await arrived.join()                    # no stream goes on before what has come was sent
                 if entries and entries[-1].kind == "end":
                     break
 
@@ -48,13 +48,13 @@ class Several:
             except ExceptionGroup as failed:
                 raise failed.exceptions[0] from None
             finally:
-                with suppress(asyncio.CancelledError):
-                    await arrived.put(None)
+                arrived.put_nowait(None)
 
         running = asyncio.create_task(run())
         try:
             while (entries := await arrived.get()) is not None:
                 yield entries
+                arrived.task_done()
             await running
         finally:
             running.cancel()

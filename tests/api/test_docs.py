@@ -21,7 +21,7 @@ from shared.settings import Settings
 from tests.nursery import Nursery
 from tests.system import MODEL, System
 
-NUM_EXAMPLES = 20                                       # of each address, valid and invalid ones
+NUM_EXAMPLES = 12                                       # of each address, valid and invalid ones
 MAX_TOKENS = 4
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 CHECKED = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",

@@ -32,11 +32,19 @@ def said(message: dict[str, Any]) -> str:
     return "\n".join([message["content"] or "", *calls]).strip()
 
 
+def with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls and answers as a client says them: the model was not trained on ids."""
+    return [message | ({"tool_calls": [call | {"id": "call_1"} for call in message["tool_calls"]]}
+                       if message.get("tool_calls") else {})
+            | ({"tool_call_id": "call_1"} if message["role"] == "tool" else {}) for message in messages]
+
+
 async def ask(url: str, questions: list[Question]) -> list[bool]:
     places = asyncio.Semaphore(CONCURRENCY)
 
     async def one(client: httpx.AsyncClient, question: Question) -> bool:
-        body = {"model": NAME, "messages": question.messages, "max_tokens": question.max_tokens, "temperature": 0}
+        body = {"model": NAME, "messages": with_ids(question.messages), "temperature": 0,
+                "max_tokens": question.max_tokens}
         if question.tools:
             body["tools"] = question.tools
         async with places:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from api.wire.dialects.between_tokens import TokenReader
 from api.wire.dialects.dialect import (
     MAX_HEAD_CHARS,
     MAX_NAME_CHARS,
@@ -24,8 +25,6 @@ from api.wire.dialects.dialect import (
     quoted,
     require_names,
 )
-from api.wire.dialects.json_value import JsonValue
-from api.wire.markers import Splitter, trimmed
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -57,33 +56,14 @@ class DeepSeek(Dialect):
         return DeepSeekReader()
 
 
-class DeepSeekReader:
-    is_inside = False                       # its thoughts are between <think> and </think>
+class DeepSeekReader(TokenReader):
+    """Its thoughts are between <think> and </think>."""
 
     def __init__(self) -> None:
-        self._splitter = Splitter(MARKERS)
-        self._read = self._text
-        self._held = ""                     # not yet known what it is: of text, blanks alone
-        self._name = ""                     # between CALL and SEP
-        self._value = JsonValue()
+        super().__init__(MARKERS)
 
-    def feed(self, text: str) -> list[Piece]:
-        pieces: list[Piece] = []
-        for is_marker, run in self._splitter.feed(text):
-            if is_marker and not (self._read == self._arguments and self._value.in_string):
-                self._marker(run, pieces)
-            else:
-                self._read(run, pieces)
-        return pieces
-
-    def finish(self) -> list[Piece]:
-        """Blanks, or nothing of a call that was cut off."""
-        pieces: list[Piece] = []
-        for _, run in self._splitter.finish():
-            self._read(run, pieces)
-        if self._held and self._read == self._text:
-            pieces.append(Piece("text", self._held))
-        return pieces
+    def _left(self) -> list[Piece]:
+        return [Piece("text", self._held)] if self._held and self._read == self._text else []
 
     def _marker(self, marker: str, pieces: list[Piece]) -> None:
         if marker == SEP and self._read == self._call:
@@ -93,25 +73,6 @@ class DeepSeekReader:
             self._give_up(pieces)
         self._held = self._name = ""
         self._read = self._call if marker == CALL else self._between
-
-    def _give_up(self, pieces: list[Piece]) -> None:
-        """What was to become a call is text."""
-        text, self._held, self._name = self._name + self._held, "", ""
-        self._read = self._text
-        self._text(text, pieces)
-
-    def _text(self, run: str, pieces: list[Piece]) -> None:
-        """Blanks at its end may come before a marker."""
-        self._held += run
-        cut = trimmed(self._held, len(self._held))
-        if cut:
-            pieces.append(Piece("text", self._held[:cut]))
-            self._held = self._held[cut:]
-
-    def _between(self, run: str, pieces: list[Piece]) -> None:
-        if rest := run.lstrip():
-            self._read = self._text
-            self._text(rest, pieces)
 
     def _call(self, run: str, pieces: list[Piece]) -> None:
         """What kind of a tool it is, or its name."""
@@ -125,22 +86,14 @@ class DeepSeekReader:
         match = HEAD.match(self._held[:MAX_HEAD_CHARS])
         name = (match[1] or self._name).strip() if match else ""
         if match and 0 < len(name) <= MAX_NAME_CHARS:
-            pieces.append(Piece("call", name))
             rest, self._held = self._held[match.end():], ""
-            self._read, self._value = self._arguments, JsonValue()
-            self._arguments(rest, pieces)
+            self._begin_call(name, rest, pieces)
         elif match or len(self._held) >= MAX_HEAD_CHARS:
             self._give_up(pieces)
 
-    def _arguments(self, run: str, pieces: list[Piece]) -> None:
-        size = self._value.feed(run)
-        pieces.append(Piece("arguments", run[:size]))
-        if self._value.is_closed:
-            self._read = self._tail
-            self._tail(run[size:], pieces)
-
-    def _tail(self, run: str, pieces: list[Piece]) -> None:
+    def _behind(self, run: str, pieces: list[Piece]) -> None:
         """What closes a fence."""
+        self._read = self._behind
         if rest := run.lstrip(END_FENCE + " \t\r"):
             self._read = self._text
             self._text(rest, pieces)

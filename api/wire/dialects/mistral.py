@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from api.wire.dialects.between_tokens import TokenReader
 from api.wire.dialects.dialect import (
     MAX_HEAD_CHARS,
     MAX_NAME_CHARS,
@@ -24,8 +25,6 @@ from api.wire.dialects.dialect import (
     require_names,
 )
 from api.wire.dialects.json_calls import JsonDialect, LeadingReader
-from api.wire.dialects.json_value import JsonValue
-from api.wire.markers import Splitter, trimmed
 
 CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 MARKERS = (CALLS, CALL_ID, ARGS)
@@ -51,39 +50,16 @@ class Mistral(Dialect):
         return MistralReader()
 
 
-class MistralReader:
-    is_inside = False                       # it knows no thoughts
-
+class MistralReader(TokenReader):
     def __init__(self) -> None:
-        self._splitter = Splitter(MARKERS)
-        self._read = self._text
-        self._held = ""                     # not yet known what it is: of text, blanks alone
-        self._name = ""                     # before CALL_ID or ARGS
-        self._value = JsonValue()
+        super().__init__(MARKERS)
         self._array = LeadingReader(ARRAY)
-
-    def feed(self, text: str) -> list[Piece]:
-        pieces: list[Piece] = []
-        for is_marker, run in self._splitter.feed(text):
-            if is_marker and not self._in_string:
-                self._marker(run, pieces)
-            else:
-                self._read(run, pieces)
-        return pieces
-
-    def finish(self) -> list[Piece]:
-        pieces: list[Piece] = []
-        for _, run in self._splitter.finish():
-            self._read(run, pieces)
-        return pieces + self._left()
 
     @property
     def _in_string(self) -> bool:
-        return self._array.in_string if self._read == self._calls else (
-            self._read == self._arguments and self._value.in_string)
+        return self._array.in_string if self._read == self._calls else super()._in_string
 
     def _left(self) -> list[Piece]:
-        """What was held back: text, or nothing of a call that was cut off."""
         array, self._array = self._array, LeadingReader(ARRAY)
         if self._read == self._calls:
             return array.finish()
@@ -101,19 +77,6 @@ class MistralReader:
                 self._held = ""             # blanks
             pieces += self._left()
             self._read = self._head if marker == CALLS else self._between
-
-    def _text(self, run: str, pieces: list[Piece]) -> None:
-        """Blanks at its end may come before a marker."""
-        self._held += run
-        cut = trimmed(self._held, len(self._held))
-        if cut:
-            pieces.append(Piece("text", self._held[:cut]))
-            self._held = self._held[cut:]
-
-    def _between(self, run: str, pieces: list[Piece]) -> None:
-        if rest := run.lstrip():
-            self._read = self._text
-            self._text(rest, pieces)
 
     def _head(self, run: str, pieces: list[Piece]) -> None:
         """An array, or a name."""
@@ -134,11 +97,6 @@ class MistralReader:
         if len(self._held) > MAX_HEAD_CHARS:
             self._give_up(pieces)
 
-    def _give_up(self, pieces: list[Piece]) -> None:
-        text, self._name, self._held = self._name + self._held, "", ""
-        self._read = self._text
-        self._text(text, pieces)
-
     def _calls(self, run: str, pieces: list[Piece]) -> None:
         pieces += self._array.feed(run)
 
@@ -146,19 +104,10 @@ class MistralReader:
         """Of the arguments."""
         rest, name = run.lstrip(), self._name.strip()
         if rest.startswith("{") and 0 < len(name) <= MAX_NAME_CHARS:
-            pieces.append(Piece("call", name))
-            self._name, self._value, self._read = "", JsonValue(), self._arguments
-            self._arguments(rest, pieces)
+            self._begin_call(name, rest, pieces)
         elif rest:
             self._held = rest
             self._give_up(pieces)
-
-    def _arguments(self, run: str, pieces: list[Piece]) -> None:
-        size = self._value.feed(run)
-        pieces.append(Piece("arguments", run[:size]))
-        if self._value.is_closed:
-            self._read = self._between
-            self._between(run[size:], pieces)
 
 
 def _is_name(name: str) -> bool:
