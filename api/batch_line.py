@@ -23,7 +23,7 @@ from api.relay import Stream
 from api.resume import attend, join, token_bytes, whole
 from api.submit import Order
 from api.wire.batches import Batch, digits_of
-from api.wire.fold import TokenBytes, dump
+from api.wire.fold import TokenBytes, WholeFold, dump
 from api.wire.languages import ID_KINDS, whole_fold
 from api.wire.lines import ENDPOINTS, GivenUp, Line, Result, answered, given_up, refused
 from shared import connection
@@ -32,13 +32,13 @@ from shared.errors import (
     BadRequest,
     DeadlineExceeded,
     Draining,
-    JobEnded,
     ModelNotFound,
     NotFound,
     NoWorker,
     Overloaded,
     StreamLost,
     Unavailable,
+    job_error,
 )
 from shared.job import Header
 from shared.keys import completion_id, shard_of
@@ -103,11 +103,14 @@ async def _ended(pod: Pod, queue: Queue, batch: Batch, line: Line, job_id: str) 
     found, digits = await queue.find(job_id), digits_of(batch.id, line.number)
     if found is None:
         return None
+    if found.finish is None or found.finish.error == "cancelled":
+        return None
+    if found.finish.error:
+        return refused(line, digits, job_error(found.finish.error))
     try:
-        return answered(line, digits, await whole(pod, queue, found))
-    except JobEnded as failure:
-        return None if found.finish and found.finish.error == "cancelled" else refused(line, digits, failure)
-    except APIError:                                    # it runs, or cannot be told any more
+        asked = ENDPOINTS[batch.endpoint].parse(dump(line.body), pod.settings.max_messages).asked
+        return answered(line, digits, await whole(pod, queue, found, asked))
+    except APIError:                                    # it cannot be told any more
         return None
 
 
@@ -116,7 +119,7 @@ async def _ask(pod: Pod, batch: Batch, line: Line) -> Asked | None:
     digits, endpoint = digits_of(batch.id, line.number), ENDPOINTS[batch.endpoint]
     body = dump(line.body)
     try:
-        request = endpoint.parse(body, pod.settings.max_messages)
+        request, asked = endpoint.parse(body, pod.settings.max_messages)
         served = await _find(pod, batch, request.model)
         job_id = completion_id(served.queue.shard, digits, ID_KINDS[endpoint.language])
         rest_s = max(batch.expires_s - time.time(), 0) + LATE_S
@@ -127,7 +130,8 @@ async def _ask(pod: Pod, batch: Batch, line: Line) -> Asked | None:
             return None
         try:
             async with _stream(pod, served, order, allotted) as (stream, header, tokens):
-                return Asked(await _read(stream, header, tokens, line, digits), allotted)
+                fold = whole_fold(stream.job_id, header, tokens, asked)
+                return Asked(await _read(stream, fold, line, digits), allotted)
         except StreamLost:
             if await _queue(pod, allotted).find(allotted) is None:
                 await drop(pod, allotted)               # what is left of it would stand in the way of another try
@@ -168,15 +172,13 @@ async def _stream(pod: Pod, served: Served, order: Order, job_id: str
         pod.relay.close(stream)
 
 
-async def _read(stream: Stream, header: Header, tokens: TokenBytes, line: Line, digits: str) -> Result:
+async def _read(stream: Stream, fold: WholeFold, line: Line, digits: str) -> Result:
     """Raises Draining when the pod goes, and what the relay does."""
-    fold = whole_fold(stream.job_id, header, tokens)
     async for entries in stream.batches():
         for entry in entries:
-            try:
-                fold.feed(entry)
-            except JobEnded as failure:
-                return refused(line, digits, failure)
+            if entry.kind == "end" and (error := entry.finish.error):
+                return refused(line, digits, job_error(error))
+            fold.feed(entry)
         if fold.ended:
             return answered(line, digits, fold.body())
     raise Draining(retry_after_s=RETRY_S)

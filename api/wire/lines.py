@@ -13,6 +13,7 @@ from api.wire.body import read_object
 from api.wire.completions import CompletionRequest, parse_completion
 from api.wire.fold import dump
 from api.wire.request import ChatRequest, parse
+from api.wire.responses import parse_response
 from shared.errors import (
     APIError,
     BadRequest,
@@ -88,20 +89,38 @@ class Line:
     body: dict[str, Any]
 
 
+class Wanted(NamedTuple):
+    request: ChatRequest | CompletionRequest
+    asked: dict[str, Any] | None = None                 # what the answer repeats
+
+
 class Endpoint(NamedTuple):
     language: Language
-    parse: Callable[[bytes, int], ChatRequest | CompletionRequest]
+    parse: Callable[[bytes, int], Wanted]
 
 
-def _parse_one_text(body: bytes, _: int) -> CompletionRequest:
-    asked = parse_completion(body)
-    if len(asked.prompts) > 1:
+def _chat(body: bytes, max_messages: int) -> Wanted:
+    return Wanted(parse(body, max_messages))
+
+
+def _text(body: bytes, _: int) -> Wanted:
+    request = parse_completion(body)
+    if len(request.prompts) > 1:
         raise UnsupportedParameter("A line of a batch has one prompt.", param="prompt")
-    return asked
+    return Wanted(request)
 
 
-ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": Endpoint("chat", parse),
-                                  "/v1/completions": Endpoint("completions", _parse_one_text)}
+def _response(body: bytes, max_items: int) -> Wanted:
+    request = parse_response(body, max_items)
+    for param in ("background", "previous_response_id"):
+        if getattr(request, param):
+            raise UnsupportedParameter(f"A line of a batch has no {param}.", param=param)
+    return Wanted(request.chat(request.items), request.asked | {"store": False})
+
+
+ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": Endpoint("chat", _chat),
+                                  "/v1/completions": Endpoint("completions", _text),
+                                  "/v1/responses": Endpoint("responses", _response)}
 
 
 def read_line(raw: Raw, endpoint: str) -> Line:
@@ -209,12 +228,12 @@ class Result(NamedTuple):
 
 def answered(line: Line, digits: str, body: bytes) -> Result:
     """`digits` are those of the line's job; they name its result too."""
-    return Result(_result(line, digits, _response(digits, 200, body), b"null"), is_error=False)
+    return Result(_result(line, digits, _http(digits, 200, body), b"null"), is_error=False)
 
 
 def refused(line: Line, digits: str, error: APIError) -> Result:
     """The request was wrong, or its job has failed for good."""
-    return Result(_result(line, digits, _response(digits, error.status, dump(error.body())), b"null"), is_error=True)
+    return Result(_result(line, digits, _http(digits, error.status, dump(error.body())), b"null"), is_error=True)
 
 
 def given_up(line: Line, digits: str, code: GivenUp) -> Result:
@@ -222,7 +241,7 @@ def given_up(line: Line, digits: str, code: GivenUp) -> Result:
     return Result(_result(line, digits, b"null", dump({"code": code, "message": GIVEN_UP[code]})), is_error=True)
 
 
-def _response(digits: str, status: int, body: bytes) -> bytes:
+def _http(digits: str, status: int, body: bytes) -> bytes:
     return b'{"status_code":%d,"request_id":"req_%b","body":%b}' % (status, digits[:24].encode(), body)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
@@ -110,7 +110,8 @@ class MessageFold(WholeFold):
         for piece in (piece for delta in self.deltas[0] for piece in reader.read(delta)):
             if reader.opens(piece):
                 blocks.append(reader.open(piece))
-            blocks[-1].value += "" if piece.kind == "call" else piece.value
+            if piece.kind != "call":
+                blocks[-1].pieces.append(piece.value)
         content = [block.body(SIGNATURE) for block in blocks]
         return dump(reader.message(content, self.usage, reader.stop_reason, reader.stop_sequence))
 
@@ -122,14 +123,14 @@ class Block:
     kind: str                                           # of the piece that opened it
     name: str = ""
     id: str = ""
-    value: str = ""
+    pieces: list[str] = field(default_factory=list)
 
     def body(self, signature: str = "") -> dict[str, Any]:
         if self.kind == "call":
-            return {"type": "tool_use", "id": self.id, "name": self.name, "input": _object(self.value)}
+            return {"type": "tool_use", "id": self.id, "name": self.name, "input": _object("".join(self.pieces))}
         if self.kind == "reasoning":
-            return {"type": "thinking", "thinking": self.value, "signature": signature}
-        return {"type": "text", "text": self.value}
+            return {"type": "thinking", "thinking": "".join(self.pieces), "signature": signature}
+        return {"type": "text", "text": "".join(self.pieces)}
 
 
 class BlockReader:

@@ -28,6 +28,7 @@ class Output:
         self._id = completion_id
         self._token_bytes = token_bytes
         self._is_open = False
+        self._grown: list[str] = []                     # of the open item: to add to a text each time would copy it
 
     def read(self, delta: Delta) -> Iterator[Event]:
         """What the next delta of the answer changes. An event is to be used before the next one is asked for."""
@@ -38,7 +39,7 @@ class Output:
                 yield from self._close("completed")
                 yield from self._open(kind, piece.value)
             if piece.kind == "arguments":
-                self.items[-1]["arguments"] += piece.value
+                self._grown.append(piece.value)
                 yield "response.function_call_arguments.delta", self._place() | {"delta": piece.value}
             elif piece.kind != "call":
                 yield self._grow(kind, piece.value, logprobs if kind == "message" else ())
@@ -67,23 +68,34 @@ class Output:
             yield "response.content_part.added", self._part_place() | {"part": part}
 
     def _grow(self, kind: str, text: str, entries: Sequence[TokenLogprob]) -> Event:
-        part = self.items[-1]["content"][0]
-        part["text"] += text
+        self._grown.append(text)
         if kind == "reasoning":
             return "response.reasoning_text.delta", self._part_place() | {"delta": text}
         logprobs = logprobs_body(entries, self._token_bytes)
-        part["logprobs"] += logprobs
+        self.items[-1]["content"][0]["logprobs"] += logprobs
         return "response.output_text.delta", self._part_place() | {"delta": text, "logprobs": logprobs}
+
+    def settle(self) -> list[dict[str, Any]]:
+        """The items as they stand."""
+        if self._is_open and self._grown:
+            item, grown = self.items[-1], "".join(self._grown)
+            if item["type"] == "function_call":
+                item["arguments"] = grown
+            else:
+                item["content"][0]["text"] = grown
+        return self.items
 
     def cut(self) -> None:
         """The answer was ended from outside: nothing tells of it but the items themselves."""
         if self._is_open:
+            self.settle()
             self.items[-1]["status"], self._is_open = "incomplete", False
 
     def _close(self, status: str) -> Iterator[Event]:
         if not self._is_open:
             return
-        item, self._is_open = self.items[-1], False
+        self.settle()
+        item, self._is_open, self._grown = self.items[-1], False, []
         item["status"] = status
         if item["type"] == "function_call":
             yield "response.function_call_arguments.done", self._place() | {

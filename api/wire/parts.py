@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from api.wire.dialects import DIALECTS, Dialect, Piece
 from api.wire.reasoning import Mode, ThoughtReader
 from shared.job import Delta, FinishReason, Header, Usage
 
 
-@dataclass(slots=True)
-class Call:
+class Call(NamedTuple):
     id: str
     name: str
-    arguments: str = ""
+    arguments: str
 
 
-@dataclass(slots=True)
-class Said:
+class Said(NamedTuple):
     """The whole of it."""
 
-    text: str = ""
-    reasoning: str = ""
-    calls: list[Call] = field(default_factory=list)
+    text: str
+    reasoning: str
+    calls: list[Call]
 
 
 class Parts:
@@ -85,17 +84,15 @@ class Parts:
         return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
 
     def whole(self, deltas: Iterable[Delta]) -> Said:
-        said = Said()
+        parts: dict[str, list[str]] = {"text": [], "reasoning": []}
+        calls: list[tuple[str, str, list[str]]] = []
         for piece in (piece for delta in deltas for piece in self.read(delta)):
             if piece.kind == "call":
-                said.calls.append(Call(self.call_id, piece.value))
-            elif piece.kind == "arguments":
-                said.calls[-1].arguments += piece.value
-            elif piece.kind == "reasoning":
-                said.reasoning += piece.value
+                calls.append((self.call_id, piece.value, []))
             else:
-                said.text += piece.value
-        return said
+                (calls[-1][2] if piece.kind == "arguments" else parts[piece.kind]).append(piece.value)
+        return Said("".join(parts["text"]), "".join(parts["reasoning"]),
+                    [Call(call_id, name, "".join(arguments)) for call_id, name, arguments in calls])
 
 
 def fold_version(dialect: Dialect | None, reasoning: Mode) -> int:

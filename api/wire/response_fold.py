@@ -134,7 +134,7 @@ class Response:
             usage = _usage(with_reasoning(finish.usage, [self.output.parts]))
         cut = {"reason": "max_output_tokens"} if finish and self._is_cut else None
         return self._head | {"status": self.status, "error": error if self.status == "failed" else None,
-                             "incomplete_details": cut, "output": self.output.items, "usage": usage, **self._asked}
+                             "incomplete_details": cut, "output": self.output.settle(), "usage": usage, **self._asked}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -162,6 +162,24 @@ async def test_every_line_is_answered_once(pods: list[httpx.AsyncClient], worker
     assert len(ids) == len(set(ids)) == await num_submitted(worker) == NUM_LINES
 
 
+async def test_responses_are_asked_in_lines_too(pods: list[httpx.AsyncClient], worker: ScriptedWorker) -> None:
+    """Each as a whole: one that goes on with another, or is answered later, is none."""
+    address, asked = "/v1/responses", {"model": worker.model, "input": "Hi", "instructions": "Be short."}
+    bodies = {"right": asked, "later": asked | {"background": True},
+              "behind": asked | {"previous_response_id": "resp_1"}}
+    lines = [{"custom_id": name, "method": "POST", "url": address, "body": body} for name, body in bodies.items()]
+    async with answering(worker):
+        batch = await until(pods[1], await create(pods[0], lines, address), "completed")
+    assert batch["request_counts"] == {"total": 3, "completed": 1, "failed": 2}
+    body = (await results(pods[0], batch["output_file_id"]))["right"]["response"]["body"]
+    assert (body["status"], body["output"][0]["content"][0]["text"]) == ("completed", "Yes")
+    assert (body["instructions"], body["store"]) == ("Be short.", False)
+    errors = await results(pods[0], batch["error_file_id"])
+    assert {name: each["response"]["body"]["error"]["param"] for name, each in errors.items()} == {
+        "later": "background", "behind": "previous_response_id"}
+    assert (await pods[0].get(f"{address}/{body['id']}")).status_code == 404, "it is kept in the file alone"
+
+
 async def test_what_is_asked_waits_behind_who_waits(pods: list[httpx.AsyncClient], worker: ScriptedWorker) -> None:
     """A chat that comes later is claimed before the lines that are in line."""
     batch = await create(pods[0], lines_of(worker, 20))
