@@ -18,7 +18,7 @@ from tests.conftest import short_folder
 from tests.nursery import Nursery
 from tests.system import MODEL, System, answers, eventually
 
-NUM_LINES = 400
+NUM_LINES = 240
 MAX_TOKENS = 24
 OVER_S = 120.0
 
