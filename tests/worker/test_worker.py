@@ -61,11 +61,14 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
+def settings_of(server: RedisServer) -> Settings:
+    return Settings(redis_url=server.url, lease_s=1.0, idle_poll_s=0.1, announce_s=0.1, flush_s=0.0)
+
+
 @pytest.fixture
 async def worker(engine: Engine, server: RedisServer) -> AsyncIterator[Worker]:
-    settings = Settings(redis_url=server.url, lease_s=1.0, idle_poll_s=0.1, announce_s=0.1, flush_s=0.0)
     redis = connection.connect(server.url)
-    worker = Worker(settings, redis, engine, make_card("m", engine), ("m",))
+    worker = Worker(settings_of(server), redis, engine, make_card("m", engine), ("m",))
     running = asyncio.create_task(worker.run())
     yield worker
     worker.stop()
@@ -166,15 +169,14 @@ def spoil(poison: int, _: Any, args: tuple[torch.Tensor], embedded: torch.Tensor
 
 
 async def test_a_worker_without_numbers_hands_its_jobs_over(
-        worker: Worker, server: RedisServer, expected: list[int]) -> None:
+        engine: Engine, server: RedisServer, expected: list[int]) -> None:
     """Only the one that met them has used up an attempt; with whole weights both are what they would have been."""
     model = load(str(tiny.MODEL_FOLDER))
     poison = next(i for i in range(model.vocab_size) if i not in (*expected, *PROMPT))
     model.module.get_input_embeddings().register_forward_hook(partial(spoil, poison))
-    healthy, sick = make_job(worker, sampling=SAMPLED), make_job(worker, prompt_token_ids=(72, poison))
-    worker.stop()
-    engine, redis = Engine(model, max_num_seqs=4), connection.connect(server.url)
-    broken = Worker(worker.settings, redis, engine, make_card("m", engine), ("m",))
+    spoilt, redis, settings = Engine(model, max_num_seqs=4), connection.connect(server.url), settings_of(server)
+    broken = Worker(settings, redis, spoilt, make_card("m", spoilt), ("m",))
+    healthy, sick = make_job(broken, sampling=SAMPLED), make_job(broken, prompt_token_ids=(72, poison))
     running = asyncio.create_task(broken.run())
     await ask(broken, healthy)
     await read_until(broken, healthy, partial(has_grown, 4))
@@ -184,7 +186,7 @@ async def test_a_worker_without_numbers_hands_its_jobs_over(
     assert broken.is_broken
     states = [await broken.queue.describe(job.id) for job in (healthy, sick)]
     assert [(state["state"], state["attempts"]) for state in states] == [("queued", "0"), ("queued", "1")]
-    heir = Worker(worker.settings, redis, worker.engine, worker.card, ("m",))
+    heir = Worker(settings, redis, engine, make_card("m", engine), ("m",))
     running = asyncio.create_task(heir.run())
     assert token_ids(await read_until(heir, healthy, ended)) == expected
     assert len(token_ids(await read_until(heir, sick, ended))) == 40
