@@ -17,7 +17,7 @@ from worker.tiny.question import Question
 from worker.tiny.skills import SKILLS, held_out
 
 NAME = "examined"
-NUM_QUESTIONS = 150                                     # per skill
+NUM_QUESTIONS = 200                                     # per skill
 CONCURRENCY = 64                                        # a full batch for each of two workers
 GOALS = {"counting": 0.98, "spelling": 0.95, "recall": 0.95}
 GOAL = 0.90                                             # of every other skill
