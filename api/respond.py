@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
 
@@ -22,9 +22,10 @@ from api.relay import Stream
 from api.resume import find, follow, join, position, token_bytes
 from api.sse import COMPLETION_ID, EventStream, Source
 from api.submit import Order
-from api.wire.fold import WholeFold
+from api.wire.fold import Whole
 from api.wire.languages import Asked, event_fold, whole_fold
 from shared.errors import BodyTooLarge, Draining, TooSlow
+from shared.queue import Found, Queue
 
 DRAINED_BYTES = 1 << 20                                 # of a refused body: closing at once can swallow the refusal
 BODY_TIMEOUT_S = 60.0
@@ -76,14 +77,19 @@ async def again(pod: Pod, order: Order, completion_id: str, after: int | None, r
     """The answer that others may have begun, told as its log says that it was asked for."""
     queue, found = await find(pod, order.tenant, completion_id, order.language)
     if found.header.stream:
-        stream, fold, said = await follow(pod, queue, found, after, asked)
-        return EventStream(stream, fold, {COMPLETION_ID: completion_id}, said=said, on_close=partial(pod.part, stream))
+        return await rest(pod, queue, found, after, asked)
     fold_whole = whole_fold(completion_id, found.header, await token_bytes(pod, found), asked)
     stream = await join(pod, queue, found)
     return await collect(pod, [stream], stream, fold_whole, request)
 
 
-async def collect(pod: Pod, streams: list[Stream], source: Source, fold: WholeFold, request: Request) -> Response:
+async def rest(pod: Pod, queue: Queue, found: Found, after: int | None, asked: Asked | None = None) -> EventStream:
+    """The events behind one, also of what runs. Raises what follow does."""
+    stream, fold, said = await follow(pod, queue, found, after, asked)
+    return EventStream(stream, fold, {COMPLETION_ID: found.job_id}, said=said, on_close=partial(pod.part, stream))
+
+
+async def collect(pod: Pod, streams: list[Stream], source: Source, fold: Whole[Any], request: Request) -> Response:
     """Reads streams to their end. Raises what ended them, or Draining when the client or the pod left."""
     watch = asyncio.create_task(_watch(request, source))
     try:

@@ -36,7 +36,7 @@ class EventStream(Response):
     `on_first` runs at the first entry, `on_close` however it ends.
     """
 
-    def __init__(self, stream: Source, fold: EventFold, headers: Mapping[str, str], *, said: bytes = b"",
+    def __init__(self, stream: Source, fold: EventFold[Any], headers: Mapping[str, str], *, said: bytes = b"",
                  on_first: Callable[[], None] = lambda: None, on_close: Callable[[], None]) -> None:
         super().__init__(None, 200, HEADERS | dict(headers))
         del self.headers["content-length"]

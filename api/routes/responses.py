@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Response
@@ -15,8 +14,8 @@ from api.accept import new_id, submit, submit_once
 from api.auth import Door
 from api.directory import Served
 from api.pod import Pod
-from api.respond import Caller, read_order, respond
-from api.resume import find, follow, whole
+from api.respond import Caller, read_order, respond, rest
+from api.resume import find, whole
 from api.routes.listing import (
     After,
     LastEventID,
@@ -29,9 +28,10 @@ from api.routes.listing import (
     page_of,
     page_size,
 )
-from api.sse import COMPLETION_ID, EventStream
+from api.sse import COMPLETION_ID
 from api.stored import Record
 from api.submit import Order
+from api.wire.languages import whole_fold
 from api.wire.responses import in_our_words, parse_response
 from shared.errors import CompletionInProgress, Draining, NotFound, PreviousResponseNotFound, ResponseNotFound
 
@@ -69,8 +69,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         if pod.draining:
             raise Draining(retry_after_s=0.1)
         queue, found = await find(pod, tenant, response_id, "responses")
-        reader, fold, said = await follow(pod, queue, found, position, record.asked)
-        return EventStream(reader, fold, {COMPLETION_ID: response_id}, said=said, on_close=partial(pod.part, reader))
+        return await rest(pod, queue, found, position, record.asked)
 
     @routes.post(ADDRESS + "/{response_id}/cancel", openapi_extra=docs.says(gives="ResponseObject"))
     async def cancel_response(response_id: str, tenant: str = Depends(door)) -> Response:
@@ -104,14 +103,15 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
 async def _begin(pod: Pod, served: Served, order: Order, caller: Caller, body: bytes) -> Response:
     """In the background: answered as soon as it is accepted."""
+    assert order.record
     if caller.key is not None:
         response_id = await submit_once(pod, served, order, caller.key, body)
-    else:
-        stream, _ = await submit(pod, served, order, new_id(served, order))
-        pod.relay.close(stream)
-        response_id = stream.job_id
-    assert order.record
-    return await _told(pod, caller.tenant, replace(order.record, id=response_id))
+        return await _told(pod, caller.tenant, replace(order.record, id=response_id))
+    stream, header = await submit(pod, served, order, new_id(served, order))
+    pod.relay.close(stream)
+    # As it was accepted, however quick a worker is.
+    fold = whole_fold(stream.job_id, header, served.tokenizer.token_bytes, order.record.asked)
+    return _json(fold.body(), stream.job_id)
 
 
 async def _before(pod: Pod, tenant: str, response_id: str | None) -> list[dict[str, Any]]:
@@ -138,4 +138,8 @@ async def _stored(pod: Pod, tenant: str, response_id: str) -> Record:
 
 async def _told(pod: Pod, tenant: str, record: Record) -> Response:
     body = await whole(pod, *await find(pod, tenant, record.id, "responses"), record.asked)
-    return Response(body, media_type="application/json", headers={COMPLETION_ID: record.id})
+    return _json(body, record.id)
+
+
+def _json(body: bytes, response_id: str) -> Response:
+    return Response(body, media_type="application/json", headers={COMPLETION_ID: response_id})

@@ -4,7 +4,6 @@ with what was asked for them, described, and deleted."""
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -12,8 +11,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from api import docs
 from api.auth import Door
 from api.pod import Pod
-from api.respond import read_body
-from api.resume import find, follow, whole
+from api.respond import read_body, rest
+from api.resume import find, whole
 from api.routes.listing import (
     After,
     LastEventID,
@@ -26,7 +25,7 @@ from api.routes.listing import (
     page_of,
     page_size,
 )
-from api.sse import COMPLETION_ID, EventStream
+from api.sse import COMPLETION_ID
 from api.stored import Record
 from api.wire.fold import dump
 from api.wire.metadata import parse_metadata
@@ -69,8 +68,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
             return _json(_described(await whole(pod, queue, found), record), headers)
         if pod.draining:
             raise Draining(retry_after_s=0.1)
-        reader, fold, said = await follow(pod, queue, found, after)
-        return EventStream(reader, fold, headers, said=said, on_close=partial(pod.part, reader))
+        return await rest(pod, queue, found, after)
 
     @routes.get(ADDRESS + "/{completion_id}/messages", openapi_extra=docs.says(gives="Page"))
     async def list_messages(completion_id: str, after: After = None, limit: Limit = None, order: Sorting = None,

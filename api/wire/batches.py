@@ -99,9 +99,8 @@ class Batch:
     @classmethod
     def decode(cls, fields: Mapping[bytes, bytes]) -> Batch:
         text = {name.decode(): value.decode() for name, value in fields.items()}
-        counts: dict[str, Any] = {name: int(text.get(name, 0)) for name in COUNTS}
-        return cls(**json.loads(text["what"]), **counts, status=text["status"],  # type: ignore[arg-type]
-                   models=tuple(json.loads(text.get("models", "[]"))),
+        known: dict[str, Any] = {name: int(text.get(name, 0)) for name in COUNTS} | {"status": text["status"]}
+        return cls(**json.loads(text["what"]), **known, models=tuple(json.loads(text.get("models", "[]"))),
                    errors=tuple(json.loads(text.get("errors", "[]"))),
                    at={name: int(text[f"{name}_at"]) for name in TIMES if f"{name}_at" in text})
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from api.wire.body import names_of, read_object, validate
-from api.wire.fold import DONE, EventFold, WholeFold, dump, head, usage_body
+from api.wire.fold import DONE, EventFold, Whole, WholeFold, dump, head, usage_body
 from api.wire.request import NAMES
 from api.wire.sampled import MAX_CHOICES, Count, Sampled, TokenId
 from shared.errors import InvalidValue, UnsupportedParameter
@@ -63,9 +63,8 @@ class CompletionRequest(Sampled):
 
     @property
     def prompts(self) -> list[Prompt]:
-        if isinstance(self.prompt, str) or _is_tokens(self.prompt):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
     def each(self) -> list[CompletionRequest]:
         """Requests of one prompt."""
@@ -141,7 +140,7 @@ class Numbered(NamedTuple):
     entry: Entry
 
 
-class TextsChunkFold(EventFold):
+class TextsChunkFold(EventFold[Numbered]):
     """The events of several logs, as they come: their order is nowhere written, so they have no numbers."""
 
     def __init__(self, completion_id: str, headers: Sequence[Header]) -> None:
@@ -149,10 +148,10 @@ class TextsChunkFold(EventFold):
         self._folds = [_Unnumbered(completion_id, header, first_index=number * header.n)
                        for number, header in enumerate(headers)]
 
-    def feed(self, numbered: Numbered) -> bytes:  # type: ignore[override]
-        fold = self._folds[numbered.number]
-        events = fold.feed(numbered.entry)
-        if numbered.entry.kind == "end" and numbered.entry.finish.error:
+    def feed(self, entry: Numbered) -> bytes:
+        fold = self._folds[entry.number]
+        events = fold.feed(entry.entry)
+        if entry.entry.kind == "end" and entry.entry.finish.error:
             self.ended = True
         elif all(fold.ended for fold in self._folds):
             self.ended = True
@@ -171,15 +170,15 @@ class _Unnumbered(TextChunkFold):
         return b"data: %b\n\n" % body
 
 
-class TextsFold(WholeFold):
+class TextsFold(Whole[Numbered]):
     """Folds several logs into one object."""
 
     def __init__(self, completion_id: str, headers: Sequence[Header]) -> None:
-        super().__init__(completion_id, headers[0])
+        super().__init__(completion_id)
         self._folds = [TextFold(completion_id, header) for header in headers]
 
-    def feed(self, numbered: Numbered) -> None:  # type: ignore[override]
-        self._folds[numbered.number].feed(numbered.entry)
+    def feed(self, entry: Numbered) -> None:
+        self._folds[entry.number].feed(entry.entry)
         self.ended = all(fold.ended for fold in self._folds)
 
     def body(self) -> bytes:

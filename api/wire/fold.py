@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar  # with a default, before Python 3.13
 
 from shared.errors import APIError, job_error
 from shared.job import Delta, Entry, Header, Usage
@@ -19,9 +21,10 @@ DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after an `id:` breaks clients
 
 TokenBytes = Callable[[int], bytes]
+E = TypeVar("E", default=Entry)                         # what is folded
 
 
-class EventFold(ABC):
+class EventFold(ABC, Generic[E]):
     """Folds a log into the events of a stream, as bytes ready to send.
 
     A client that returns names the last event that it has, `after`: up to it events are counted and not said again.
@@ -38,7 +41,7 @@ class EventFold(ABC):
         return b""
 
     @abstractmethod
-    def feed(self, entry: Entry) -> bytes:
+    def feed(self, entry: E) -> bytes:
         """The events of the next entry: none, one or several."""
 
     def error(self, error: APIError) -> bytes:
@@ -57,17 +60,32 @@ class EventFold(ABC):
         return b"id: %d\ndata: %b\n\n" % (self.num_events, body)
 
 
-class WholeFold(ABC):
-    """Folds a log into one object."""
+class Whole(ABC, Generic[E]):
+    """One object of what one log says, or several."""
 
     tells_halves = False                                # an answer that runs, or has failed, is an object too
 
-    def __init__(self, completion_id: str, header: Header) -> None:
-        self.header = header
+    def __init__(self, completion_id: str) -> None:
         self.ended = False
+        self.id = completion_id
+
+    @abstractmethod
+    def feed(self, entry: E) -> None:
+        """Takes the next entry."""
+
+    @abstractmethod
+    def body(self) -> bytes:
+        """The object, once all entries were fed."""
+
+
+class WholeFold(Whole[Entry]):
+    """Folds a log into one object."""
+
+    def __init__(self, completion_id: str, header: Header) -> None:
+        super().__init__(completion_id)
+        self.header = header
         self.usage = Usage(header.num_prompt_tokens, 0)
         self.deltas: list[list[Delta]] = [[] for _ in range(header.n)]
-        self.id = completion_id
 
     def feed(self, entry: Entry) -> None:
         """Takes the next entry. Raises the JobEnded of a terminal that is none of success."""
@@ -79,10 +97,6 @@ class WholeFold(ABC):
             if entry.finish.error:
                 raise job_error(entry.finish.error)
             self.usage = entry.finish.usage
-
-    @abstractmethod
-    def body(self) -> bytes:
-        """The object, once all entries were fed."""
 
 
 def dump(value: Any) -> bytes:

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from api.batches import Batches
 from api.files import Files, new_file
 from api.pod import Pod
-from api.pump import pump
+from api.pump import RENEW_S, pump
 from api.wire.batches import Batch, BatchRequest
 from api.wire.lines import Raw, Result
 from deploy.redis import RedisServer
@@ -363,10 +363,17 @@ async def test_a_line_is_full_and_no_line_fails(own: System, worker: ScriptedWor
         async with asyncio.timeout(WAIT_S):
             while (await worker.queue.counters()).get("refused", 0) < 9:
                 await asyncio.sleep(0.01)
+        [held] = own.redis.scan_iter(f"*:pump:{batch['id']}")
+        dead = own.redis.get(held)
         await worker.leave()
         own.pods.pop(url).popen.kill()                  # the next pod has never heard of the model
         url = own.start_pod()
-        await asyncio.sleep(7)                          # it has begun with the lines
+        async with asyncio.timeout(WAIT_S):
+            while own.redis.get(held) in (dead, None):
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(RENEW_S)                    # in which it asks for every line, and none may fail
+        async with client(url) as other:
+            assert (await other.get(f"{ADDRESS}/{batch['id']}")).json()["request_counts"]["failed"] == 0
         assert own.redis.zcard(BATCHES) == 1
         await worker.announce()
         async with client(url) as other, answering(worker):

@@ -6,6 +6,7 @@ It knows no dialect.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -42,7 +43,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Dialect:
+class Dialect(ABC):
     name: str                                           # in settings, and in the headers of logs
     signs: tuple[tuple[str, ...], ...]                  # of a chat template: all words of one of these are in it
     markers: tuple[str, ...] = ()                       # of its tokens those whose text the reader has to see
@@ -61,10 +62,10 @@ class Dialect:
     def is_shown_by(self, template: str) -> bool:
         return any(all(word in template for word in words) for words in self.signs)
 
+    @abstractmethod
     def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
         """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more. Markers that are
         tokens of their own are no text to a grammar. Raises InvalidGrammar."""
-        raise NotImplementedError
 
     def among_text(self, calls: str, *, is_one: bool, added_id: AddedId) -> str:
         """Of text that may hold such calls; empty where no token tells that they begin."""
@@ -81,8 +82,9 @@ class Dialect:
         """Those that are no strings, of a dialect that writes strings as they are: for the header of the log."""
         return ()
 
+    @abstractmethod
     def reader(self) -> Reader:
-        raise NotImplementedError
+        """Of an answer."""
 
     def reader_of(self, typed_arguments: Collection[str]) -> Reader:  # noqa: ARG002 - as above
         """Of an answer whose header names them."""
