@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int | None = Field(
         None, ge=16, description="of a prompt per forward; none: 256, on a GPU 512; a slow machine takes fewer")
     exact_replay_max_tokens: int = Field(
-        4096, ge=0, description="longer answers continue from a prefill: valid, not exact")
+        4096, ge=0, description="where chunks round otherwise than rows, longer answers continue from a prefill: "
+                                "valid, not exact")
     num_speculative_tokens: int = Field(8, ge=0, le=31, description="most draft tokens of an answer in a step; 0: none")
     numerics: Literal["exact", "fast"] = Field(
         "exact", description="fast: prompts and answers share a forward; no answer is promised to be the same again")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +38,8 @@ from transformers import (
     SmolLM3Config,
     Starcoder2Config,
 )
+
+from worker.model import cpu
 
 VOCAB_SIZE = 199
 SMALL: dict[str, Any] = {
@@ -80,6 +85,15 @@ MORE_FAMILIES: dict[str, Any] = {
     "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
     "starcoder2": Starcoder2Config(**SMALL),
 }
+
+
+@contextmanager
+def computing_by(kernels: Literal["ours", "torch"]) -> Iterator[None]:
+    """What is loaded and run in it computes by kernels of ours, where the processor has them, or by torch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels == "torch":
+            patch.setattr(cpu, "computes", lambda dtype: False)
+        yield
 
 
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -109,12 +109,16 @@ class Engine:
         constraint = request.constraints[index] if request.constraints else None
         drafts = self.num_speculative_tokens and sampling.speculative and not (params.is_penalized or constraint)
         return Sequence(request.id, index, request.prompt_token_ids, sampling, params, drawn, constraint=constraint,
-                        num_reprefilled_tokens=0 if self.replays_exactly(len(drawn)) else len(drawn),
+                        num_reprefilled_tokens=0 if self._replays(len(drawn)) else len(drawn),
                         drafter=Drafter(self.num_speculative_tokens) if drafts else None)
 
     def replays_exactly(self, num_tokens: int) -> bool:
-        """Whether what others drew of a choice is decoded again, bit for bit; else it is prefilled."""
-        return num_tokens <= self.exact_replay_max_tokens
+        """Whether an answer of which others drew so much goes on bit for bit as it would have."""
+        return self.model.is_uniform or self._replays(num_tokens)
+
+    def _replays(self, num_tokens: int) -> bool:
+        """Whether what was drawn is decoded again; else it is prefilled, which is faster."""
+        return not self.model.is_uniform and num_tokens <= self.exact_replay_max_tokens
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Frees the slots at once. Unknown requests and choices are no error: they may just have ended."""
@@ -221,7 +225,7 @@ class Engine:
         group = self._group_of[sequence.key]
         self._remove(sequence)
         sequence.restart()
-        if not self.is_exact:
+        if self.model.is_uniform or not self.is_exact:
             sequence.num_reprefilled_tokens = len(sequence.output_token_ids)
         self._waiting.appendleft(self._group(group.number, {sequence.index: sequence}, group.prefix))
         self.num_preempted += 1

@@ -5,8 +5,9 @@ never in a global. It knows slots, positions and tensors. It knows nothing of re
 
 One sequence owns one slot, which is cut into pages of `PAGE_LEN` tokens. Keys, and values, of one layer are
 [num_pages, num_slots, num_kv_heads, PAGE_LEN, head_dim]: the same page of neighbouring slots is dense, so a batched
-product reads it without a copy. A row of a decode forward is computed page by page, always in the same shape,
-[num_kv_heads, group, head_dim] against a whole page: its bits depend neither on its neighbours nor on their lengths.
+product reads it without a copy. A row of a decode forward is computed by a kernel of ours (cpu/attention.py), or page
+by page, always in the same shape, [num_kv_heads, group, head_dim] against a whole page: its bits depend neither on its
+neighbours nor on their lengths.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from worker.model import cpu
 
 NAME = "baton"
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0       # MAP_NORESERVE; mmap names it from Python 3.13 on
@@ -150,26 +153,40 @@ class DecodeRows:
     layers: list[KVLayer]
     slots: Sequence[int]
     positions: Sequence[int]
-    _reaches: list[Reach] = field(init=False)
     _slots: Tensor = field(init=False)
     _positions: Tensor = field(init=False)
     _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
     _places: dict[int, Tensor] = field(init=False, default_factory=dict)
+    _reached: list[Reach] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._reaches = reaches(self.slots, [position + 1 for position in self.positions])
         self._slots, self._positions = torch.tensor(self.slots), torch.tensor(self.positions)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        keys, values = self.layers[layer]
-        num_rows, (_, num_heads, num_padded_rows, head_dim) = len(self.slots), query.shape
-        self._write(keys, key[0, :, :num_rows])
-        self._write(values, value[0, :, :num_rows])
-        rows = query[0].transpose(0, 1).reshape(num_padded_rows, keys.shape[2], -1, head_dim)
-        out = weigh_pages(rows[:num_rows], keys, values, self._reaches, self._mask(scores.sliding_window), scores)
+        num_rows, num_padded_rows = len(self.slots), query.shape[2]
+        query, key, value = (tensor[0, :, :num_rows].transpose(0, 1) for tensor in (query, key, value))
+        if cpu.attends(query):
+            out = attend_by_kernels(self.layers[layer], query, key, value, self._slots, self._positions, scores)
+        else:
+            out = self._weigh(self.layers[layer], query, key, value, scores)
         if num_rows < num_padded_rows:
-            out = torch.cat([out, torch.zeros_like(rows[num_rows:])])
-        return out.view(1, num_padded_rows, num_heads, head_dim)
+            out = torch.cat([out, out.new_zeros(num_padded_rows - num_rows, *out.shape[1:])])
+        return out[None]
+
+    def _weigh(self, layer: KVLayer, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Takes [rows, heads, head_dim] each; returns [rows, query heads, head_dim]."""
+        keys, values = layer
+        self._write(keys, key)
+        self._write(values, value)
+        rows = query.reshape(len(query), keys.shape[2], -1, keys.shape[4])
+        out = weigh_pages(rows, keys, values, self._reaches, self._mask(scores.sliding_window), scores)
+        return out.reshape(query.shape)
+
+    @property
+    def _reaches(self) -> list[Reach]:
+        if self._reached is None:
+            self._reached = reaches(self.slots, [position + 1 for position in self.positions])
+        return self._reached
 
     def _write(self, cache: Tensor, new: Tensor) -> None:
         _, num_slots, num_kv_heads, _, head_dim = cache.shape
@@ -177,7 +194,7 @@ class DecodeRows:
             slots = (self._positions // PAGE_LEN) * num_slots + self._slots
             heads = slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)
             self._places[num_kv_heads] = (heads * PAGE_LEN + (self._positions % PAGE_LEN)[:, None]).flatten()
-        cache.view(-1, head_dim).index_copy_(0, self._places[num_kv_heads], new.transpose(0, 1).reshape(-1, head_dim))
+        cache.view(-1, head_dim).index_copy_(0, self._places[num_kv_heads], new.reshape(-1, head_dim))
 
     def _mask(self, window: int | None) -> Tensor:
         if window not in self._masks:
@@ -194,9 +211,19 @@ class PrefillChunk:
     slot: int
     begin: int
     end: int
+    _slots: Tensor = field(init=False)
+    _positions: Tensor = field(init=False)
     _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._slots = torch.full((self.end - self.begin,), self.slot)
+        self._positions = torch.arange(self.begin, self.end)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        if cpu.attends(query):
+            query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            return attend_by_kernels(self.layers[layer], query, key, value, self._slots, self._positions, scores,
+                                     run_len=self.end - self.begin)[None]
         _, num_heads, num_rows, head_dim = query.shape
         num_kv_heads = key.shape[1]
         group = num_heads // num_kv_heads
@@ -218,7 +245,7 @@ class PrefillChunk:
 
     def _mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
         if (window, group) not in self._masks:
-            mask = causal_mask(torch.arange(self.begin, self.end), self.end, window, dtype)
+            mask = causal_mask(self._positions, self.end, window, dtype)
             self._masks[window, group] = mask.repeat(group, 1)[None, None]
         return self._masks[window, group]
 
@@ -271,6 +298,17 @@ def causal_mask(positions: Tensor, kv_len: int, window: int | None, dtype: torch
     ages = positions[:, None] - torch.arange(kv_len, device=positions.device)
     hidden = ages < 0 if window is None else (ages < 0) | (ages >= window)
     return torch.zeros(ages.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
+
+
+def attend_by_kernels(layer: KVLayer, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor,
+                      scores: Scores, run_len: int = 1) -> Tensor:
+    """Takes [rows, heads, head_dim] each, of which `run_len` are consecutive tokens of one slot; returns
+    [rows, query heads, head_dim]."""
+    from worker.model.cpu.attention import attend, write
+
+    write(*layer, key, value, slots, positions)
+    return attend(query, *layer, slots, positions, run_len=run_len, scaling=scores.scaling,
+                  window=scores.sliding_window, softcap=scores.softcap, sinks=scores.sinks)
 
 
 def weigh_pages(query: Tensor, keys: Tensor, values: Tensor, reaches: Sequence[Reach], mask: Tensor, scores: Scores

@@ -5,7 +5,7 @@ It computes on random tokens in slots of its own, which it gives back.
 
 from __future__ import annotations
 
-from itertools import pairwise, takewhile
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from worker.model import memory
 from worker.model.attention import NAME, Recorder
-from worker.model.linear import PackedLinear
+from worker.model.linear import packed_linears
 from worker.model.model import SHARED_UNIT, Model
 
 NUM_TOKENS = 24
 CHUNKS = (0, 11, 18)                                                # two chunks, then decode rows
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding alone stays ten times below
 MAX_QUANTIZED_ERROR = 0.25
-MIN_ROWS, MAX_ROWS = 2, 32
+MIN_ROWS, MAX_ROWS = 1, 32
+UNIFORM_ROWS = 1, 2, 5, 16                                          # in forwards of so many, NUM_TOKENS together
 MAX_SHARED_ROWS = 320       # of a whole chunk of a prompt and 64 decode rows
 MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
 DEVICE_ROWS = (16, 128, 256)    # of every forward on a GPU, where so few cost what one costs: reading the weights
@@ -106,17 +107,40 @@ def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
     return min(fewer, default=num_usual), max(more, default=num_usual)
 
 
+def is_uniform(model: Model) -> bool:
+    """Whether a token's logits have the same bits in every forward: in a row by itself, among others, and in a chunk.
+
+    It holds where all products are computed by kernels of ours, in one order for any number of rows. It is tried
+    nevertheless.
+    """
+    if memory.is_paged(model.device) or _has_plain_products(model) or not all(
+            layer.is_uniform for layer in packed_linears(model.module)):
+        return False
+    token_ids = random_token_ids(model.vocab_size, NUM_TOKENS)
+    trial = memory.scratch(model.kv_shapes, 2, NUM_TOKENS, model.dtype, model.device)
+    in_chunks = [model.forward(token_ids[begin:end], range(begin, end), trial.chunk(0, begin, end), range(end - begin))
+                 for begin, end in pairwise((0, CHUNKS[1], NUM_TOKENS))]
+    in_rows = []
+    for begin, end in pairwise(accumulate(UNIFORM_ROWS, initial=0)):
+        positions = range(begin, end)
+        in_rows.append(model.forward(token_ids[begin:end], positions, trial.rows([1] * len(positions), positions),
+                                     range(len(positions))))
+    return torch.equal(torch.cat(in_chunks), torch.cat(in_rows))
+
+
+def _has_plain_products(model: Model) -> bool:
+    """Those of torch, or of experts, who see as many rows as others send them."""
+    return any(isinstance(module, nn.Linear) or hasattr(module, "is_transposed") for module in model.module.modules())
+
+
 def probe_shared_rows(model: Model) -> int:
     """The most rows of a forward that parts share, each of which says what it says alone; 0 where none do.
 
     Every number of rows that such a forward may have is tried, with every row in it. Packed products reduce in one
-    order for hundreds of rows on some processors, and not on others; plain ones, and experts, who see as many rows as
-    others send them, are not tried.
+    order for hundreds of rows on some processors, and not on others; plain ones are not tried.
     """
-    modules = list(model.module.modules())
-    num_weights = sum(module.packed.numel() for module in modules if isinstance(module, PackedLinear))
-    is_plain = any(isinstance(module, nn.Linear) or hasattr(module, "is_transposed") for module in modules)
-    if model.has_fixed_rows or is_plain or num_weights > MAX_SHARED_WEIGHTS:
+    num_weights = sum(layer.packed.numel() for layer in packed_linears(model.module))
+    if model.has_fixed_rows or _has_plain_products(model) or num_weights > MAX_SHARED_WEIGHTS:
         return 0
     num_parts = MAX_SHARED_ROWS // SHARED_UNIT
     token_ids = random_token_ids(model.vocab_size, MAX_SHARED_ROWS)

@@ -2,8 +2,8 @@
 
 Small calls cost what calling costs, and every weight is read once either way. A block is taken for one of the common
 shape by the names of its parts, and replaced when it says what the block itself has just said in the model: whatever
-else a family does in its blocks stays as transformers has it. On a GPU what stands between products is computed by the
-kernels of pointwise.py.
+else a family does in its blocks stays as transformers has it. What stands between products is computed by kernels, of
+pointwise.py on a GPU and of cpu/pointwise.py on a CPU that has them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers.activations import SiLUActivation
 
+from worker.model import cpu
 from worker.model.attention import Context, KVShape, Scores
 from worker.model.linear import agree
 from worker.model.memory import scratch
@@ -32,12 +33,13 @@ class FusedMLP(nn.Module):
         self.gate_up_proj = _joined(mlp.gate_proj, mlp.up_proj)
         self.down_proj = mlp.down_proj
         self.act_fn = mlp.act_fn
-        self.is_silu = type(mlp.act_fn) in (SiLUActivation, nn.SiLU)
+        is_silu = type(mlp.act_fn) in (SiLUActivation, nn.SiLU)
+        self.pointwise = _pointwise(mlp.down_proj.weight, mlp.down_proj.in_features) if is_silu else None
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(x)
-        if self.is_silu and gate_up.is_cuda:
-            return cast(Tensor, self.down_proj(_pointwise().silu_and_multiply(gate_up)))
+        if self.pointwise:
+            return cast(Tensor, self.down_proj(self.pointwise.silu_and_multiply(gate_up)))
         gate, up = gate_up.chunk(2, dim=-1)
         return cast(Tensor, self.down_proj(self.act_fn(gate) * up))
 
@@ -58,6 +60,7 @@ class FusedAttention(nn.Module):
         self.o_proj = attention.o_proj
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.scores = scores[self.layer_idx]
+        self.pointwise = _pointwise(attention.q_proj.weight, self.head_dim // 2)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], context: Context, **_: Any
                 ) -> tuple[Tensor, None]:
@@ -67,10 +70,17 @@ class FusedAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = query_key.split([self.num_heads, self.num_kv_heads], dim=1)
             query_key = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
-        query, key = _rotate(query_key, *position_embeddings).split([self.num_heads, self.num_kv_heads], dim=1)
+        query, key = self._rotated(query_key, *position_embeddings).split([self.num_heads, self.num_kv_heads], dim=1)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = context.attend(self.layer_idx, query, key, value, self.scores)
         return self.o_proj(out.reshape(1, num_rows, -1)), None
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[rows, heads, head_dim] by the angles of [1, rows, head_dim]: halves turn against each other."""
+        if self.pointwise:
+            return cast(Tensor, self.pointwise.rotate(x, cos[0], sin[0]))
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[0, :, None] + torch.cat((-second, first), dim=-1) * sin[0, :, None]
 
 
 class FusedLayer(nn.Module):
@@ -84,15 +94,22 @@ class FusedLayer(nn.Module):
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
+        self.pointwise = _pointwise(layer.input_layernorm.weight, len(layer.input_layernorm.weight))
         if hasattr(layer, "attention_type"):            # some models choose a mask by it
             self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         before, after = self.eps
-        _, normed = _add_and_norm(hidden_states, None, self.input_layernorm.weight, before)
+        _, normed = self._add_and_norm(hidden_states, None, self.input_layernorm.weight, before)
         attended, _ = self.self_attn(hidden_states=normed, **kwargs)
-        hidden_states, normed = _add_and_norm(hidden_states, attended, self.post_attention_layernorm.weight, after)
+        hidden_states, normed = self._add_and_norm(hidden_states, attended, self.post_attention_layernorm.weight, after)
         return cast(Tensor, hidden_states + self.mlp(normed))
+
+    def _add_and_norm(self, x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if self.pointwise:
+            return cast(tuple[Tensor, Tensor], self.pointwise.add_and_norm(x, added, weight, eps))
+        total = x if added is None else x + added
+        return total, rms_norm(total, weight.shape, weight, eps)
 
 
 Fused = FusedMLP | FusedAttention | FusedLayer
@@ -181,23 +198,14 @@ def _joined(*linears: nn.Linear) -> nn.Linear:
     return joined
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[rows, heads, head_dim] by the angles of [1, rows, head_dim]: halves turn against each other."""
-    if x.is_cuda:
-        return cast(Tensor, _pointwise().rotate(x, cos[0], sin[0]))
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[0, :, None] + torch.cat((-second, first), dim=-1) * sin[0, :, None]
+def _pointwise(weight: Tensor, width: int) -> Any:
+    """Kernels for rows of such a width where the weight lies; none: torch computes."""
+    if weight.is_cuda:
+        from worker.model import pointwise  # needs Triton, which a machine without a GPU may lack
 
+        return pointwise
+    if cpu.computes(weight.dtype) and width % cpu.LANES == 0:
+        from worker.model.cpu import pointwise as ours
 
-def _add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.is_cuda:
-        return cast(tuple[Tensor, Tensor], _pointwise().add_and_norm(x, added, weight, eps))
-    total = x if added is None else x + added
-    return total, rms_norm(total, weight.shape, weight, eps)
-
-
-def _pointwise() -> Any:
-    """Its kernels need Triton, which a machine without a GPU may lack."""
-    from worker.model import pointwise
-
-    return pointwise
+        return ours
+    return None

@@ -1,7 +1,8 @@
 """Linear layers with their weights packed once for the CPU, instead of re-ordered at every call.
 
-oneDNN's operators are private to torch: a layer whose packed product differs from the plain one stays as it was. So
-does a small one in float32, where oneDNN's call costs more than packing saves.
+By kernels of ours where they compute (worker/model/cpu), else by oneDNN's operators. Those are private to torch: a
+layer whose packed product differs from the plain one stays as it was. So does a small one in float32, where oneDNN's
+call costs more than packing saves.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from worker.model import cpu
+
 MIN_FLOAT32_WEIGHTS = 1 << 18           # 1 MiB, which stays in a core's cache: a plain call is up to 3 × faster
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class PackedLinear(nn.Module):
     """x · weightᵀ + bias, for a weight of [num_out, num_in]."""
+
+    is_uniform = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -41,7 +46,12 @@ def pack_linears(module: nn.Module) -> int:
     return num_packed
 
 
-def _pack(layer: Any) -> PackedLinear | None:
+def packed_linears(module: nn.Module) -> list[Any]:
+    """The layers that were put in the place of others."""
+    return [child for child in module.modules() if hasattr(child, "packed")]
+
+
+def _pack(layer: Any) -> nn.Module | None:
     if type(layer) is nn.Linear:
         weight = layer.weight
     elif type(layer) is Conv1D:
@@ -50,13 +60,21 @@ def _pack(layer: Any) -> PackedLinear | None:
         return None
     if weight.dtype not in MAX_RELATIVE_ERROR or weight.device.type != "cpu":
         return None
-    if weight.dtype == torch.float32 and weight.numel() < MIN_FLOAT32_WEIGHTS:
-        return None
     try:
-        packed = PackedLinear(weight, layer.bias)
-        return packed if _agree(layer, packed, weight) else None
+        packed = _packed(weight, layer.bias)
+        return packed if packed is not None and _agree(layer, packed, weight) else None
     except (RuntimeError, AttributeError, TypeError):       # no such operator in this build of torch, or another shape
         return None
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+    if cpu.computes(weight.dtype):
+        from worker.model.cpu.linear import PanelLinear, holds
+
+        if holds(weight):
+            return PanelLinear(weight, bias)
+    is_small = weight.dtype == torch.float32 and weight.numel() < MIN_FLOAT32_WEIGHTS
+    return None if is_small else PackedLinear(weight, bias)
 
 
 def _agree(plain: nn.Module, packed: nn.Module, weight: Tensor) -> bool:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from worker.model import attention, check, experts, identity, memory
+from worker.model import attention, check, cpu, experts, identity, memory
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
 from worker.model.fused import fuse_blocks
@@ -49,7 +49,8 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     expected, recorder = try_plain(module, token_ids)
     kv_shapes = tuple(recorder.shapes[layer] for layer in range(len(recorder.shapes)))
     fuse_blocks(module, token_ids, kv_shapes, recorder.scores)
-    pack_linears(module)
+    if not memory.is_paged(module.device):
+        pack_linears(module)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=choose_max_model_len(text_config, max_model_len),
@@ -197,10 +198,15 @@ def require_windows(config: Any, recorder: Recorder, max_model_len: int) -> None
 
 def probe(model: Model, expected: Tensor, max_num_seqs: int) -> None:
     name = type(model.module).__name__
-    model.min_rows, model.max_rows = check.probe_row_limit(model, max_num_seqs)
-    model.max_shared_rows = check.probe_shared_rows(model)
+    model.is_uniform = check.is_uniform(model)
+    if model.is_uniform:
+        model.min_rows, model.max_rows, model.max_shared_rows = 1, check.MAX_SHARED_ROWS, check.MAX_SHARED_ROWS
+    else:
+        model.min_rows, model.max_rows = check.probe_row_limit(model, max_num_seqs)
+        model.max_shared_rows = check.probe_shared_rows(model)
     error = check.relative_error(model, expected)
     if error > check.MAX_RELATIVE_ERROR[model.dtype]:
         raise ModelRefused(f"{name} is not supported: its logits differ from the plain model's by {error:.2g}")
     model.numerics_id = identity.numerics_id([
-        model.weights_id, model.dtype, attention.PAGE_LEN, model.min_rows, model.max_rows], model.device)
+        model.weights_id, model.dtype, attention.PAGE_LEN, model.min_rows, model.max_rows,
+        *cpu.arithmetic(model.dtype)], model.device)

@@ -30,6 +30,7 @@ class Model:
     eos_token_ids: frozenset[int]
     kv_shapes: tuple[KVShape, ...]      # one per layer
     weights_id: str                     # equal weights and config
+    is_uniform: bool = False            # a token has the same bits in every forward, of rows or of chunks
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
     max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart

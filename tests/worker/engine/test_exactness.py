@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.job import Sampling
 from tests.worker.engine.driver import alone, greedy, run, seeded, token_ids
-from tests.worker.families import VOCAB_SIZE, save
+from tests.worker.families import VOCAB_SIZE, computing_by, save
 from worker.engine.engine import Engine, Output, Request
 from worker.engine.request import NOT_A_NUMBER
 from worker.model.loading import load
@@ -21,11 +23,17 @@ from worker.model.loading import load
 CHUNK = 32
 
 
-@pytest.fixture(scope="module", params=[("llama", "float32"), ("llama", "bfloat16"), ("mixtral", "bfloat16"),
-                                        ("gemma2", "bfloat16")], ids="-".join)
-def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Engine]:
-    """Two workers of one `numerics_id`."""
-    family, dtype = request.param
+@pytest.fixture(scope="module", params=[
+    ("llama", "float32", "ours"), ("llama", "bfloat16", "ours"), ("llama", "bfloat16", "torch"),
+    ("mixtral", "bfloat16", "ours"), ("gemma2", "bfloat16", "ours")], ids="-".join)
+def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Engine]]:
+    """Two workers of one `numerics_id`; on kernels of ours, where the processor has them, or on torch's."""
+    family, dtype, kernels = request.param
+    with computing_by(kernels):
+        yield make_engines(family, dtype, tmp_path_factory)
+
+
+def make_engines(family: str, dtype: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Engine]:
     folder: Path = save(family, tmp_path_factory.mktemp("m"), torch.float32 if dtype == "float32" else torch.bfloat16)
     pair = [Engine(load(str(folder), dtype=dtype), max_num_seqs=12, prefill_chunk=CHUNK) for _ in "ab"]
     assert pair[0].numerics_id == pair[1].numerics_id
@@ -89,7 +97,8 @@ def test_who_shares_a_forward_says_what_he_says_apart(engines: list[Engine]) -> 
 
 
 def flat(outputs: list[Output]) -> list[tuple[Any, ...]]:
-    return [(token_id, output.logprobs) for output in outputs for token_id in output.token_ids]
+    """Token by token, however many came at once."""
+    return [pair for output in outputs for pair in zip_longest(output.token_ids, output.logprobs)]
 
 
 @pytest.mark.parametrize("kind", EACH)
@@ -107,21 +116,21 @@ def test_another_worker_continues_exactly(engines: list[Engine], kind: str) -> N
 
 
 def test_what_is_too_long_to_replay_is_prefilled(engines: list[Engine]) -> None:
-    """Beyond `exact_replay_max_tokens` a choice goes on from a prefill of all that is known: in float32 with the same
-    tokens, in bfloat16 with valid ones; its sibling, which is short, is replayed exactly."""
+    """Beyond `exact_replay_max_tokens` a choice goes on from a prefill of all that is known: in float32, and where
+    chunks have the bits of rows, with the same tokens, else with valid ones; its short sibling is replayed exactly."""
     first, second = engines
     request = Request("it", prompt(45), greedy(60), n=2)
     whole = alone(first, request)
     continued = (tuple(whole[0][:40]), tuple(whole[1][:7]))
     second.exact_replay_max_tokens = 39
     try:
-        assert not second.replays_exactly(40)
+        assert second.replays_exactly(40) == second.model.is_uniform
         rest = alone(second, Request("it", prompt(45), request.sampling, n=2, continued=continued))
     finally:
         second.exact_replay_max_tokens = first.exact_replay_max_tokens
     assert rest[1] == whole[1][7:]
     assert len(rest[0]) == 20
-    if second.model.dtype == torch.float32:
+    if second.model.dtype == torch.float32 or second.model.is_uniform:
         assert rest[0] == whole[0][40:]
 
 

@@ -40,7 +40,7 @@ ARRIVALS = {0: [request("greedy", 0, greedy(60)), request("seeded", 1, seeded(50
             9: [request("penalized", 2, seeded(40, repetition_penalty=1.3)), request("choices", 3, seeded(30), 3)]}
 
 
-def starve(engine: Engine, kind: type, room: int) -> Any:
+def starve(engine: Engine, kind: Any, room: int) -> Any:
     """A real allocation fails in every such forward, while more than `room` sequences run."""
     def allocate(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
         if isinstance(kwargs["context"], kind) and engine.num_running > room:
@@ -49,9 +49,10 @@ def starve(engine: Engine, kind: type, room: int) -> Any:
     return engine.model.module.register_forward_pre_hook(allocate, with_kwargs=True)
 
 
-@pytest.mark.parametrize(("kind", "numerics"), [(DecodeRows, "exact"), (PrefillChunk, "exact"), (Together, "fast")])
+@pytest.mark.parametrize(("kind", "numerics"), [
+    (DecodeRows, "exact"), (PrefillChunk | Together, "exact"), (Together, "fast")], ids=str)
 def test_fewer_run_and_say_what_they_would_have_said(
-        folder: Path, caplog: pytest.LogCaptureFixture, kind: type, numerics: str) -> None:
+        folder: Path, caplog: pytest.LogCaptureFixture, kind: Any, numerics: str) -> None:
     """Also where the decode of a step had drawn tokens before its prefill failed. Fast answers round otherwise."""
     expected, engine = run(build(folder, numerics), ARRIVALS), build(folder, numerics)
     starve(engine, kind, ROOM)

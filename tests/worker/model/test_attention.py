@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.worker.families import computing_by
+from worker.model import cpu
 from worker.model.attention import (
     MAX_SPREAD,
     PAGE_LEN,
+    Context,
     DecodeRows,
     KVShape,
     PrefillChunk,
@@ -44,6 +49,12 @@ def plain(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor
     if scores.sinks is not None:
         logits = torch.cat([logits, scores.sinks.double()[:, None]], dim=-1)
     return torch.einsum("ht,htd->hd", logits.softmax(-1)[:, :keys.shape[1]], values)
+
+
+@pytest.fixture(params=["ours", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    with computing_by(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("scores", KINDS.values(), ids=KINDS)
@@ -92,6 +103,35 @@ def test_a_row_has_the_same_bits_in_any_company(scores: Scores, dtype: torch.dty
         assert torch.equal(attend([row], 0)[0], together[row])
         assert torch.equal(attend([row], 3)[0], together[row])
     assert torch.equal(attend([1, 3, 5], 1)[:3], together[[1, 3, 5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
+@pytest.mark.parametrize("scores", KINDS.values(), ids=KINDS)
+def test_by_our_kernels_a_chunk_has_the_bits_of_rows(scores: Scores, head_dim: int, dtype: torch.dtype, kernels: str
+                                                     ) -> None:
+    """However a prompt is cut, and whatever its slot has held; where somebody's keys are no numbers, others' are."""
+    if kernels == "torch" or not cpu.computes(dtype):
+        pytest.skip("not by kernels of ours")
+    torch.manual_seed(3)
+    query = torch.randn(1, NUM_KV_HEADS * GROUP, NUM_TOKENS, head_dim).to(dtype)
+    key, value = (torch.randn(1, NUM_KV_HEADS, NUM_TOKENS, head_dim).to(dtype) for _ in "kv")
+    key[:, :, -1] = math.nan
+    outs = []
+    for cuts in ([0, NUM_TOKENS], [0, 1, 3, 40, 300, NUM_TOKENS - 1, NUM_TOKENS], range(0, NUM_TOKENS + 1, 4)):
+        layers = allocate([KVShape(NUM_KV_HEADS, head_dim, NUM_KV_HEADS * GROUP)], 3, NUM_TOKENS, dtype)
+        for cache in layers[0]:
+            cache.fill_(math.nan)
+        parts = []
+        for begin, end in pairwise(cuts):
+            context: Context = (DecodeRows(layers, [1] * 4, range(begin, end)) if isinstance(cuts, range)
+                                else PrefillChunk(layers, 1, begin, end))
+            at = slice(begin, end)
+            parts.append(context.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores))
+        outs.append(torch.cat(parts, dim=1)[0])
+    assert torch.equal(outs[0][:-1], outs[1][:-1])
+    assert torch.equal(outs[0][:-1], outs[2][:-1])
+    assert all(out[:-1].isfinite().all() and out[-1].isnan().all() for out in outs)
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 1200)), min_size=1, max_size=32), st.booleans())

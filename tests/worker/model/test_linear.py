@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.worker.families import computing_by
 from worker.model import linear
 from worker.model.linear import PackedLinear, pack_linears
 from worker.model.loading import computes_bfloat16
 
 
 @pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(linear, "MIN_FLOAT32_WEIGHTS", 0)
+    with computing_by(getattr(request, "param", "torch")):
+        yield
 
 
+@pytest.mark.parametrize("any_size", ["ours", "torch"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_layers_say_what_plain_ones_say(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

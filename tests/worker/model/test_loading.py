@@ -19,8 +19,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from tests.worker.families import save
-from worker.model import attention, check, identity
+from tests.worker.families import computing_by, save
+from worker.model import attention, check, cpu, identity
 from worker.model.folder import ModelRefused
 from worker.model.linear import PackedLinear
 from worker.model.loading import choose_device, computes_bfloat16, load
@@ -148,20 +148,38 @@ def test_who_computes_otherwise_has_another_name(folder: Path, monkeypatch: pyte
 
 def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
     """Within the limits found, a row's logits are the same bits in a forward of any size."""
-    model = load(str(folder))
-    assert 2 <= model.min_rows <= 8 <= model.max_rows <= 32
-    assert check.probe_row_limit(model, 64) == (model.min_rows, model.max_rows)
+    with computing_by("torch"):
+        model = load(str(folder))
+        assert 1 <= model.min_rows <= 8 <= model.max_rows <= 32
+        assert check.probe_row_limit(model, 64) == (model.min_rows, model.max_rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_by_our_kernels_a_token_has_the_same_bits_in_every_forward(folder: Path, dtype: Any,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried: a product that rounds otherwise in a few rows more is found out."""
+    if not cpu.computes(getattr(torch, dtype)):
+        pytest.skip("not on this processor")
+    from worker.model.cpu.linear import PanelLinear
+
+    model = load(str(folder), dtype=dtype)
+    assert model.is_uniform
+    plain = PanelLinear.forward
+    monkeypatch.setattr(PanelLinear, "forward", lambda self, x: plain(self, x) * (1 + (x.shape[-2] > 12) / 64))
+    assert not load(str(folder), dtype=dtype).is_uniform
+    assert not load(str(save("mixtral", folder.parent / "experts"))).is_uniform
 
 
 def test_a_forward_is_shared_only_by_as_many_rows_as_were_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                                                  ) -> None:
     """Where the processor's products are alike for any number of rows; one more that are not, and it ends there."""
-    model = load(str(save("llama", tmp_path, torch.bfloat16)), dtype="bfloat16")
-    assert model.max_shared_rows in (0, *range(2 * SHARED_UNIT, check.MAX_SHARED_ROWS + 1, SHARED_UNIT))
-    plain = PackedLinear.forward
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: plain(self, x) * (1 + (x.shape[-2] > 100) / 64))
-    assert check.probe_shared_rows(model) == min(model.max_shared_rows, 96)
-    assert load(str(save("mixtral", tmp_path / "experts", torch.bfloat16))).max_shared_rows == 0
+    with computing_by("torch"):
+        model = load(str(save("llama", tmp_path, torch.bfloat16)), dtype="bfloat16")
+        assert model.max_shared_rows in (0, *range(2 * SHARED_UNIT, check.MAX_SHARED_ROWS + 1, SHARED_UNIT))
+        plain = PackedLinear.forward
+        monkeypatch.setattr(PackedLinear, "forward", lambda self, x: plain(self, x) * (1 + (x.shape[-2] > 100) / 64))
+        assert check.probe_shared_rows(model) == min(model.max_shared_rows, 96)
+        assert load(str(save("mixtral", tmp_path / "experts", torch.bfloat16))).max_shared_rows == 0
 
 
 def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,198 @@
+"""Kernels for a CPU: what they compute, and that a row's bits are its own. Also as a processor of 2013 runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+from worker.model import cpu
+
+if not cpu.computes(torch.float32):
+    pytest.skip("kernels of ours do not run here", allow_module_level=True)
+
+from worker.model.cpu import kernel, linear, pointwise
+from worker.model.cpu.code import FLOAT32, Code, Value
+from worker.model.cpu.kernel import Kernel, Processor
+from worker.model.cpu.linear import PanelLinear
+
+OLD = Processor("haswell", {"avx": True, "avx2": True, "fma": True, "avx512f": False, "avx512bf16": False})
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if cpu.computes(dtype)]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cache of what was compiled before for the processor that is here."""
+    monkeypatch.setattr(kernel, "processor", lambda: OLD)
+    monkeypatch.setattr(linear, "processor", lambda: OLD)
+    for module in (linear, pointwise):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Kernel):
+                monkeypatch.setattr(module, name, Kernel(value._write))
+
+
+def is_near(got: Tensor, expected: Tensor, num_sums: int = 1) -> bool:
+    """Up to the rounding of what it is stored as, and of float32 sums of so many."""
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    return bool(error <= ROUNDING[got.dtype] + num_sums * 2**-24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_outputs", "num_columns"), [(1, 2), (31, 66), (97, 64), (320, 1030), (33, 8192)])
+def test_products_are_products_and_a_row_has_its_own_bits(num_outputs: int, num_columns: int, dtype: torch.dtype
+                                                          ) -> None:
+    """In any number of rows, one after the other or apart in memory, on one thread or two."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(num_outputs, num_columns).to(dtype), torch.randn(num_outputs).to(dtype)
+    x = torch.randn(70, num_columns + 3).to(dtype)[:, :num_columns]
+    layer = PanelLinear(weight, bias)
+    torch.set_num_threads(2)
+    whole = layer(x)
+    assert is_near(whole, nn.functional.linear(x.double(), weight.double(), bias.double()), num_columns)
+    assert is_near(PanelLinear(weight, None)(x[None]), x.double()[None] @ weight.double().T, num_columns)
+    torch.set_num_threads(1)
+    for begin, end in ((0, 1), (1, 3), (3, 14), (14, 37), (0, 70)):
+        assert torch.equal(layer(x[begin:end].contiguous()), whole[begin:end])
+    assert layer(x[:0]).shape == (0, num_outputs)
+    assert torch.equal(layer(x.T.contiguous().T), whole)
+
+
+def test_weights_that_bfloat16_holds_are_kept_in_half_the_memory() -> None:
+    """And say in float32 what they said, to the bit."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(40, 64).bfloat16().float(), torch.randn(5, 64)
+    halved, whole = PanelLinear(weight, None), PanelLinear(torch.cat([weight, torch.full((1, 64), 0.1)]), None)
+    assert halved.packed.dtype == torch.bfloat16 and whole.packed.dtype == torch.float32
+    assert torch.equal(halved(x), whole(x)[:, :40])
+
+
+def test_a_product_that_is_no_number_stays_in_its_row() -> None:
+    x = torch.ones(14, 32)
+    x[5, 3] = torch.nan
+    out = PanelLinear(torch.ones(32, 32), None)(x)
+    assert out[5].isnan().all() and (out[torch.arange(14) != 5] == 32).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 3, 90])
+def test_what_stands_between_products(num_rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    check_pointwise(num_rows, dtype)
+
+
+def check_pointwise(num_rows: int, dtype: torch.dtype) -> None:
+    gate_up = (torch.randn(1, num_rows, 2 * 1024) * 8).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert is_near(pointwise.silu_and_multiply(gate_up), silu(gate) * up)
+
+    x, added = (torch.randn(1, num_rows, 1024).to(dtype) for _ in "xa")
+    weight = torch.randn(1024).to(dtype)
+    for other in (None, added):
+        total, normed = pointwise.add_and_norm(x, other, weight, 1e-5)
+        assert torch.equal(total, x if other is None else x + other)
+        assert is_near(normed, rms_norm(total.double(), weight.shape, weight.double(), 1e-5), 64)
+
+    heads, (cos, sin) = torch.randn(num_rows, 5, 64).to(dtype), torch.randn(2, num_rows, 64).to(dtype)
+    first, second = heads.double().chunk(2, dim=-1)
+    expected = heads.double() * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    assert is_near(pointwise.rotate(heads[:, 1:4], cos, sin), expected[:, 1:4])
+    with pytest.raises(RuntimeError, match="do not turn"):
+        pointwise.rotate(heads, cos[:, :32], sin[:, :32])
+
+
+def test_an_older_processor_computes_the_same_in_float32(old: None) -> None:
+    """With half as many registers, of half the length: fewer rows at a time, the same sums in the same order."""
+    torch.manual_seed(0)
+    check_pointwise(7, torch.float32)
+    weight, x = torch.randn(70, 130), torch.randn(20, 130)
+    layer = PanelLinear(weight, None)
+    assert layer.tile.rows < 12
+    assert is_near(layer(x), x.double() @ weight.double().T, 130)
+    assert torch.equal(layer(x[3:5]), layer(x)[3:5])
+
+
+@Kernel
+def exponentials(code: Code, x: Value, out: Value) -> None:
+    code.store(code.exp(code.numbers(x, FLOAT32)), out, FLOAT32)
+
+
+@Kernel
+def folded(code: Code, x: Value, sums: Value, most: Value) -> None:
+    """Of a matrix of 16 by 16."""
+    rows = [code.numbers(x + row * 64, FLOAT32) for row in range(16)]
+    code.store(code.totals(rows), sums, FLOAT32)
+    code.store(code.largest(rows[0]), most, FLOAT32)
+    code.store(code.total(rows[0]), most + 4, FLOAT32)
+
+
+@given(st.lists(st.floats(-200, 80, width=32), min_size=16, max_size=16))
+def test_exponentials(numbers: list[float]) -> None:
+    x, out = torch.tensor(numbers), torch.empty(16)
+    exponentials(x, out, num_threads=1)
+    expected = x.double().exp()
+    assert torch.allclose(out.double(), expected, rtol=3e-5, atol=2**-126)
+
+
+def test_exponentials_at_the_borders() -> None:
+    x, out = torch.zeros(16), torch.empty(16)
+    x[:5] = torch.tensor([torch.nan, -torch.inf, torch.inf, -1e30, 1e30])
+    exponentials(x, out, num_threads=1)
+    assert out[0].isnan() and out[1] == out[3] == 0 and out[2] == out[4] > 1e38
+    assert (out[5:] == 1).all()
+
+
+def test_sums_and_largest() -> None:
+    x = torch.arange(256.0).view(16, 16).flip(1).contiguous()
+    sums, most = torch.empty(16), torch.empty(2)
+    folded(x, sums, most, num_threads=1)
+    assert torch.equal(sums, x.sum(1)) and most.tolist() == [15, 120]
+
+
+def test_every_share_is_computed_once_by_some_thread() -> None:
+    @Kernel
+    def count(code: Code, out: Value, num: Value) -> None:
+        with code.shares(num) as unit:
+            place = out + unit * 4
+            code.store(code.numbers(place, FLOAT32, 1) + 1.0, place, FLOAT32)
+
+    out = torch.zeros(10_000)
+    for num_threads in (1, 2, 3):
+        count(out, len(out), num_threads=num_threads)
+    assert (out == 3).all()
+
+
+@pytest.mark.parametrize("missing", ["llvmlite", "threads", "features"])
+def test_where_kernels_cannot_run_torch_computes(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computes: Any = cpu.computes.__wrapped__
+    assert computes(torch.float32) and not computes(torch.float64)
+    if missing == "llvmlite":
+        monkeypatch.setattr(cpu, "find_spec", lambda name: None)
+    elif missing == "threads":
+        monkeypatch.setattr(kernel, "_openmp", lambda: None)
+    else:
+        monkeypatch.setattr(kernel, "processor", lambda: Processor("x86-64", {}))
+    assert not computes(torch.float32) and not computes(torch.bfloat16)
+
+
+def test_matrix_registers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    computes: Any = cpu.computes.__wrapped__
+    features = {"fma": True, "avx512f": True, "avx512bf16": True}
+    monkeypatch.setattr(kernel, "processor", lambda: Processor("some", features))
+    assert computes(torch.bfloat16) and computes(torch.float32)
+    features["amx-bf16"] = True
+    assert not computes(torch.bfloat16) and computes(torch.float32)

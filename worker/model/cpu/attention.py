@@ -1,0 +1,183 @@
+"""Attention over the pages of slots, for a CPU.
+
+A query meets its keys 16 at a time, whatever stands beside it: its bits depend on it alone, and are the same in a
+chunk of a prompt and in a decode row. What it has met is kept relative to its largest logit so far (Milakov and
+Gimelshein, arXiv:1805.02867). Keys and values are read where they lie, by one core for some queries at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.model.cpu import LANES
+from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, SIZES, Code, Value
+from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
+
+NO_WINDOW = 1 << 40         # tokens: longer than any context
+NUM_SUMS = 24               # vectors in registers: what the queries of a tile have met, of all their dimensions
+LOWEST = -1e30              # below all logits, and a number: what is not met yet weighs nothing
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, *, run_len: int,
+           scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Queries of [rows, heads, head_dim] over pages of [pages, slots, num_kv_heads, page_len, head_dim] each.
+
+    Of every row the keys up to its position, which stand there already. `run_len` rows are consecutive tokens of one
+    slot each.
+    """
+    num_rows, num_heads, head_dim = query.shape
+    _, num_slots, num_kv_heads, page_len, _ = keys.shape
+    group = num_heads // num_kv_heads
+    run_len, tile = _tile(run_len, group, head_dim)
+    out = torch.empty(num_rows, num_heads, head_dim, dtype=query.dtype)
+    _attend(query, keys, values, slots, positions, out, 0 if sinks is None else sinks.float(), num_rows // run_len,
+            run_len, num_slots, num_kv_heads, group, query.stride(0), query.stride(1), window or NO_WINDOW, scaling,
+            softcap or 1.0, num_threads=threads_for(query.numel() * LANES), dtype=query.dtype, head_dim=head_dim,
+            page_len=page_len, tile=tile, has_softcap=softcap is not None, has_sinks=sinks is not None)
+    return out
+
+
+def _tile(run_len: int, group: int, head_dim: int) -> tuple[int, int]:
+    """How long runs are taken to be, and how many queries of one are met at once: few kinds, each is compiled."""
+    most = max(1, NUM_SUMS * LANES // head_dim)
+    if run_len * group >= most and run_len > 1:
+        return run_len, most
+    return 1, -(-group // -(-group // most))
+
+
+def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
+    """One token of each row, [rows, num_kv_heads, head_dim] each, into pages as above."""
+    num_rows, num_kv_heads, head_dim = key.shape
+    _write(keys, values, key, value, slots, positions, num_rows, keys.shape[1], num_kv_heads, key.stride(0),
+           key.stride(1), value.stride(0), value.stride(1), num_threads=1, dtype=key.dtype, head_dim=head_dim,
+           page_len=keys.shape[3])
+
+
+@Kernel
+def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, slots: Value, positions: Value,
+           num_rows: Value, num_slots: Value, num_kv_heads: Value, key_row_stride: Value, key_head_stride: Value,
+           value_row_stride: Value, value_head_stride: Value, *, dtype: torch.dtype, head_dim: int, page_len: int
+           ) -> None:
+    element = ELEMENTS[dtype]
+    size = SIZES[element]
+    with code.shares(num_rows) as row, code.loop(0, num_kv_heads) as head:
+        slot, position = (code.load(each + row * SIZES[INTEGER], INTEGER, 1) for each in (slots, positions))
+        page = (position // page_len * num_slots + slot) * num_kv_heads + head
+        place = (page * page_len + position % page_len) * (head_dim * size)
+        for cache, new, row_stride, head_stride in ((keys, key, key_row_stride, key_head_stride),
+                                                    (values, value, value_row_stride, value_head_stride)):
+            source = new + (row * row_stride + head * head_stride) * size
+            for i in range(0, head_dim, LANES):
+                code.store(code.numbers(source + i * size, element), cache + place + i * size, element)
+
+
+@Kernel
+def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, positions: Value, out: Value,
+            sinks: Value, num_runs: Value, run_len: Value, num_slots: Value, num_kv_heads: Value, group: Value,
+            row_stride: Value, head_stride: Value, window: Value, scaling: Value, softcap: Value, *,
+            dtype: torch.dtype, head_dim: int, page_len: int, tile: int, has_softcap: bool, has_sinks: bool) -> None:
+    element = ELEMENTS[dtype]
+    size = SIZES[element]
+    num_queries = run_len * group
+    num_tiles = (num_queries + tile - 1) // tile
+    with code.shares(num_runs * num_kv_heads * num_tiles) as unit:
+        run, kv_head = unit // num_tiles // num_kv_heads, unit // num_tiles % num_kv_heads
+        slot = code.load(slots + run * run_len * SIZES[INTEGER], INTEGER, 1)
+        begin = code.smaller(unit % num_tiles * tile, num_queries - tile)       # the last tile may say some twice
+        queries, places = [], []
+        for i in range(tile):
+            row, head = run * run_len + (begin + i) // group, kv_head * group + (begin + i) % group
+            position = code.load(positions + row * SIZES[INTEGER], INTEGER, 1)
+            sink = code.load(sinks + head * SIZES[FLOAT32], FLOAT32, 1) if has_sinks else None
+            queries.append(_Query(code, query + (row * row_stride + head * head_stride) * size, element, head_dim,
+                                  position, window, sink))
+            places.append(out + (row * num_kv_heads * group + head) * (head_dim * size))
+        end = queries[-1].position + 1
+        with code.loop(queries[0].first // LANES * LANES, end, LANES) as token:
+            page = (token // page_len * num_slots + slot) * num_kv_heads + kv_head
+            offset = (page * page_len + token % page_len) * (head_dim * size)
+            for each in queries:
+                logits = scaling * each.products(keys + offset)
+                each.weigh(softcap * _tanh(code, logits / softcap) if has_softcap else logits, token)
+            _add(queries, values + offset, code.smaller(end - token, LANES))
+        for each, place in zip(queries, places, strict=True):
+            each.store(place)
+
+
+class _Query:
+    """One, and what the keys so far have told it."""
+
+    def __init__(self, code: Code, place: Value, element: Any, head_dim: int, position: Value, window: Value,
+                 sink: Value | None):
+        self.code, self.element, self.head_dim = code, element, head_dim
+        self.position, self.first = position, code.larger(position - window + 1, code.integer(0))
+        self.vectors = _vectors(code, place, element, head_dim)
+        is_first = code.indices().equals(0)
+        self.largest = code.variable(code.number(LOWEST) if sink is None else sink)
+        self.weight = code.variable(code.zeros() if sink is None else code.select(is_first, 1.0, code.zeros()))
+        self.sums = [code.variable(code.zeros()) for _ in range(0, head_dim, LANES)]
+        self.weights = code.scratch()                   # of the keys at hand
+
+    def products(self, keys: Value) -> Value:
+        """With 16 keys."""
+        code, parts = self.code, []
+        multiply = code.pairs if _is_paired(self.element, self.head_dim) else code.fused
+        for i in range(LANES):
+            part = code.zeros()
+            key = _vectors(code, keys + i * self.head_dim * SIZES[self.element], self.element, self.head_dim)
+            for left, right in zip(self.vectors, key, strict=True):
+                part = multiply(left, right, part)
+            parts.append(part)
+        return code.totals(parts)
+
+    def weigh(self, logits: Value, token: Value) -> None:
+        """Keys from `token` on: of those that it does not see none counts."""
+        code, tokens = self.code, self.code.indices() + token
+        is_seen = (tokens <= self.position) & (tokens > self.first - 1)
+        logits = code.select(is_seen, logits, code.splat(code.number(-math.inf)))
+        before = self.largest.value
+        largest = code.larger(code.largest(logits), before)
+        with code.when(largest > before):
+            self.largest.value = largest
+            shrunk = code.exp(code.splat(before - largest))
+            for each in (self.weight, *self.sums):
+                each.value = each.value * shrunk
+        weights = code.exp(logits - largest)
+        self.weight.value = self.weight.value + weights
+        code.store(weights, self.weights, FLOAT32)
+
+    def store(self, place: Value) -> None:
+        weight = self.code.total(self.weight.value)
+        for i, total in enumerate(self.sums):
+            self.code.store(total.value / weight, place + i * LANES * SIZES[self.element], self.element)
+
+
+def _add(queries: list[_Query], values: Value, count: Value) -> None:
+    """So many values, as every query weighs them."""
+    code, element, head_dim = queries[0].code, queries[0].element, queries[0].head_dim
+    with code.loop(0, count) as i:
+        numbers = [code.numbers(values + (i * head_dim + j) * SIZES[element], element)
+                   for j in range(0, head_dim, LANES)]
+        for query in queries:
+            weight = code.splat(code.load(query.weights + i * SIZES[FLOAT32], FLOAT32, 1))
+            for total, each in zip(query.sums, numbers, strict=True):
+                total.value = code.fused(weight, each, total.value)
+
+
+def _vectors(code: Code, place: Value, element: Any, head_dim: int) -> list[Value]:
+    """Of a query or a key: pairs in bfloat16 if there are whole vectors of them, else numbers."""
+    if _is_paired(element, head_dim):
+        return [code.load(place + i * SIZES[element], element, 2 * LANES) for i in range(0, head_dim, 2 * LANES)]
+    return [code.numbers(place + i * SIZES[element], element) for i in range(0, head_dim, LANES)]
+
+
+def _is_paired(element: Any, head_dim: int) -> bool:
+    return element is BFLOAT16 and head_dim % (2 * LANES) == 0
+
+
+def _tanh(code: Code, x: Value) -> Value:
+    return code.splat(code.number(1.0)) - code.splat(code.number(2.0)) / (code.exp(x * 2.0) + 1.0)

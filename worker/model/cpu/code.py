@@ -1,0 +1,324 @@
+"""Kernels for a CPU written down in Python: loops over vectors of numbers, which LLVM compiles.
+
+A kernel is a function that writes code: Python's own loops are unrolled, `Code.loop` loops where it runs. Numbers are
+float32 whatever they are stored as, and nothing is reordered: what is added first in a kernel is added first. It knows
+vectors and addresses. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+from worker.model.cpu import LANES
+
+NUM_TERMS = 8               # of the series of exp2, beyond which float32 sees no more
+ROUNDING = 1.5 * 2.0**23    # what is added to it is rounded to an integer, which its lowest bits are then
+EXPONENTS = -126.0, 127.0   # of two, that float32 has
+
+
+class _BFloat(ir.Type):
+    """LLVM has it, llvmlite has not."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+INTEGER, FLOAT32, BFLOAT16 = ir.IntType(64), ir.FloatType(), _BFloat()
+INT32, POINTER = ir.IntType(32), ir.PointerType()
+SIZES = {INTEGER: 8, INT32: 4, FLOAT32: 4, BFLOAT16: 2}     # bytes
+
+
+def vector(element: Any, length: int = LANES) -> Any:
+    return ir.VectorType(element, length)
+
+
+class Value:
+    """An integer, which an address is too, a number, a truth, or a vector of them. Operators write code."""
+
+    __slots__ = "code", "ir"
+
+    def __init__(self, code: Code, value: Any):
+        self.code, self.ir = code, value
+
+    def __add__(self, other: Operand) -> Value:
+        return self.code.combine("add", self, other)
+
+    def __sub__(self, other: Operand) -> Value:
+        return self.code.combine("sub", self, other)
+
+    def __mul__(self, other: Operand) -> Value:
+        return self.code.combine("mul", self, other)
+
+    def __truediv__(self, other: Operand) -> Value:
+        return self.code.combine("div", self, other)
+
+    def __floordiv__(self, other: Operand) -> Value:
+        return self.code.combine("sdiv", self, other)
+
+    def __mod__(self, other: Operand) -> Value:
+        return self.code.combine("srem", self, other)
+
+    def __and__(self, other: Operand) -> Value:
+        return self.code.combine("and_", self, other)
+
+    def __lt__(self, other: Operand) -> Value:
+        return self.code.compare("<", self, other)
+
+    def __le__(self, other: Operand) -> Value:
+        return self.code.compare("<=", self, other)
+
+    def __gt__(self, other: Operand) -> Value:
+        return self.code.compare(">", self, other)
+
+    def equals(self, other: Operand) -> Value:
+        return self.code.compare("==", self, other)
+
+    @property
+    def element(self) -> Any:
+        return getattr(self.ir.type, "element", self.ir.type)
+
+
+Operand = Value | int | float
+
+
+class Variable:
+    """What a loop of a kernel changes."""
+
+    __slots__ = "_code", "_place", "_type"
+
+    def __init__(self, code: Code, initial: Value):
+        self._code, self._type, self._place = code, initial.ir.type, code.reserve(initial.ir.type)
+        self.value = initial
+
+    @property
+    def value(self) -> Value:
+        return Value(self._code, self._code.builder.load(self._place, typ=self._type))
+
+    @value.setter
+    def value(self, value: Value) -> None:
+        self._code.builder.store(value.ir, self._place)
+
+
+class Code:
+    """Of one function, whose argument is the address of all others: a counter that its threads share, then `kinds`."""
+
+    def __init__(self, module: Any, name: str, kinds: Sequence[Any]):
+        self._module = module
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
+        self.builder: Any = ir.IRBuilder(function.append_basic_block())
+        self._counter = function.args[0]
+        self.arguments = [self._argument(place, kind) for place, kind in enumerate(kinds, start=1)]
+
+    def _argument(self, place: int, kind: Any) -> Value:
+        address = self.builder.gep(self._counter, [INTEGER(place)], source_etype=INTEGER)
+        return Value(self, self.builder.load(address, typ=kind))
+
+    # what is known when it is written
+
+    def integer(self, value: int) -> Value:
+        return Value(self, INTEGER(value))
+
+    def number(self, value: float) -> Value:
+        return Value(self, FLOAT32(value))
+
+    def zeros(self) -> Value:
+        return Value(self, ir.Constant(vector(FLOAT32), None))
+
+    def indices(self) -> Value:
+        """0, 1, 2 …"""
+        return Value(self, ir.Constant(vector(INTEGER), list(range(LANES))))
+
+    # what runs how often
+
+    @contextmanager
+    def loop(self, begin: Operand, end: Operand, step: int = 1) -> Iterator[Value]:
+        b, start, stop = self.builder, self._lifted(begin), self._lifted(end)
+        before, body, after = b.block, b.append_basic_block(), b.append_basic_block()
+        b.cbranch((start < stop).ir, body, after)
+        b.position_at_end(body)
+        index = b.phi(INTEGER)
+        yield Value(self, index)
+        following = Value(self, index) + step
+        index.add_incoming(start.ir, before)
+        index.add_incoming(following.ir, b.block)
+        b.cbranch((following < stop).ir, body, after)
+        b.position_at_end(after)
+
+    @contextmanager
+    def shares(self, count: Operand) -> Iterator[Value]:
+        """Each of so many units once, by whichever thread is the next to be free."""
+        b, stop = self.builder, self._lifted(count)
+        take, body, after = (b.append_basic_block() for _ in range(3))
+        b.branch(take)
+        b.position_at_end(take)
+        unit = Value(self, b.atomic_rmw("add", self._counter, INTEGER(1), "monotonic"))
+        b.cbranch((unit < stop).ir, body, after)
+        b.position_at_end(body)
+        yield unit
+        b.branch(take)
+        b.position_at_end(after)
+
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        with self.builder.if_then(condition.ir):
+            yield
+
+    def variable(self, initial: Value) -> Variable:
+        return Variable(self, initial)
+
+    def reserve(self, kind: Any) -> Any:
+        """Room for it on the stack."""
+        with self.builder.goto_entry_block():
+            return self.builder.alloca(kind)
+
+    def scratch(self) -> Value:
+        """The address of a vector's room."""
+        return Value(self, self.builder.ptrtoint(self.reserve(vector(FLOAT32)), INTEGER))
+
+    # memory
+
+    def load(self, address: Value, stored: Any, length: int = LANES) -> Value:
+        """As it is stored; a single one where the length is 1."""
+        kind = stored if length == 1 else vector(stored, length)
+        return Value(self, self.builder.load(self._pointer(address), typ=kind, align=SIZES[stored]))
+
+    def numbers(self, address: Value, stored: Any, length: int = LANES) -> Value:
+        loaded = self.load(address, stored, length)
+        if stored is FLOAT32:
+            return loaded
+        return Value(self, self.builder.fpext(loaded.ir, FLOAT32 if length == 1 else vector(FLOAT32, length)))
+
+    def store(self, value: Value, address: Value, stored: Any) -> None:
+        """Numbers, rounded to how they are stored."""
+        kept = value.ir
+        if stored is not value.element:
+            kept = self.builder.fptrunc(kept, vector(stored) if isinstance(kept.type, ir.VectorType) else stored)
+        self.builder.store(kept, self._pointer(address), align=SIZES[stored])
+
+    def _pointer(self, address: Value) -> Any:
+        return self.builder.inttoptr(address.ir, POINTER)
+
+    # arithmetic
+
+    def splat(self, value: Value, length: int = LANES) -> Value:
+        """A vector of it alone."""
+        kind = vector(value.ir.type, length)
+        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value.ir, INT32(0))
+        return Value(self, self.builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined),
+                                                       ir.Constant(vector(INT32, length), [0] * length)))
+
+    def cast(self, value: Value, kind: Any) -> Value:
+        """Other words for the same bits."""
+        return Value(self, self.builder.bitcast(value.ir, kind))
+
+    def select(self, condition: Value, value: Operand, other: Value) -> Value:
+        """`value` where the condition holds."""
+        lifted, other = self._alike(self._lifted(value, other), other)
+        return Value(self, self.builder.select(condition.ir, lifted.ir, other.ir))
+
+    def fused(self, left: Value, right: Value, added: Value) -> Value:
+        """left · right + added, rounded once."""
+        return Value(self, self.call(f"llvm.fma.v{LANES}f32", vector(FLOAT32), left.ir, right.ir, added.ir))
+
+    def pairs(self, left: Value, right: Value, added: Value) -> Value:
+        """added + left · right of twice as many numbers in bfloat16, two products to each (vdpbf16ps)."""
+        return Value(self, self.call("llvm.x86.avx512bf16.dpbf16ps.512", vector(FLOAT32), added.ir, left.ir, right.ir))
+
+    def as_number(self, value: Value) -> Value:
+        return Value(self, self.builder.sitofp(value.ir, FLOAT32))
+
+    def square_root(self, value: Value) -> Value:
+        return Value(self, self.call("llvm.sqrt.f32", FLOAT32, value.ir))
+
+    def smaller(self, left: Value, right: Operand) -> Value:
+        other = self._lifted(right, left)
+        return self.select(left < other, left, other)
+
+    def larger(self, left: Value, right: Value) -> Value:
+        """Not a number, if `left` is none."""
+        return self.select(left < right, right, left)
+
+    def exp(self, value: Value) -> Value:
+        """Of a vector; not a number, where that is none."""
+        lowest, highest = (self.splat(self.number(exponent)) for exponent in EXPONENTS)
+        x = value * (1 / math.log(2))
+        is_nothing, x = x < lowest, self.select(x > highest, highest, x)
+        rounded = x + ROUNDING
+        rest = x - (rounded - ROUNDING)
+        series = self.splat(self.number(0.0))
+        for term in reversed(range(NUM_TERMS)):
+            factor = self.splat(self.number(math.log(2)**term / math.factorial(term)))
+            series = self.fused(series, rest, factor)
+        exponent = self.builder.shl(self.cast(rounded, vector(INT32)).ir, ir.Constant(vector(INT32), [23] * LANES))
+        one = self.cast(self.splat(self.number(1.0)), vector(INT32)).ir
+        power = self.cast(Value(self, self.builder.add(exponent, one)), vector(FLOAT32))
+        return self.select(is_nothing, self.zeros(), series * power)
+
+    def total(self, value: Value) -> Value:
+        """Of a vector's numbers, halves added to each other."""
+        return self._folded(value, lambda left, right: left + right)
+
+    def largest(self, value: Value) -> Value:
+        return self._folded(value, self.larger)
+
+    def totals(self, values: Sequence[Value]) -> Value:
+        """The sums of as many vectors as a vector has numbers, as one vector: halves of two are added at a time."""
+        while len(values) > 1:
+            width = len(values) // 2
+            values = [self._halves_added(left, right, width)
+                      for left, right in zip(values[:width], values[width:], strict=True)]
+        return values[0]
+
+    def _halves_added(self, left: Value, right: Value, width: int) -> Value:
+        """Of every 2 · width numbers the first and the second half: of `left`, then of `right`."""
+        places = [lane + lane // width % 2 * (LANES - width) for lane in range(LANES)]
+        lower, upper = (ir.Constant(vector(INT32), [place + offset for place in places]) for offset in (0, width))
+        shuffle = self.builder.shuffle_vector
+        return Value(self, shuffle(left.ir, right.ir, lower)) + Value(self, shuffle(left.ir, right.ir, upper))
+
+    def _folded(self, value: Value, fold: Callable[[Value, Value], Value]) -> Value:
+        width = LANES
+        while width > 1:
+            width //= 2
+            places = ir.Constant(vector(INT32), [*range(width, 2 * width), *[0] * (LANES - width)])
+            value = fold(value, Value(self, self.builder.shuffle_vector(value.ir, value.ir, places)))
+        return Value(self, self.builder.extract_element(value.ir, INT32(0)))
+
+    def call(self, name: str, result: Any, *args: Any) -> Any:
+        """One of LLVM's own functions."""
+        kind = ir.FunctionType(result, [arg.type for arg in args])
+        function = self._module.globals.get(name) or ir.Function(self._module, kind, name)
+        return self.builder.call(function, args)
+
+    def combine(self, operator: str, left: Value, right: Operand) -> Value:
+        left, other = self._alike(left, self._lifted(right, left))
+        prefix = "f" if left.element is FLOAT32 else ""
+        return Value(self, getattr(self.builder, prefix + operator)(left.ir, other.ir))
+
+    def compare(self, operator: str, left: Value, right: Operand) -> Value:
+        left, other = self._alike(left, self._lifted(right, left))
+        build = self.builder.fcmp_ordered if left.element is FLOAT32 else self.builder.icmp_signed
+        return Value(self, build(operator, left.ir, other.ir))
+
+    def _lifted(self, operand: Operand, like: Value | None = None) -> Value:
+        """What Python knows already, as the kernel has it."""
+        if isinstance(operand, Value):
+            return operand
+        return Value(self, (INTEGER if like is None else like.element)(operand))
+
+    def _alike(self, *values: Value) -> tuple[Value, ...]:
+        """All as vectors, if one is."""
+        if not any(isinstance(value.ir.type, ir.VectorType) for value in values):
+            return values
+        return tuple(value if isinstance(value.ir.type, ir.VectorType) else self.splat(value) for value in values)

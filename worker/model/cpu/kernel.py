@@ -1,0 +1,140 @@
+"""Kernels as functions of tensors: compiled for this very processor when they are first called, run by torch's threads.
+
+A second pool of threads would fight with torch's for the cores, so its OpenMP runs ours too. It knows functions and
+threads. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, Code
+
+ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+MIN_SHARED_WORK = 1 << 15   # numbers to go through: fewer are done before another thread is awake
+ALIASED_BYTES = 2048        # rows at such distances fight for the same few lines of a core's cache
+OPTIMIZATION = 2            # of 3: the third level takes longer and finds nothing more
+
+COMPILER = f"LLVM {'.'.join(map(str, llvm.llvm_version_info))}"
+
+Argument = Tensor | int | float
+
+
+class Kernel:
+    """Called with tensors and numbers, and by name with what is known before: that is compiled in."""
+
+    def __init__(self, write: Callable[..., None]):
+        self._write = write
+        self._compiled: dict[Any, Callable[..., None]] = {}
+
+    def __call__(self, *args: Argument, num_threads: int, **constants: Any) -> None:
+        key = tuple(constants.values())
+        run = self._compiled.get(key)
+        if run is None:
+            run = self._compiled[key] = self._compile(args, constants)
+        values = [0]
+        for arg in args:
+            values.append(arg.data_ptr() if isinstance(arg, Tensor) else _bits(arg) if isinstance(arg, float) else arg)
+        run((ctypes.c_int64 * len(values))(*values), num_threads)
+
+    def _compile(self, args: tuple[Argument, ...], constants: Mapping[str, Any]) -> Callable[..., None]:
+        module, name = ir.Module(), self._write.__name__
+        module.triple = llvm.get_process_triple()
+        code = Code(module, name, [FLOAT32 if isinstance(arg, float) else INTEGER for arg in args])
+        self._write(code, *code.arguments, **constants)
+        code.builder.ret_void()
+        return _runner(_machine_code(str(module), name))
+
+
+def _bits(number: float) -> int:
+    found: int = struct.unpack("<q", struct.pack("<fxxxx", number))[0]
+    return found
+
+
+def _runner(address: int) -> Callable[..., None]:
+    run, parallel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), _openmp().GOMP_parallel
+
+    def start(args: ctypes.Array[ctypes.c_int64], num_threads: int) -> None:
+        if num_threads > 1:
+            parallel(address, args, num_threads, 0)
+        else:
+            run(args)
+
+    return start
+
+
+def has_threads() -> bool:
+    return _openmp() is not None
+
+
+@cache
+def _openmp() -> Any:
+    """The library that torch itself uses; none in a build of torch that brings another one."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libgomp.so.1"))
+    except OSError:
+        return None
+    library.GOMP_parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    library.GOMP_parallel.restype = None
+    return library
+
+
+_engines: list[Any] = []                                # own what they compiled
+
+
+def _machine_code(text: str, name: str) -> int:
+    """The address of a function, in memory that is never given back."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(text)
+    module.verify()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=processor().name, features=processor().flags, opt=OPTIMIZATION)
+    tuning = llvm.create_pipeline_tuning_options(speed_level=OPTIMIZATION)
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _engines.append(engine)
+    address: int = engine.get_function_address(name)
+    return address
+
+
+class Processor(NamedTuple):
+    """In LLVM's words."""
+
+    name: str
+    features: Mapping[str, bool]
+
+    def has(self, feature: str) -> bool:
+        return self.features.get(feature, False)
+
+    @property
+    def flags(self) -> str:
+        return ",".join(f"{'+' if is_there else '-'}{feature}" for feature, is_there in self.features.items())
+
+
+@cache
+def processor() -> Processor:
+    return Processor(llvm.get_host_cpu_name(), llvm.get_host_cpu_features())
+
+
+def threads_for(num_numbers: int) -> int:
+    """That so much work is worth."""
+    return torch.get_num_threads() if num_numbers >= MIN_SHARED_WORK else 1
+
+
+def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[num_rows, width], for a product that reads a number of each row at a time."""
+    padding = 64 // dtype.itemsize if width * dtype.itemsize % ALIASED_BYTES == 0 else 0
+    return torch.empty(num_rows, width + padding, dtype=dtype)[:, :width]

@@ -1,0 +1,132 @@
+"""x · weightᵀ + bias with weights packed once, at the pace of reading them for few rows, and of multiplying for many.
+
+Each number of the result is one sum in the order of the columns, whatever else is computed beside it: a row has the
+same bits alone and among any others. Packed weights lie in panels of neighbouring outputs, and in a panel column by
+column, so that a panel is read once from its begin to its end; rows are taken a few at a time, as many as registers
+hold. In bfloat16 a step multiplies pairs of columns (vdpbf16ps). Weights that bfloat16 holds exactly are kept so for
+float32 too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from worker.model.cpu import LANES
+from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, vector
+from worker.model.cpu.kernel import ELEMENTS, Kernel, processor, threads_for
+
+BLOCK_BYTES = 1 << 18       # of rows that stay in a core's cache while panel after panel passes
+
+
+class Tile(NamedTuple):
+    """What is computed at once, in registers."""
+
+    rows: int
+    vectors: int            # of outputs
+
+    @property
+    def width(self) -> int:
+        return self.vectors * LANES
+
+
+def tile() -> Tile:
+    """32 registers of 16 numbers, or 16 of 8."""
+    return Tile(12, 2) if processor().has("avx512f") else Tile(6, 1)
+
+
+def holds(weight: Tensor) -> bool:
+    """Whether panels can: in bfloat16 columns come in pairs."""
+    return weight.dtype == torch.float32 or weight.shape[1] % 2 == 0
+
+
+class PanelLinear(torch.nn.Module):
+    """Of a weight of [num_outputs, num_columns]: x of [..., num_columns] to [..., num_outputs]."""
+
+    is_uniform = True       # a row has the same bits among any number of others
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.num_outputs, self.num_columns = weight.shape
+        self.dtype, self.tile = weight.dtype, tile()
+        kept = weight.bfloat16() if _is_kept_by_bfloat16(weight) else weight
+        self.packed = _packed(kept, self.tile.width, 2 if weight.dtype == torch.bfloat16 else 1)
+        self.num_panels, self.num_steps = self.packed.shape[:2]
+        self.width = self.num_panels * self.tile.width              # what fills the last panel up is an output too
+        self.bias = weight.new_zeros(self.width, dtype=torch.float32)
+        if bias is not None:
+            self.bias[:self.num_outputs] = bias
+        num_cached_rows = BLOCK_BYTES // (self.num_columns * self.dtype.itemsize)
+        self.block_rows = max(1, num_cached_rows // self.tile.rows) * self.tile.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.num_columns)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        num_rows = rows.shape[0]
+        out = torch.empty(num_rows, self.width, dtype=self.dtype)
+        _multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), self.num_steps, self.num_panels,
+                  self.block_rows, num_threads=threads_for(num_rows * self.width * self.num_columns), dtype=self.dtype,
+                  stored=self.packed.dtype, tile=self.tile)
+        if self.width != self.num_outputs:
+            out = out[:, :self.num_outputs].contiguous()
+        return out.view(*x.shape[:-1], self.num_outputs)
+
+
+def _is_kept_by_bfloat16(weight: Tensor) -> bool:
+    return all(torch.equal(part, part.bfloat16().to(part.dtype)) for part in weight.split(1024))
+
+
+def _packed(weight: Tensor, width: int, per_step: int) -> Tensor:
+    """[panels, steps, width, per_step]"""
+    num_outputs, num_columns = weight.shape
+    num_panels = -(-num_outputs // width)
+    padded = weight.new_zeros(num_panels * width, num_columns)
+    padded[:num_outputs] = weight
+    return padded.view(num_panels, width, -1, per_step).transpose(1, 2).contiguous()
+
+
+@Kernel
+def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_rows: Value, row_stride: Value,
+              num_steps: Value, num_panels: Value, block_rows: Value, *, dtype: torch.dtype, stored: torch.dtype,
+              tile: Tile) -> None:
+    """x of [num_rows, columns], weight as `_packed`, bias of [outputs], out of [num_rows, outputs]."""
+    element, kept, width = ELEMENTS[dtype], ELEMENTS[stored], tile.width
+    step_bytes = width * (4 // SIZES[element]) * SIZES[kept]
+    num_blocks = (num_rows + block_rows - 1) // block_rows
+    with code.shares(num_blocks * num_panels) as unit:
+        panel, begin = unit % num_panels, unit // num_panels * block_rows
+        end = code.smaller(begin + block_rows, num_rows)
+        weights, first = weight + panel * num_steps * step_bytes, panel * width
+        with code.loop(begin, end, tile.rows) as row:
+            num_left = end - row
+            for count in range(1, tile.rows + 1):
+                with code.when(num_left.equals(count) if count < tile.rows else num_left > count - 1):
+                    rows = [x + (row + i) * row_stride * SIZES[element] for i in range(count)]
+                    starts = [code.load(bias + (first + i * LANES) * SIZES[FLOAT32], FLOAT32)
+                              for i in range(tile.vectors)]
+                    for i, sums in enumerate(_sums(code, rows, weights, starts, num_steps, element, kept)):
+                        place = out + ((row + i) * num_panels * width + first) * SIZES[element]
+                        for j, total in enumerate(sums):
+                            code.store(total, place + j * LANES * SIZES[element], element)
+
+
+def _sums(code: Code, rows: list[Value], weights: Value, starts: list[Value], num_steps: Value, element: Any, kept: Any
+          ) -> list[list[Value]]:
+    """Of each row those of as many outputs as there are numbers in `starts`. A step takes 4 bytes of a row."""
+    sums = [[code.variable(start) for start in starts] for _ in rows]
+    is_paired = element is BFLOAT16
+    multiply, length = (code.pairs, 2 * LANES) if is_paired else (code.fused, LANES)
+    size = length * SIZES[kept]
+    with code.loop(0, num_steps) as step:
+        place = weights + step * (size * len(starts))
+        columns = [(code.load if is_paired else code.numbers)(place + i * size, kept, length)
+                   for i in range(len(starts))]
+        for row, line in zip(rows, sums, strict=True):
+            four = code.splat(code.load(row + step * 4, INT32, 1))
+            factors = code.cast(four, vector(element, length))
+            for total, column in zip(line, columns, strict=True):
+                total.value = multiply(factors, column, total.value)
+    return [[total.value for total in line] for line in sums]

@@ -1,0 +1,101 @@
+"""What stands between a layer's products, for a CPU: each kernel reads and writes its rows once, in one call.
+
+The counterpart of worker/model/pointwise.py on a GPU. Sums and products are float32 and rounded once; a row's bits
+depend on that row alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from worker.model.cpu import LANES
+from worker.model.cpu.code import SIZES, Code, Value
+from worker.model.cpu.kernel import ELEMENTS, Kernel, empty_rows, threads_for
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[rows, heads, head_dim] in place, by the angles of [rows, head_dim]: halves turn against each other."""
+    num_rows, num_heads, head_dim = x.shape
+    if cos.shape != (num_rows, head_dim) or cos.dtype != x.dtype:
+        raise RuntimeError(f"angles of {tuple(cos.shape)} do not turn heads of {tuple(x.shape)}")
+    _rotate(x, cos, sin, num_rows, num_heads, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
+            num_threads=threads_for(x.numel()), dtype=x.dtype, head_dim=head_dim)
+    return x
+
+
+def silu_and_multiply(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of [..., 2 · n], gates first: [..., n]."""
+    width = gate_up.shape[-1] // 2
+    rows = gate_up.view(-1, 2 * width)
+    out = empty_rows(rows.shape[0], width, gate_up.dtype)
+    _silu_and_multiply(rows, out, rows.shape[0], width, rows.stride(0), out.stride(0),
+                       num_threads=threads_for(rows.numel()), dtype=gate_up.dtype)
+    return out.view(*gate_up.shape[:-1], width)
+
+
+def add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, and its root mean square norm, of [..., n] each."""
+    width = x.shape[-1]
+    rows = x.view(-1, width)
+    others = rows if added is None else added.view(-1, width)
+    total = rows if added is None else torch.empty(rows.shape, dtype=x.dtype)
+    out = empty_rows(rows.shape[0], width, x.dtype)
+    _add_and_norm(rows, others, weight, total, out, rows.shape[0], width, rows.stride(0), others.stride(0),
+                  out.stride(0), eps, num_threads=threads_for(rows.numel()), dtype=x.dtype, has_added=added is not None)
+    return total.view(x.shape), out.view(x.shape)
+
+
+@Kernel
+def _rotate(code: Code, x: Value, cos: Value, sin: Value, num_rows: Value, num_heads: Value, row_stride: Value,
+            head_stride: Value, cos_stride: Value, sin_stride: Value, *, dtype: torch.dtype, head_dim: int) -> None:
+    element, half = ELEMENTS[dtype], head_dim // 2
+    size = SIZES[element]
+    with code.shares(num_rows) as row:
+        for begin in range(0, half, LANES):
+            angles = [[code.numbers(table + (row * stride + begin + offset) * size, element) for offset in (0, half)]
+                      for table, stride in ((cos, cos_stride), (sin, sin_stride))]
+            (first_cos, second_cos), (first_sin, second_sin) = angles
+            with code.loop(0, num_heads) as head:
+                place = x + (row * row_stride + head * head_stride + begin) * size
+                first, second = code.numbers(place, element), code.numbers(place + half * size, element)
+                code.store(first * first_cos - second * first_sin, place, element)
+                code.store(second * second_cos + first * second_sin, place + half * size, element)
+
+
+@Kernel
+def _silu_and_multiply(code: Code, gate_up: Value, out: Value, num_rows: Value, width: Value, row_stride: Value,
+                       out_stride: Value, *, dtype: torch.dtype) -> None:
+    element = ELEMENTS[dtype]
+    size = SIZES[element]
+    with code.shares(num_rows) as row, code.loop(0, width, LANES) as column:
+        place = gate_up + (row * row_stride + column) * size
+        gate, up = code.numbers(place, element), code.numbers(place + width * size, element)
+        share = code.exp(code.zeros() - gate) + 1.0
+        code.store(gate / share * up, out + (row * out_stride + column) * size, element)
+
+
+@Kernel
+def _add_and_norm(code: Code, x: Value, added: Value, weight: Value, total: Value, out: Value, num_rows: Value,
+                  width: Value, row_stride: Value, added_stride: Value, out_stride: Value, eps: Value, *,
+                  dtype: torch.dtype, has_added: bool) -> None:
+    """`total` is dense; without anything added it is x itself."""
+    element = ELEMENTS[dtype]
+    size = SIZES[element]
+    with code.shares(num_rows) as row:
+        source, squares = x + row * row_stride * size, code.variable(code.zeros())
+        if has_added:
+            place = total + row * width * size
+            with code.loop(0, width, LANES) as column:
+                other = code.numbers(added + (row * added_stride + column) * size, element)
+                code.store(code.numbers(source + column * size, element) + other, place + column * size, element)
+            source = place
+        with code.loop(0, width, LANES) as column:
+            numbers = code.numbers(source + column * size, element)
+            squares.value = code.fused(numbers, numbers, squares.value)
+        mean = code.total(squares.value) / code.as_number(width)
+        scale = code.number(1.0) / code.square_root(mean + eps)
+        with code.loop(0, width, LANES) as column:
+            numbers = code.numbers(source + column * size, element) * scale
+            code.store(numbers * code.numbers(weight + column * size, element),
+                       out + (row * out_stride + column) * size, element)
