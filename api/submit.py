@@ -58,7 +58,7 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
     sampling = replace(resolve_sampling(request, card, len(prompt)), shown_token_ids=reading.shown_token_ids,
                        tells_stop=order.language == "messages")
     if request.is_constrained or (isinstance(request, ChatRequest) and (request.must_call or request.has_strict_tools)):
-        grammar = await asyncio.to_thread(_compile, request, served.tokenizer, reading.dialect)
+        grammar = await asyncio.to_thread(_compile, request, served.tokenizer, reading)
         sampling = replace(sampling, grammar=grammar,
                            grammar_after=reading.think_end_id if reading.reasoning == "open" else None)
     n, created_s = request.n or 1, int(time.time())
@@ -106,7 +106,7 @@ def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int
     return prompt
 
 
-def _compile(request: Sampled, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
+def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
     """What the answer must be. Raises BadRequest.
 
     Calls, if some are required; else what was asked for, or calls, if there may be some; else text, and where some tool
@@ -114,6 +114,7 @@ def _compile(request: Sampled, tokenizer: Tokenizer, dialect: Dialect | None) ->
     """
     if not isinstance(request, ChatRequest):
         return request.compile_grammar(tokenizer.check_grammar)
+    dialect = reading.dialect
     if request.must_call:
         return _calls(request, tokenizer, dialect)
     calls = _calls(request, tokenizer, dialect) if request.offered_tools and dialect and dialect.can_call else ""
@@ -123,7 +124,8 @@ def _compile(request: Sampled, tokenizer: Tokenizer, dialect: Dialect | None) ->
         grammar = within("start: @asked | @calls", asked=grammar, calls=calls)
     elif calls and dialect:
         is_one = request.parallel_tool_calls is False
-        grammar = dialect.among_text(calls, is_one=is_one, added_id=tokenizer.added_id)
+        grammar = dialect.among_text(calls, is_one=is_one, may_think=reading.reasoning == "maybe",
+                                     added_id=tokenizer.added_id)
     if grammar not in ("", form):
         tokenizer.check_grammar(grammar)
     return grammar

@@ -67,8 +67,9 @@ class Dialect(ABC):
         """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more. Markers that are
         tokens of their own are no text to a grammar. Raises InvalidGrammar."""
 
-    def among_text(self, calls: str, *, is_one: bool, added_id: AddedId) -> str:
-        """Of text that may hold such calls; empty where no token tells that they begin."""
+    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:  # noqa: ARG002
+        """Of text that may hold such calls, behind a thought if the model may have one. Here a token tells that calls
+        begin, and a thought is text like any other; empty where there is no such token."""
         token_id = added_id(self.opening) if self.opening else None
         times = "?" if is_one else "*"
         frame = f"start: text (@calls text){times}\ntext: <[^{token_id}]>*\n"
@@ -95,6 +96,12 @@ def marker(text: str, added_id: AddedId) -> str:
     """As a grammar says it."""
     token_id = added_id(text) if text else None
     return quoted(text) if token_id is None else f"<[{token_id}]>"
+
+
+def text_but(begun: str) -> str:
+    """A grammar's word that is any text, if it does not begin as a regular expression says."""
+    begun = begun.replace("/", r"\/")
+    return f"/(?s:.)+/ & ~/({begun})(?s:.)*/"
 
 
 def quoted(text: str) -> str:

@@ -26,6 +26,7 @@ from api.wire.dialects.dialect import (
     object_of,
     quoted,
     require_names,
+    text_but,
 )
 from api.wire.dialects.json_value import JsonValue
 from api.wire.markers import Splitter
@@ -40,6 +41,8 @@ FUNCTION = re.compile(r"(?<!\S)to=functions\.([^\s<]+)")
 ANY_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 RECIPIENT = "to="           # the only thing that may follow where the prompt ends, but for a channel
 BETWEEN = "\n"              # two messages of a kind: they are shown as one
+# In a grammar, what a message says: without this marker, also spelled, no other one begins in it.
+TEXT = f"TEXT: {text_but(f'(?s:.)*{re.escape(MESSAGE)}')}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class Harmony(Dialect):
                   for tool in tools]
         rules = [f"call: {channel} {quoted('commentary to=functions.')} body", "body: " + "\n | ".join(bodies)]
         return "\n".join(["start: thought call", _thought(added_id), *rules]) + "\n"
+
+    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:  # noqa: ARG002
+        """Of messages in its channels, the last of which may be a call; of one where no token tells that others end."""
+        channel, message, end, start = (marker(text, added_id) for text in (CHANNEL, MESSAGE, END, START))
+        before = "" if added_id(END) is None else f'(said {end} {start} "assistant")*'
+        rules = [f"start: {before} (said | @calls)", TEXT,
+                 f'said: {channel} ("analysis" | "commentary" | "final") {message} TEXT?']
+        return within("\n".join(rules) + "\n", calls=calls)
 
     def framed(self, form: str, added_id: AddedId) -> str:
         """In the final channel, perhaps behind a thought."""
@@ -70,7 +81,7 @@ def _thought(added_id: AddedId) -> str:
     if added_id(END) is None:
         return 'thought: ""'
     channel, message, end, start = (marker(text, added_id) for text in (CHANNEL, MESSAGE, END, START))
-    return f'thought: "" | {channel} "analysis" {message} /(.|\\n)*/ {end} {start} "assistant"'
+    return f'thought: "" | {channel} "analysis" {message} TEXT? {end} {start} "assistant"\n{TEXT}'
 
 
 class HarmonyReader:

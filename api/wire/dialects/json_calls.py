@@ -24,6 +24,7 @@ from api.wire.dialects.dialect import (
     schema_of,
 )
 from api.wire.dialects.json_value import JsonValue
+from api.wire.dialects.leading import BLANK, BLANKS, leading
 from api.wire.markers import MAX_BLANKS, num_begun, trimmed
 
 
@@ -39,19 +40,32 @@ class JsonDialect(Dialect):
     blank: str = ""                                     # between a marker and the JSON
     is_leading: bool = False                            # begin and end are about all calls, and no text comes before
     hidden: str = ""                                    # a token before them, which no text shows
+    may_hide: str = ""                                  # one that may be before them, and before text
 
     def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
-        bodies = []
-        for tool in tools:
-            head = f"{json.dumps(tool['name'])}, {json.dumps(self.key)}: "
-            bodies.append(f"{quoted(head)} %json {json.dumps(schema_of(tool))}")
+        heads, bodies = [BLANKS], []
+        for number, tool in enumerate(tools):
+            heads.append(f"HEAD_{number}: {self._head(tool['name'])}")
+            bodies.append(f"HEAD_{number} %json {json.dumps(schema_of(tool))}")
         begin, end = marker(self.begin, added_id), marker(self.end, added_id)
-        one = f"{quoted(self.blank + OPENING)} body {quoted('}' + self.blank)}"
+        one = f"{quoted(self.blank)} body {quoted('}' + self.blank)}"
         start, call = (f"{begin} calls {end}", one) if self.is_leading else ("calls", f"{begin} {one} {end}")
         hidden = marker(self.hidden, added_id) if self.hidden and added_id(self.hidden) is not None else ""
         more = "" if is_one else f" ({quoted(self.between)} call)*"
         rules = [f"start: {hidden} {start}", f"calls: call{more}", f"call: {call}", "body: " + "\n | ".join(bodies)]
-        return "\n".join(rules) + "\n"
+        return "\n".join(rules + heads) + "\n"
+
+    def _head(self, name: str) -> str:
+        """Up to the arguments: one word, as `leading` needs it, with blanks where models have some."""
+        words = ("{", '"name":', f"{json.dumps(name)},", f"{json.dumps(self.key)}:", "")
+        return " BLANKS ".join(map(quoted, words))
+
+    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
+        """Of an array, any text that begins as one is taken to be one."""
+        if not self.is_leading:
+            return super().among_text(calls, is_one=is_one, may_think=may_think, added_id=added_id)
+        return leading(calls, called=re.escape(self.begin) or CALLED, goes_on=f"{BLANK}*{self.between.strip()}",
+                       is_one=is_one, may_think=may_think, added_id=added_id, may_hide=self.may_hide)
 
     def reader(self) -> CallReader:
         return LeadingReader(self) if self.is_leading else CallReader(self)
@@ -59,12 +73,14 @@ class JsonDialect(Dialect):
 
 HERMES = JsonDialect("hermes", (("<tool_call>", "</tool_call>"),), ("<tool_call>", "</tool_call>"),
                      begin="<tool_call>", end="</tool_call>", blank="\n", opening="<tool_call>")
-LLAMA = JsonDialect("llama", (("ipython", '"parameters"'),), key="parameters", between="; ", is_leading=True)
+LLAMA = JsonDialect("llama", (("ipython", '"parameters"'),), key="parameters", between="; ", is_leading=True,
+                    may_hide="<|python_tag|>")
 
-OPENING = '{"name": '
-COMPACT = OPENING.replace(" ", "").removesuffix(":")    # what any call begins with, but for blanks
+OPENING = '{"name"'                                     # what any call begins with, but for blanks
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[^\s])')
 TAIL = re.compile(r"\s*\}\s*")
+# HEAD as a grammar says it, up to the colon: JSON with other keys is text, also where it begins with a name.
+CALLED = rf'\{{{BLANK}*"name"{BLANK}*:{BLANK}*"([^"\\]|\\(?s:.))*"{BLANK}*,{BLANK}*"(arguments|parameters)"{BLANK}*:'
 
 
 class CallReader:
@@ -213,7 +229,7 @@ class LeadingReader(CallReader):
 
 def _may_be_call(text: str) -> bool:
     compact = "".join(text.split())
-    return compact.startswith(COMPACT) or COMPACT.startswith(compact)
+    return compact.startswith(OPENING) or OPENING.startswith(compact)
 
 
 def _name(raw: str) -> str | None:

@@ -8,6 +8,7 @@ and null are JSON's words, which the reader takes too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from api.wire.dialects.dialect import (
     require_names,
     with_options,
 )
+from api.wire.dialects.leading import BLANK, BLANKS, leading
 from api.wire.dialects.python_calls import NAME, NoCall, PythonCall
 from api.wire.markers import MAX_BLANKS, Splitter
 from shared.errors import InvalidGrammar
@@ -36,6 +38,10 @@ ENDS = ("<|python_end|>", "<|tool_call_end|>")
 QUOTES = ("'", '"')                                     # held back, one begins a string, whatever follows
 KINDS: dict[type, set[str]] = {str: {"string"}, bool: {"boolean"}, type(None): {"null"}, float: {"number"},
                                int: {"integer", "number"}}
+# What no text begins with, as a grammar says it: a marker, also behind other words; and a list up to what opens its
+# first call. So numbers in a list, a link and a box to tick are text; `[see (1)]` cannot be said, though it is no call.
+MARKED = rf"(?s:.)*({'|'.join(map(re.escape, BEGINS))})"
+CALLED = rf"\[{BLANK}*([a-zA-Z_]|[^\x00-\x7F])([\w.\-]|[^\x00-\x7F])*{BLANK}*\("
 WORDS = {True: '"True"', False: '"False"', None: '"None"'}
 # What may stand beside the properties of a strict tool's arguments: all else is not enforced.
 ENFORCED = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema",
@@ -48,13 +54,20 @@ class Pythonic(Dialect):
         tools = list(tools)
         require_names(tools, _is_name)
         more = "" if is_one else ' (", " call)*'
-        rules = [f'list: "[" call{more} "]"', "call: " + " | ".join(f"tool_{i}" for i in range(len(tools)))]
+        numbers = range(len(tools))
+        rules = [f'list: first{more} "]"', "first: " + " | ".join(f"FIRST_{i} tool_{i}" for i in numbers),
+                 "call: " + " | ".join(f"NAME_{i} tool_{i}" for i in numbers), BLANKS]
         for number, tool in enumerate(tools):
-            rules.append(f'tool_{number}: {quoted(tool["name"] + "(")} tool_{number}_first_0 ")"')
-            rules += _arguments(f"tool_{number}", tool)
+            # Of the first one the name is one word with what opens the list, as `leading` needs it.
+            rules += [f'FIRST_{number}: "[" BLANKS NAME_{number}', f"NAME_{number}: {quoted(tool['name'] + '(')}",
+                      f'tool_{number}: tool_{number}_first_0 ")"', *_arguments(f"tool_{number}", tool)]
         pairs = [(added_id(begin), added_id(end)) for begin, end in zip(BEGINS, ENDS, strict=True)]
         marked = [f"<[{begin}]> list <[{end}]>" for begin, end in pairs if begin is not None and end is not None]
         return "\n".join(["start: " + " | ".join(["list", *marked]), *rules]) + "\n"
+
+    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
+        return leading(calls, called=f"{MARKED}|{CALLED}", goes_on=MARKED, is_one=is_one, may_think=may_think,
+                       added_id=added_id)
 
     def reader(self) -> PythonicReader:
         return PythonicReader()
