@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from redis.exceptions import RedisClusterException, RedisError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -29,8 +30,9 @@ def make_app(pod: Pod) -> FastAPI:
     """The application of a pod, whose chores somebody else runs."""
     settings = pod.settings
     door = Door(settings.api_key)
-    app = FastAPI(title="Baton", description="Chat completions whose streams cannot be lost.", redirect_slashes=False,
-                  responses=docs.ERRORS)
+    app = FastAPIOffline(title="Baton", description="Chat completions whose streams cannot be lost.",
+                         redoc_url=None,                # its script takes a picture from another host
+                         static_url="/docs/static", redirect_slashes=False, responses=docs.ERRORS)
     app.include_router(chat.router(pod, door))
     app.include_router(stored.router(pod, door))
     app.include_router(completions.router(pod, door))

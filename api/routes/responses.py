@@ -1,20 +1,21 @@
-"""`/v1/responses`: created, also in the background; read again, from an event on, cancelled, and forgotten."""
+"""`/v1/responses`: created, also in the background; read again, from an event on, cancelled, and forgotten; counted."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import replace
 from typing import Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from api import docs
 from api.accept import new_id, submit, submit_once
 from api.auth import Door
 from api.directory import Served
 from api.pod import Pod
-from api.respond import Caller, read_order, respond, rest
+from api.respond import Caller, read_body, read_order, respond, rest
 from api.resume import find, whole
 from api.routes.listing import (
     After,
@@ -30,7 +31,7 @@ from api.routes.listing import (
 )
 from api.sse import COMPLETION_ID
 from api.stored import Record
-from api.submit import Order
+from api.submit import Order, encode
 from api.wire.languages import whole_fold
 from api.wire.responses import in_our_words, parse_response
 from shared.errors import CompletionInProgress, Draining, NotFound, PreviousResponseNotFound, ResponseNotFound
@@ -57,6 +58,17 @@ def router(pod: Pod, door: Door) -> APIRouter:
             if asked.background and not asked.stream:
                 return await _begin(pod, served, order, caller, body)
             return await respond(pod, served, order, caller, body, echo)
+
+    @routes.post(ADDRESS + "/input_tokens",
+                 openapi_extra=docs.says(takes="ResponseRequest", gives="ResponseInputTokens"))
+    async def count_input_tokens(request: Request, tenant: str = Depends(door)) -> dict[str, Any]:
+        """How many tokens the model would read of a request; it is not answered."""
+        asked = parse_response(await read_body(pod, request), pod.settings.max_messages)
+        served = await pod.directory.find(asked.model)
+        items = await _before(pod, tenant, asked.previous_response_id) + asked.items
+        with in_our_words():
+            prompt = await asyncio.to_thread(encode, asked.chat(items), served.tokenizer)
+        return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
     @routes.get(ADDRESS + "/{response_id}", openapi_extra=docs.says(gives="ResponseObject", events=docs.BEHIND))
     async def retrieve_response(response_id: str, stream: WantsStream = None, starting_after: StartingAfter = None,

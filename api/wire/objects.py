@@ -101,6 +101,11 @@ class ResponseObject(TypedDict):
     usage: Annotated[dict[str, Any] | None, Field(description="once it has ended")]
 
 
+class ResponseInputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: Annotated[int, Field(description="of the whole prompt, the conversation before included")]
+
+
 class MessageObject(TypedDict):
     id: str
     type: Literal["message"]
@@ -197,5 +202,5 @@ class Text(TypedDict):
 
 
 OBJECTS: tuple[Any, ...] = (
-    ChatCompletion, TextCompletion, ResponseObject, MessageObject, InputTokens, FileObject, BatchObject,
-    ChatCompletionPage, Page, Deleted, Ended, Model, Models, Tokens, Text)
+    ChatCompletion, TextCompletion, ResponseObject, ResponseInputTokens, MessageObject, InputTokens, FileObject,
+    BatchObject, ChatCompletionPage, Page, Deleted, Ended, Model, Models, Tokens, Text)

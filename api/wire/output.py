@@ -6,7 +6,7 @@ It knows deltas and items, nothing of the response around them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from api.wire.chat import logprobs_body
@@ -29,12 +29,14 @@ class Output:
         self._token_bytes = token_bytes
         self._is_open = False
         self._grown: list[str] = []                     # of the open item: to add to a text each time would copy it
+        self._untold: list[TokenLogprob] = []           # of tokens that show nothing by themselves: half a character
 
     def read(self, delta: Delta) -> Iterator[Event]:
         """What the next delta of the answer changes. An event is to be used before the next one is asked for."""
-        logprobs: Sequence[TokenLogprob] = delta.logprobs
+        self._untold += delta.logprobs
+        shows = False
         for piece in self.parts.read(delta):
-            kind = KINDS[piece.kind]
+            kind, shows = KINDS[piece.kind], True
             if piece.kind == "call" or not self._is_open or self.items[-1]["type"] != kind:
                 yield from self._close("completed")
                 yield from self._open(kind, piece.value)
@@ -42,10 +44,13 @@ class Output:
                 self._grown.append(piece.value)
                 yield "response.function_call_arguments.delta", self._place() | {"delta": piece.value}
             elif piece.kind != "call":
-                yield self._grow(kind, piece.value, logprobs if kind == "message" else ())
-                logprobs = () if kind == "message" else logprobs
+                yield self._grow(kind, piece.value)
+        if shows:
+            self._untold = []                           # of thoughts and calls nobody is told any
         if delta.finish_reason:
             self.finish_reason = delta.finish_reason
+            if self._untold and self._is_open and self.items[-1]["type"] == "message":
+                yield self._grow("message", "")
             yield from self._close("incomplete" if delta.finish_reason == "length" else "completed")
 
     def _open(self, kind: str, name: str) -> Iterator[Event]:
@@ -67,11 +72,11 @@ class Output:
             item["content"] = [part]
             yield "response.content_part.added", self._part_place() | {"part": part}
 
-    def _grow(self, kind: str, text: str, entries: Sequence[TokenLogprob]) -> Event:
+    def _grow(self, kind: str, text: str) -> Event:
         self._grown.append(text)
         if kind == "reasoning":
             return "response.reasoning_text.delta", self._part_place() | {"delta": text}
-        logprobs = logprobs_body(entries, self._token_bytes)
+        logprobs, self._untold = logprobs_body(self._untold, self._token_bytes), []
         self.items[-1]["content"][0]["logprobs"] += logprobs
         return "response.output_text.delta", self._part_place() | {"delta": text, "logprobs": logprobs}
 

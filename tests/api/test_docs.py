@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +84,15 @@ def test_every_field_says_what_it_means(served: System) -> None:
             assert field.get("description"), f"{model.__name__}.{name}"
 
 
-def test_the_page_is_served(served: System) -> None:
-    assert "openapi.json" in httpx.get(f"{served.url}/docs").text
+def test_the_page_needs_no_other_host(served: System) -> None:
+    """It shows on a network of its own: scripts, styles and what they describe come from the pod. No page beside it."""
+    page = httpx.get(f"{served.url}/docs").text
+    assert "'/openapi.json'" in page and "://" not in page
+    addresses = re.findall(r'<(?:script|link)\b[^>]* (?:src|href)="(.*?)"', page)
+    assert {address.rpartition(".")[2] for address in addresses} == {"js", "css", "png"}
+    for address in addresses:
+        assert re.match("/[^/]", address) and httpx.get(served.url + address).status_code == 200, address
+    assert httpx.get(f"{served.url}/redoc").status_code == 404
 
 
 @pytest.mark.parametrize("method", ["get", "post", "delete"])

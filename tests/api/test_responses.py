@@ -232,3 +232,19 @@ def test_log_probabilities_come_once() -> None:
     assert [len(event["logprobs"]) for event in deltas] == [1, 1]
     part = events[-1]["response"]["output"][0]["content"][0]
     assert [each["token"] for each in part["logprobs"]] == ["a", "a"] and part["logprobs"][0]["bytes"] == [97]
+
+
+def test_log_probabilities_are_whole_however_tokens_were_gathered() -> None:
+    """Those of half a character come with the rest of it, that of the token that ends an answer behind its text."""
+    drawn = [("", None), ("é", None), ("b", None), ("", "stop")]
+    entries = [TokenLogprob(number, -0.5, ()) for number in range(len(drawn))]
+    alone = [Delta(0, (number,), text, reason, logprobs=(entries[number],))  # type: ignore[arg-type]
+             for number, (text, reason) in enumerate(drawn)]
+    together = [Delta(0, (0, 1, 2, 3), "éb", "stop", logprobs=tuple(entries))]
+    for deltas, counts in ((alone, [2, 1, 1]), (together, [4])):
+        events = told(log(HEADER, *deltas))
+        told_logprobs = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+        assert [len(logprobs) for logprobs in told_logprobs] == counts
+        (part,) = events[-1]["response"]["output"][0]["content"]
+        assert part["text"] == "éb"
+        assert part["logprobs"] == [each for logprobs in told_logprobs for each in logprobs]

@@ -14,9 +14,10 @@ import pytest
 from shared import grammar
 from tests.api.conftest import KEYS, client
 from tests.api.scripted import WAIT_S, Script, ScriptedWorker, error_of, say
-from tests.system import System
+from tests.system import MODEL, System
 
 ADDRESS = "/v1/responses"
+COUNT = ADDRESS + "/input_tokens"
 
 
 def ask(worker: ScriptedWorker, **fields: Any) -> dict[str, Any]:
@@ -194,6 +195,18 @@ async def test_a_key_stands_for_one_response(pods: list[httpx.AsyncClient], pair
             assert first.json()["id"] == second.json()["id"]
 
 
+async def test_what_cannot_be_counted(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
+    """As what cannot be answered, but for what is too long: that is what one counts for."""
+    for fields, param in (({"input": []}, "input"), ({"previous_response_id": "resp_none"}, "previous_response_id"),
+                          ({"tools": [{"type": "web_search"}]}, "tools"), ({"prompt": {"id": "x"}}, "prompt")):
+        assert error_of(await pods[0].post(COUNT, json=ask(pair_worker, **fields)), 400)["param"] == param
+    counted = (await pods[0].post(COUNT, json=ask(pair_worker, input="x" * 600, stream=True, background=True))).json()
+    assert counted["input_tokens"] > pair_worker.card.max_model_len
+    assert await pair_worker.queue.num_live() == 0
+    async with httpx.AsyncClient(base_url=pods[0].base_url) as stranger:
+        error_of(await stranger.post(COUNT, json=ask(pair_worker)), 401)
+
+
 async def test_another_key_finds_nothing(pair: System, pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
                                          ) -> None:
     response = await respond(pods[0], pair_worker)
@@ -238,3 +251,16 @@ async def test_the_official_clients_stream(sdk: openai.AsyncClient, pair_worker:
         await script.answer("Hello")
         text = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
         assert text == (await stream.get_final_response()).output_text == "Hello"
+
+
+async def test_tokens_are_counted_as_they_are_charged(system: System) -> None:
+    """By a model that is shown tools, and with the conversation before."""
+    tool: Any = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}, "strict": None}
+    asked: dict[str, Any] = {"model": MODEL, "instructions": "Be brief.", "tools": [tool]}
+    async with openai.AsyncClient(base_url=f"{system.url}/v1", api_key="EMPTY", max_retries=0, timeout=60) as sdk:
+        for said in ("Count from 1 to 9.", "And now?"):
+            counted = await sdk.responses.input_tokens.count(**asked, input=said)
+            response = await sdk.responses.create(**asked, input=said, max_output_tokens=9)
+            assert response.usage and counted.object == "response.input_tokens"
+            assert counted.input_tokens == response.usage.input_tokens
+            asked["previous_response_id"] = response.id

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_TOKENS = 260                                        # some 65 numbers: a second or more, while others run too
+from api.wire.responses import WITH_LOGPROBS
+from tests.chaos.languages import BACKGROUND, CHAT, MESSAGES, RESPONSES, Language
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Ask:
     content: str
     fields: dict[str, Any] = field(default_factory=dict)
     counts: str = ""
+    language: Language = CHAT
 
     @property
     def num_choices(self) -> int:
@@ -26,16 +28,19 @@ class Ask:
 
     def body(self, model: str) -> dict[str, Any]:
         """As it is sent."""
-        return {"model": model, "messages": [{"role": "user", "content": self.content}], "max_tokens": MAX_TOKENS,
-                "stream": True, "stream_options": {"include_usage": True}} | self.fields
+        return {"model": model} | self.language.body(self.content) | self.fields
 
 
 def count(first: int, last: int, **fields: Any) -> Ask:
     name = f"count {first}-{last}" + " twice" * ("n" in fields)
-    numbers = ", ".join(map(str, range(first, last + 1)))
-    return Ask(name, f"Count from {first} to {last}.", {"temperature": 0} | fields, numbers)
+    return Ask(name, f"Count from {first} to {last}.", {"temperature": 0} | fields, numbers(first, last))
 
 
+def numbers(first: int, last: int) -> str:
+    return ", ".join(map(str, range(first, last + 1)))
+
+
+NUMBERS = numbers(1, 60)
 RAMBLE = {"temperature": 1.3, "ignore_eos": True}       # nobody can guess the next token: only the same noise makes it
 
 ASKS = (
@@ -46,7 +51,7 @@ ASKS = (
     Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11}),
     Ask("another seed", "Count from 1 to 60.", RAMBLE | {"seed": 12}),
     Ask("sampled twice", "Count from 3 to 50.", RAMBLE | {"seed": 13, "n": 2, "max_tokens": 150}),
-    Ask("stopped", "Count from 1 to 100.", {"temperature": 0, "stop": [", 61"]}, ", ".join(map(str, range(1, 61)))),
+    Ask("stopped", "Count from 1 to 100.", {"temperature": 0, "stop": [", 61"]}, NUMBERS),
     Ask("a stop string that never comes", "Spell basket.", RAMBLE | {"seed": 14, "stop": ["1, 2, 3, 4, 5, 6"]}),
     Ask("log probabilities", "Count from 1 to 40.", {"temperature": 0, "logprobs": True, "top_logprobs": 2}),
     Ask("sampled log probabilities", "Reverse window.", RAMBLE | {"seed": 15, "logprobs": True, "max_tokens": 200}),
@@ -55,4 +60,12 @@ ASKS = (
     Ask("a form to keep", "Say something.", {"temperature": 1.3, "seed": 18, "regex": "([a-z]{2,8} [0-9]{1,3}; ){18}"}),
     Ask("a narrow draw", "Spell yellow.", {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "seed": 17,
                                            "ignore_eos": True, "logit_bias": {"65": 2}}),
+    Ask("a response", "Count from 1 to 60.", {"temperature": 0}, NUMBERS, RESPONSES),
+    Ask("a sampled response", "Count from 1 to 60.", RAMBLE | {"seed": 19, "include": [WITH_LOGPROBS]},
+        language=RESPONSES),
+    Ask("a response in the background", "Count from 1 to 60.", {"temperature": 0}, NUMBERS, BACKGROUND),
+    Ask("sampled in the background", "Count from 1 to 60.", RAMBLE | {"seed": 20}, language=BACKGROUND),
+    Ask("a message", "Count from 1 to 60.", {"temperature": 0}, NUMBERS, MESSAGES),
+    Ask("a message that is stopped", "Count from 1 to 100.", {"temperature": 0, "stop_sequences": [", 61"]}, NUMBERS,
+        MESSAGES),
 )

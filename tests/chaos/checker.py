@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.job import Entry
-from tests.chaos.clients import DONE, Transcript
+from tests.chaos.clients import Transcript
+from tests.chaos.languages import DONE, Said
 
 Rows = Sequence[tuple[str, Mapping[str, str]]]          # of one log: (entry id, fields)
-
-HEAD = ("id", "created", "model", "system_fingerprint", "object")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +29,21 @@ class Answer:
 
 
 def answer_of(transcript: Transcript) -> Answer:
-    chunks = [json.loads(event.data) for event in transcript.events if event.data != DONE]
     n = transcript.ask.num_choices
     texts, logprobs = [""] * n, [[] for _ in range(n)]  # type: ignore[var-annotated]
     reasons: list[str | None] = [None] * n
-    usage: dict[str, int] = {}
-    for chunk in chunks:
-        usage = chunk.get("usage") or usage
-        for choice in chunk.get("choices", ()):
-            index = choice["index"]
-            texts[index] += choice["delta"].get("content") or ""
-            reasons[index] = choice["finish_reason"] or reasons[index]
-            logprobs[index] += (choice["logprobs"] or {}).get("content", ())
-    return Answer(tuple(texts), tuple(reasons), tuple(map(json.dumps, logprobs)),
-                  usage.get("prompt_tokens", -1), usage.get("completion_tokens", -1))
+    usage = (-1, -1)
+    for said in _said(transcript):
+        usage = said.usage or usage
+        for part in said.parts:
+            texts[part.index] += part.text
+            reasons[part.index] = part.reason or reasons[part.index]
+            logprobs[part.index] += part.logprobs
+    return Answer(tuple(texts), tuple(reasons), tuple(map(json.dumps, logprobs)), *usage)
+
+
+def _said(transcript: Transcript) -> list[Said]:
+    return [transcript.language.read(json.loads(event.data)) for event in transcript.events if event.data != DONE]
 
 
 def check(transcripts: Sequence[Transcript], logs: Mapping[str, Rows], uninterrupted: Mapping[str, Answer],
@@ -58,7 +58,7 @@ def check(transcripts: Sequence[Transcript], logs: Mapping[str, Rows], uninterru
 
 def _transcript(transcript: Transcript, rows: Rows, uninterrupted: Mapping[str, Answer]) -> Iterator[str]:
     if not transcript.done:
-        yield f"P1 no [DONE]: {transcript.failure or 'it was left open'}"
+        yield f"P1 no end: {transcript.failure or 'it was left open'}"
         return
     answer, right = answer_of(transcript), uninterrupted.get(transcript.ask.name)
     yield from _once(transcript)
@@ -70,46 +70,49 @@ def _transcript(transcript: Transcript, rows: Rows, uninterrupted: Mapping[str, 
     if transcript.ask.counts:
         yield from (f"P2 choice {index} does not count right: {_difference(text, transcript.ask.counts)}"
                     for index, text in enumerate(answer.texts) if text != transcript.ask.counts)
+    yield from (f"P2 said once more it is another text: {_difference(said.whole, answer.texts[0])}"
+                for said in _said(transcript) if said.whole is not None and said.whole != answer.texts[0])
     ends = [json.loads(fields["data"]) for _, fields in rows if fields["kind"] == "end"]
     if not ends:
-        yield "P1 it has a [DONE], and its log no terminal"
+        yield "P1 it has an end, and its log no terminal"
     elif ends[0].get("error"):
-        yield f"P1 it has a [DONE], and its log ends with {ends[0]['error']}"
+        yield f"P1 it has an end, and its log ends with {ends[0]['error']}"
     elif ends[0]["usage"]["num_completion_tokens"] != answer.num_completion_tokens:
         yield f"P3 usage says {answer.num_completion_tokens} tokens, the terminal {ends[0]['usage']}"
 
 
 def _once(transcript: Transcript) -> Iterator[str]:
-    chunks = [json.loads(event.data) for event in transcript.events if event.data != DONE]
-    if (num_done := sum(event.data == DONE for event in transcript.events)) != 1:
-        yield f"P3 {num_done} [DONE]"
-    if (num_usage := sum(bool(chunk.get("usage")) for chunk in chunks)) != 1:
+    told = _said(transcript)
+    if (num_ends := sum(event.data.startswith(transcript.language.ends) for event in transcript.events)) != 1:
+        yield f"P3 {num_ends} ends"
+    if (num_usage := sum(bool(said.usage) for said in told)) != 1:
         yield f"P3 {num_usage} usage events"
     for index in range(transcript.ask.num_choices):
-        reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk.get("choices", ())
-                   if choice["index"] == index and choice["finish_reason"]]
+        reasons = [part.reason for said in told for part in said.parts if part.index == index and part.reason]
         if len(reasons) != 1:
             yield f"P3 choice {index} has the finish reasons {reasons}"
 
 
 def _constant(transcript: Transcript) -> Iterator[str]:
-    chunks = [json.loads(event.data) for event in transcript.events if event.data != DONE]
-    for name in HEAD:
-        values = {chunk.get(name) for chunk in chunks}
+    heads = [said.head for said in _said(transcript) if said.head] or [{}]
+    for name in heads[0]:
+        values = {head[name] for head in heads}
         if len(values) != 1:
             yield f"P4 {name} changes: {sorted(map(str, values))}"
-    if chunks and chunks[0].get("id") != transcript.id:
-        yield f"P4 the events are of {chunks[0].get('id')}"
+    if heads[0].get("id") != transcript.id:
+        yield f"P4 the events are of {heads[0].get('id')}"
 
 
 def _ordinals(transcript: Transcript) -> Iterator[str]:
-    last = 0
+    last = transcript.language.first - 1
     for event in transcript.events:
         if event.data == DONE:
             continue
         if event.ordinal != last + 1:
             yield f"P4 event {event.ordinal} follows {last}"
-        last = event.ordinal or last
+        if (number := json.loads(event.data).get("sequence_number", event.ordinal)) != event.ordinal:
+            yield f"P4 event {event.ordinal} says that it is {number}"
+        last = last if event.ordinal is None else event.ordinal
 
 
 def check_log(rows: Rows) -> Iterator[str]:

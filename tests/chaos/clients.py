@@ -1,6 +1,7 @@
 """Clients that never give up: raw HTTP, k at a time; a stream that breaks is resumed on any pod, from its last event.
 
-They write down what they were told and when, and judge nothing: what it should have been is the checker's.
+Responses are streamed as an application does it, over the transport that returns by itself. They write down what they
+were told and when, and judge nothing: what it should have been is the checker's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 
 import httpx
 
+from api.client import ResumingTransport
 from tests.chaos.asks import Ask
+from tests.chaos.languages import Language
 
 PATIENCE_S = 120.0                                      # for one answer, everything included
 READ_TIMEOUT_S = 5.0                                    # several heartbeats
@@ -23,8 +26,6 @@ CONNECT_TIMEOUT_S = 2.0
 RETRY_S = 0.05                                          # after a connection that broke, or was refused
 MAX_RETRY_S = 2.0                                       # of what a pod asks for: others may be better off
 TRY_AGAIN = frozenset({409, 429, 500, 502, 503, 504})
-
-DONE = b"[DONE]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Connection:
     opened_s: float
     first_s: float | None = None                        # its first event
     closed_s: float | None = None
-    why: str = ""                                       # it ended, if not with [DONE]
+    why: str = ""                                       # it ended, if not with the answer
 
 
 @dataclass(slots=True)
@@ -60,16 +61,34 @@ class Transcript:
         return f"{self.ask.name} ({self.id or 'never accepted'})"
 
     @property
+    def language(self) -> Language:
+        return self.ask.language
+
+    @property
     def done(self) -> bool:
-        return bool(self.events) and self.events[-1].data == DONE
+        return self._last.startswith(self.language.ends)
+
+    @property
+    def failed(self) -> bool:
+        return self._last.startswith(self.language.fails)
 
     @property
     def open(self) -> bool:
         return not self.done and not self.failure
 
     @property
+    def resumed(self) -> bool:
+        """It was told over several connections."""
+        return sum(connection.first_s is not None for connection in self.connections) > 1
+
+    @property
     def last_ordinal(self) -> int:
-        return next((event.ordinal for event in reversed(self.events) if event.ordinal), 0)
+        return next((event.ordinal for event in reversed(self.events) if event.ordinal is not None),
+                    self.language.first - 1)
+
+    @property
+    def _last(self) -> bytes:
+        return self.events[-1].data if self.events else b""
 
 
 class Clients:
@@ -80,20 +99,24 @@ class Clients:
         self._pods = itertools.cycle(urls)
         self._model = model
         self._patience_s = patience_s
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-                                       limits=httpx.Limits(max_connections=64, max_keepalive_connections=0))
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(timeout=timeout, limits=limits)
+        self._returning = httpx.AsyncClient(timeout=timeout, transport=ResumingTransport(
+            httpx.AsyncHTTPTransport(limits=limits), origins=urls))
 
     async def __aenter__(self) -> Clients:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
+        await self._returning.aclose()
 
     def on(self, url: str) -> frozenset[str]:
-        """The completions that a pod relays to them at this moment."""
+        """The completions that a pod relays to them at this moment, but for those of a transport: it tells nobody."""
         return frozenset(transcript.id for transcript in self.transcripts
-                         if transcript.open and transcript.id and transcript.connections[-1].closed_s is None
-                         and transcript.connections[-1].url == url)
+                         if transcript.open and transcript.id and not transcript.language.by_transport
+                         and transcript.connections[-1].closed_s is None and transcript.connections[-1].url == url)
 
     async def run(self, asks: Iterable[Ask], concurrency: int, may_begin: Callable[[], bool] = lambda: True) -> None:
         """All of them, `concurrency` at a time, as long as new ones may begin."""
@@ -130,14 +153,19 @@ class Clients:
         except httpx.HTTPError as error:
             connection.why, pause_s = type(error).__name__, RETRY_S
         connection.closed_s = time.monotonic()
+        if transcript.language.by_transport and transcript.id and transcript.open:
+            transcript.failure = f"the transport gave up: {connection.why}"
         return pause_s
 
     def _request(self, transcript: Transcript, url: str) -> Any:
-        if transcript.id:
-            where = f"{url}/v1/chat/completions/{transcript.id}"
-            return self._http.stream("GET", where, params={"stream": "true", "starting_after": transcript.last_ordinal})
-        return self._http.stream("POST", f"{url}/v1/chat/completions", json=transcript.ask.body(self._model),
-                                 headers={"idempotency-key": transcript.key})
+        language = transcript.language
+        where, last = url + language.address, transcript.last_ordinal
+        if transcript.id and language.has_get:
+            return self._http.stream("GET", f"{where}/{transcript.id}",
+                                     params={"stream": "true", "starting_after": last})
+        http = self._returning if language.by_transport else self._http
+        headers = {"idempotency-key": transcript.key} | ({"last-event-id": str(last)} if transcript.id else {})
+        return http.stream("POST", where, json=transcript.ask.body(self._model), headers=headers)
 
     async def _take(self, transcript: Transcript, connection: Connection, response: httpx.Response) -> float:
         if response.status_code != 200:
@@ -147,17 +175,18 @@ class Clients:
                 transcript.failure = connection.why
             return min(float(response.headers.get("retry-after-ms", 1000 * RETRY_S)) / 1000, MAX_RETRY_S)
         transcript.id = transcript.id or response.headers.get("x-baton-completion-id", "")
-        connection.why = "ended without [DONE]"
+        connection.why = "ended before the answer"
         parse = EventParser()
         async for piece in response.aiter_bytes():
             for ordinal, data in parse.feed(piece):
                 now_s = time.monotonic()
-                if ordinal is None and data != DONE:    # an error that is no event of the answer: resume
+                if ordinal is None and not data.startswith(transcript.language.ends):
+                    # An error that is no event of the answer: resume.
                     connection.why = data[:200].decode(errors="replace")
                     return RETRY_S
                 connection.first_s = connection.first_s or now_s
                 transcript.events.append(Event(now_s, ordinal, data))
-        if transcript.events and transcript.events[-1].data.startswith(b'{"error"'):
+        if transcript.failed:
             transcript.failure = transcript.events[-1].data[:200].decode(errors="replace")
         return RETRY_S if transcript.open else 0.0
 

@@ -47,7 +47,7 @@ class Result:
                 "cut": self.num_cut, "swallowed": self.num_swallowed, "Redis kills": self.num("kill redis"),
                 "pods": self.num("kill pod", "end pod"), "faults": len(self.happened),
                 "on live streams": sum(bool(happened.live) for happened in self.happened),    # only these count
-                "resumed": sum(len(transcript.connections) > 1 for transcript in self.transcripts),
+                "resumed": sum(transcript.resumed for transcript in self.transcripts),
                 "violations": len(self.violations)}
 
     def measure(self, observer: Observer) -> None:

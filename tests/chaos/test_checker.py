@@ -11,7 +11,8 @@ import pytest
 from shared.job import Delta, Finish, Header, Usage, encode_deltas
 from tests.chaos.asks import ASKS, count
 from tests.chaos.checker import Rows, answer_of, check
-from tests.chaos.clients import DONE, Connection, Event, EventParser, Transcript
+from tests.chaos.clients import Connection, Event, EventParser, Transcript
+from tests.chaos.languages import BACKGROUND, DONE, MESSAGES, RESPONSES, Language
 
 ID = "chatcmpl-s-0-1"
 ASK = count(1, 2)
@@ -59,14 +60,14 @@ def test_an_answer_that_keeps_its_promises_is_not_accused() -> None:
 
 
 @pytest.mark.parametrize(("promise", "spoil"), [
-    ("P1 no [DONE]", lambda events: events[:-1]),
+    ("P1 no end", lambda events: events[:-1]),
     ("P2 texts of the uninterrupted answer", lambda events: [events[0], chunk(2, "3"), *events[2:]]),
     ("P2 choice 0 does not count right", lambda events: [events[0], chunk(2, "2, 3"), *events[2:]]),
     ("P2 reasons of the uninterrupted answer", lambda events: [*events[:2], chunk(3, reason="length"), *events[3:]]),
     ("P2 logprobs of the uninterrupted answer", lambda events: [chunk(1, choices=[{
         "index": 0, "delta": {"content": "1, "}, "logprobs": {"content": [{"token": "1"}]}, "finish_reason": None}]),
         *events[1:]]),
-    ("P3 2 [DONE]", lambda events: [*events, events[-1]]),
+    ("P3 2 ends", lambda events: [*events, events[-1]]),
     ("P3 0 usage events", lambda events: [*events[:3], events[-1]]),
     ("P3 2 usage events", lambda events: [*events[:4], replace(USAGE, ordinal=5), events[-1]]),
     ("P3 choice 0 has the finish reasons ['stop', 'stop']",
@@ -82,6 +83,59 @@ def test_an_answer_that_keeps_its_promises_is_not_accused() -> None:
 ], ids=promise_of)
 def test_what_a_client_must_not_be_told_is_named(promise: str, spoil: Callable[[list[Event]], list[Event]]) -> None:
     assert any(promise in found for found in check([transcript(spoil(EVENTS))], {ID: LOG}, RIGHT, {}))
+
+
+# ── in other languages ──
+
+def event(number: int, kind: str, **fields: object) -> Event:
+    return Event(0.0, number, json.dumps({"type": kind} | fields, separators=(",", ":")).encode())
+
+
+def response(number: int, kind: str, text: str = "", **fields: object) -> Event:
+    """One that tells the whole response."""
+    body = {"id": ID, "created_at": 1, "model": "m", "object": "response", "status": "in_progress", "usage": None,
+            "output": [{"content": [{"text": text}]}]}
+    return event(number, kind, sequence_number=number, response=body | fields)
+
+
+def text_delta(number: int, text: str) -> Event:
+    return event(number, "response.output_text.delta", sequence_number=number, delta=text, logprobs=[])
+
+
+COMPLETED = response(3, "response.completed", "1, 2", status="completed", usage={"input_tokens": 3, "output_tokens": 2})
+RESPONSE = [response(0, "response.created"), text_delta(1, "1, "), text_delta(2, "2"), COMPLETED]
+BLOCKS = [event(2, "content_block_delta", delta={"text": "1, "}), event(3, "content_block_delta", delta={"text": "2"})]
+MESSAGE = [event(1, "message_start", message={"id": ID, "model": "m", "role": "assistant"}), *BLOCKS,
+           event(4, "message_delta", delta={"stop_reason": "end_turn"},
+                 usage={"input_tokens": 1, "cache_read_input_tokens": 2, "output_tokens": 2}),
+           event(5, "message_stop")]
+
+
+def found_in(events: list[Event], language: Language) -> list[str]:
+    told = Transcript(replace(ASK, language=language), id=ID, events=events)
+    return check([told], {ID: LOG}, {}, {})
+
+
+@pytest.mark.parametrize(("language", "events"), [(RESPONSES, RESPONSE), (BACKGROUND, RESPONSE[1:]),
+                                                  (MESSAGES, MESSAGE)], ids=["responses", "background", "messages"])
+def test_in_other_languages_the_innocent_is_acquitted_too(language: Language, events: list[Event]) -> None:
+    """And who leaves an event out, tells it twice, or does not come to the end, is not."""
+    assert found_in(events, language) == []
+    for place in range(len(events)):
+        assert found_in(events[:place] + events[place + 1:], language), events[place]
+        assert found_in(events[:place] + [events[place]] * 2 + events[place + 1:], language), events[place]
+
+
+@pytest.mark.parametrize(("promise", "events"), [
+    ("P2 choice 0 does not count right", [*RESPONSE[:2], text_delta(2, "3"), COMPLETED]),
+    ("P2 said once more it is another text", [*RESPONSE[:3], replace(COMPLETED, data=COMPLETED.data.replace(
+        b"1, 2", b"1, 3"))]),
+    ("P4 model changes", [*RESPONSE[:3], replace(COMPLETED, data=COMPLETED.data.replace(b'"m"', b'"n"'))]),
+    ("P4 event 2 says that it is 7", [*RESPONSE[:2], replace(text_delta(7, "2"), ordinal=2), COMPLETED]),
+    ("P1 no end", [*RESPONSE[:3], response(3, "response.failed")]),
+], ids=promise_of)
+def test_what_a_response_must_not_say_is_named(promise: str, events: list[Event]) -> None:
+    assert any(promise in found for found in found_in(events, RESPONSES))
 
 
 @pytest.mark.parametrize(("promise", "spoil"), [
@@ -107,7 +161,7 @@ def test_a_client_that_gave_up_and_what_is_left_behind_are_named() -> None:
     given_up = transcript(EVENTS[:2])
     given_up.failure = "no end within 60 s"
     found = check([given_up], {ID: LOG}, RIGHT, {"jobs": 1, "ready": 0, "held": ["w1"]})
-    assert any("P1 no [DONE]: no end within 60 s" in violation for violation in found)
+    assert any("P1 no end: no end within 60 s" in violation for violation in found)
     assert found[-2:] == ["left behind: jobs: 1", "left behind: held: ['w1']"]
 
 
