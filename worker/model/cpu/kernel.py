@@ -79,11 +79,12 @@ def has_threads() -> bool:
 
 @cache
 def _openmp() -> Any:
-    """The library that torch itself uses; none in a build of torch that brings another one."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libgomp.so.1"))
-    except OSError:
+    """The library that torch itself has loaded; none where it brings another kind."""
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    found = [path for path in mapped if "/torch" in path]
+    if len(found) != 1:
         return None
+    library = ctypes.CDLL(found[0])
     library.GOMP_parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     library.GOMP_parallel.restype = None
     return library
