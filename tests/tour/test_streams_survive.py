@@ -25,6 +25,7 @@ ASK: dict[str, Any] = {"model": MODEL, "max_tokens": NUM_TOKENS, "seed": 11, "te
 def pair(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Two workers, a short lease, a name of their own beside the other tests' model."""
     system = System(tmp_path_factory.mktemp("pair"), redis_url, lease_s=LEASE_S, idle_poll_s=0.2, allow_no_aof=True,
+                    disconnect_grace_s=0.3,  # shorter than what its answers take
                     served_model_name=f"pair,{MODEL}-pair", start=nursery.start)
     system.start_all(2)
     yield system

@@ -153,6 +153,7 @@ class DecodeRows:
     layers: list[KVLayer]
     slots: Sequence[int]
     positions: Sequence[int]
+    programs: dict[int, Any] = field(default_factory=dict)      # by numbers of rows, of this memory (cpu/stack.py)
     _slots: Tensor = field(init=False)
     _positions: Tensor = field(init=False)
     _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
@@ -161,6 +162,11 @@ class DecodeRows:
 
     def __post_init__(self) -> None:
         self._slots, self._positions = torch.tensor(self.slots), torch.tensor(self.positions)
+
+    def move_to(self, other: DecodeRows) -> None:
+        """So many rows somewhere else: for kernels, which read it where it lies."""
+        self._slots.copy_(other._slots)
+        self._positions.copy_(other._positions)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         num_rows, num_padded_rows = len(self.slots), query.shape[2]
@@ -255,9 +261,10 @@ class SlotMemory:
     """Makes the contexts of forwards over what `allocate` gave."""
 
     layers: list[KVLayer]
+    _programs: dict[int, Any] = field(init=False, default_factory=dict)
 
     def rows(self, slots: Sequence[int], positions: Sequence[int]) -> DecodeRows:
-        return DecodeRows(self.layers, slots, positions)
+        return DecodeRows(self.layers, slots, positions, self._programs)
 
     def chunk(self, slot: int, begin: int, end: int) -> PrefillChunk:
         return PrefillChunk(self.layers, slot, begin, end)

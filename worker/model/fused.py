@@ -103,7 +103,10 @@ class FusedLayer(nn.Module):
         _, normed = self._add_and_norm(hidden_states, None, self.input_layernorm.weight, before)
         attended, _ = self.self_attn(hidden_states=normed, **kwargs)
         hidden_states, normed = self._add_and_norm(hidden_states, attended, self.post_attention_layernorm.weight, after)
-        return cast(Tensor, hidden_states + self.mlp(normed))
+        return self._add(hidden_states, self.mlp(normed))
+
+    def _add(self, x: Tensor, added: Tensor) -> Tensor:
+        return cast(Tensor, self.pointwise.add(x, added)) if self.pointwise else x + added
 
     def _add_and_norm(self, x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if self.pointwise:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from worker.model import attention, check, cpu, experts, identity, memory
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
-from worker.model.fused import fuse_blocks
+from worker.model.fused import FusedLayer, fuse_blocks
 from worker.model.linear import pack_linears
 from worker.model.model import Model
 
@@ -51,6 +51,10 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     fuse_blocks(module, token_ids, kv_shapes, recorder.scores)
     if not memory.is_paged(module.device):
         pack_linears(module)
+    if cpu.computes(module.dtype):
+        from worker.model.cpu.stack import stack
+
+        stack(module, FusedLayer)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=choose_max_model_len(text_config, max_model_len),

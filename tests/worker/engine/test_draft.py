@@ -76,6 +76,7 @@ REQUESTS = [
     Request("penalized", repeating(6), greedy(60, frequency_penalty=0.2)),
     Request("biased", repeating(7), seeded(60, temperature=0.3, logit_bias=((7, 4.0),))),
     Request("one word", repeating(8), greedy(70, logit_bias=((7, 99.0),), num_logprobs=1)),
+    Request("two words", repeating(9), seeded(70, logit_bias=((7, 99.0), (8, 99.0)))),      # drafts are often wrong
 ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker.model.cpu import LANES
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, SIZES, Code, Value
-from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
+from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, threads_for
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
 NUM_SUMS = 24               # vectors in registers: what the queries of a tile have met, of all their dimensions
@@ -33,7 +33,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions
     _, num_slots, num_kv_heads, page_len, _ = keys.shape
     group = num_heads // num_kv_heads
     run_len, tile = _tile(run_len, group, head_dim)
-    out = torch.empty(num_rows, num_heads, head_dim, dtype=query.dtype)
+    out = empty(num_rows, num_heads * head_dim, query.dtype).view(num_rows, num_heads, head_dim)
     _attend(query, keys, values, slots, positions, out, 0 if sinks is None else sinks.float(), num_rows // run_len,
             run_len, num_slots, num_kv_heads, group, query.stride(0), query.stride(1), window or NO_WINDOW, scaling,
             softcap or 1.0, num_threads=threads_for(query.numel() * LANES), dtype=query.dtype, head_dim=head_dim,

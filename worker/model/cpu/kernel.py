@@ -30,30 +30,50 @@ COMPILER = f"LLVM {'.'.join(map(str, llvm.llvm_version_info))}"
 Argument = Tensor | int | float
 
 
+class Call(NamedTuple):
+    address: int                # of the function
+    values: list[int]           # its arguments; the first one is the counter of its shares
+    num_threads: int
+    args: tuple[Argument, ...]  # what they lie in
+
+
+class Recorder(NamedTuple):
+    """Where calls are noted that are to be made again, and what they are to write is taken from."""
+
+    calls: list[Call]
+    take: Callable[[int, int, torch.dtype], Tensor]
+
+
+recorder: Recorder | None = None
+
+
 class Kernel:
     """Called with tensors and numbers, and by name with what is known before: that is compiled in."""
 
     def __init__(self, write: Callable[..., None]):
         self._write = write
-        self._compiled: dict[Any, Callable[..., None]] = {}
+        self._compiled: dict[Any, tuple[int, Callable[..., None]]] = {}
 
     def __call__(self, *args: Argument, num_threads: int, **constants: Any) -> None:
         key = tuple(constants.values())
-        run = self._compiled.get(key)
-        if run is None:
-            run = self._compiled[key] = self._compile(args, constants)
+        address, run = self._compiled.get(key) or self._compile(key, args, constants)
         values = [0]
         for arg in args:
             values.append(arg.data_ptr() if isinstance(arg, Tensor) else _bits(arg) if isinstance(arg, float) else arg)
+        if recorder:
+            recorder.calls.append(Call(address, values, num_threads, args))
         run((ctypes.c_int64 * len(values))(*values), num_threads)
 
-    def _compile(self, args: tuple[Argument, ...], constants: Mapping[str, Any]) -> Callable[..., None]:
+    def _compile(self, key: Any, args: tuple[Argument, ...], constants: Mapping[str, Any]
+                 ) -> tuple[int, Callable[..., None]]:
         module, name = ir.Module(), self._write.__name__
         module.triple = llvm.get_process_triple()
         code = Code(module, name, [FLOAT32 if isinstance(arg, float) else INTEGER for arg in args])
         self._write(code, *code.arguments, **constants)
         code.builder.ret_void()
-        return _runner(_machine_code(str(module), name))
+        address = machine_code(str(module), name)
+        self._compiled[key] = address, runner(address)
+        return self._compiled[key]
 
 
 def _bits(number: float) -> int:
@@ -61,10 +81,11 @@ def _bits(number: float) -> int:
     return found
 
 
-def _runner(address: int) -> Callable[..., None]:
+def runner(address: int) -> Callable[..., None]:
+    """Starts a function, on so many threads at once."""
     run, parallel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), _openmp().GOMP_parallel
 
-    def start(args: ctypes.Array[ctypes.c_int64], num_threads: int) -> None:
+    def start(args: Any, num_threads: int) -> None:
         if num_threads > 1:
             parallel(address, args, num_threads, 0)
         else:
@@ -93,10 +114,11 @@ def _openmp() -> Any:
 _engines: list[Any] = []                                # own what they compiled
 
 
-def _machine_code(text: str, name: str) -> int:
+def machine_code(text: str, name: str) -> int:
     """The address of a function, in memory that is never given back."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.add_symbol("GOMP_barrier", ctypes.cast(_openmp().GOMP_barrier, ctypes.c_void_p).value)
     module = llvm.parse_assembly(text)
     module.verify()
     machine = llvm.Target.from_default_triple().create_target_machine(
@@ -135,7 +157,12 @@ def threads_for(num_numbers: int) -> int:
     return torch.get_num_threads() if num_numbers >= MIN_SHARED_WORK else 1
 
 
+def empty(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[num_rows, width], for a kernel to write."""
+    return recorder.take(num_rows, width, dtype) if recorder else torch.empty(num_rows, width, dtype=dtype)
+
+
 def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[num_rows, width], for a product that reads a number of each row at a time."""
+    """The same, for a product that reads a number of each row at a time."""
     padding = 64 // dtype.itemsize if width * dtype.itemsize % ALIASED_BYTES == 0 else 0
-    return torch.empty(num_rows, width + padding, dtype=dtype)[:, :width]
+    return empty(num_rows, width + padding, dtype)[:, :width]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from worker.model.cpu import LANES
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, vector
-from worker.model.cpu.kernel import ELEMENTS, Kernel, processor, threads_for
+from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, processor, threads_for
 
 BLOCK_BYTES = 1 << 18       # of rows that stay in a core's cache while panel after panel passes
 
@@ -66,7 +66,7 @@ class PanelLinear(torch.nn.Module):
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         num_rows = rows.shape[0]
-        out = torch.empty(num_rows, self.width, dtype=self.dtype)
+        out = empty(num_rows, self.width, self.dtype)
         _multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), self.num_steps, self.num_panels,
                   self.block_rows, num_threads=threads_for(num_rows * self.width * self.num_columns), dtype=self.dtype,
                   stored=self.packed.dtype, tile=self.tile)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.model.cpu import LANES
 from worker.model.cpu.code import SIZES, Code, Value
-from worker.model.cpu.kernel import ELEMENTS, Kernel, empty_rows, threads_for
+from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, empty_rows, threads_for
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,12 +34,22 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     return out.view(*gate_up.shape[:-1], width)
 
 
+def add(x: Tensor, added: Tensor) -> Tensor:
+    """Of [..., n] each."""
+    width = x.shape[-1]
+    rows, others = x.view(-1, width), added.view(-1, width)
+    out = empty(rows.shape[0], width, x.dtype)
+    _add(rows, others, out, rows.shape[0], width, rows.stride(0), others.stride(0),
+         num_threads=threads_for(rows.numel()), dtype=x.dtype)
+    return out.view(x.shape)
+
+
 def add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + added, and its root mean square norm, of [..., n] each."""
     width = x.shape[-1]
     rows = x.view(-1, width)
     others = rows if added is None else added.view(-1, width)
-    total = rows if added is None else torch.empty(rows.shape, dtype=x.dtype)
+    total = rows if added is None else empty(rows.shape[0], width, x.dtype)
     out = empty_rows(rows.shape[0], width, x.dtype)
     _add_and_norm(rows, others, weight, total, out, rows.shape[0], width, rows.stride(0), others.stride(0),
                   out.stride(0), eps, num_threads=threads_for(rows.numel()), dtype=x.dtype, has_added=added is not None)
@@ -73,6 +83,17 @@ def _silu_and_multiply(code: Code, gate_up: Value, out: Value, num_rows: Value, 
         gate, up = code.numbers(place, element), code.numbers(place + width * size, element)
         share = code.exp(code.zeros() - gate) + 1.0
         code.store(gate / share * up, out + (row * out_stride + column) * size, element)
+
+
+@Kernel
+def _add(code: Code, x: Value, added: Value, out: Value, num_rows: Value, width: Value, row_stride: Value,
+         added_stride: Value, *, dtype: torch.dtype) -> None:
+    element = ELEMENTS[dtype]
+    size = SIZES[element]
+    with code.shares(num_rows) as row, code.loop(0, width, LANES) as column:
+        total = (code.numbers(x + (row * row_stride + column) * size, element)
+                 + code.numbers(added + (row * added_stride + column) * size, element))
+        code.store(total, out + (row * width + column) * size, element)
 
 
 @Kernel
