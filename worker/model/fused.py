@@ -61,6 +61,8 @@ class FusedAttention(nn.Module):
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.scores = scores[self.layer_idx]
         self.pointwise = _pointwise(attention.q_proj.weight, self.head_dim // 2)
+        self.norms_in_place = self.q_norm is not None and self.k_norm is not None and hasattr(
+            self.pointwise, "norm_heads") and all(map(_is_plain_norm, (self.q_norm, self.k_norm)))
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], context: Context, **_: Any
                 ) -> tuple[Tensor, None]:
@@ -68,12 +70,19 @@ class FusedAttention(nn.Module):
         qkv = self.qkv_proj(hidden_states).view(num_rows, -1, self.head_dim)
         query_key, value = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = query_key.split([self.num_heads, self.num_kv_heads], dim=1)
-            query_key = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
+            query_key = self._normed(query_key, self.q_norm, self.k_norm)
         query, key = self._rotated(query_key, *position_embeddings).split([self.num_heads, self.num_kv_heads], dim=1)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = context.attend(self.layer_idx, query, key, value, self.scores)
         return self.o_proj(out.reshape(1, num_rows, -1)), None
+
+    def _normed(self, query_key: Tensor, *norms: Any) -> Tensor:
+        heads = query_key.split([self.num_heads, self.num_kv_heads], dim=1)
+        if not self.norms_in_place:
+            return torch.cat([norm(x) for x, norm in zip(heads, norms, strict=True)], dim=1)
+        for x, norm in zip(heads, norms, strict=True):
+            self.pointwise.norm_heads(x, norm.weight, norm.variance_epsilon)
+        return query_key
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[rows, heads, head_dim] by the angles of [1, rows, head_dim]: halves turn against each other."""
@@ -115,6 +124,38 @@ class FusedLayer(nn.Module):
         return total, rms_norm(total, weight.shape, weight, eps)
 
 
+class FusedNorm(nn.Module):
+    """The root mean square norm of [..., n], in one call."""
+
+    def __init__(self, norm: Any, pointwise: Any):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.pointwise = norm.weight, norm.variance_epsilon, pointwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, normed = self.pointwise.add_and_norm(x.contiguous(), None, self.weight, self.variance_epsilon)
+        return cast(Tensor, normed)
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """Replaces those of the common kind that stand between other blocks."""
+    for parent in list(module.modules()):
+        norms = {name: child for name, child in parent.named_children() if _is_plain_norm(child)}
+        for name, norm in {} if isinstance(parent, Fused) else norms.items():
+            weight = cast(Tensor, norm.weight)
+            if pointwise := _pointwise(weight, len(weight)):
+                setattr(parent, name, FusedNorm(norm, pointwise))
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    """Whether a module does what we do: some add one to their weights, say."""
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None or list(norm.children()):
+        return False
+    with torch.inference_mode():
+        x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+        return agree(rms_norm(x, weight.shape, weight, eps), norm(x))
+
+
 Fused = FusedMLP | FusedAttention | FusedLayer
 FUSED: tuple[type[Fused], ...] = (FusedMLP, FusedAttention, FusedLayer)
 
@@ -143,6 +184,7 @@ def fuse_blocks(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KV
             if fused is not None:
                 setattr(block.parent, block.name, fused)
                 num_fused += 1
+        fuse_norms(module)
     return num_fused
 
 

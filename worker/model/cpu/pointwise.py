@@ -56,6 +56,14 @@ def add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) ->
     return total.view(x.shape), out.view(x.shape)
 
 
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The root mean square norm of each head of [rows, heads, head_dim], in place."""
+    num_rows, num_heads, head_dim = x.shape
+    _norm_heads(x, weight, num_rows, num_heads, x.stride(0), x.stride(1), eps, num_threads=threads_for(x.numel()),
+                dtype=x.dtype, head_dim=head_dim)
+    return x
+
+
 @Kernel
 def _rotate(code: Code, x: Value, cos: Value, sin: Value, num_rows: Value, num_heads: Value, row_stride: Value,
             head_stride: Value, cos_stride: Value, sin_stride: Value, *, dtype: torch.dtype, head_dim: int) -> None:
@@ -120,3 +128,19 @@ def _add_and_norm(code: Code, x: Value, added: Value, weight: Value, total: Valu
             numbers = code.numbers(source + column * size, element) * scale
             code.store(numbers * code.numbers(weight + column * size, element),
                        out + (row * out_stride + column) * size, element)
+
+
+@Kernel
+def _norm_heads(code: Code, x: Value, weight: Value, num_rows: Value, num_heads: Value, row_stride: Value,
+                head_stride: Value, eps: Value, *, dtype: torch.dtype, head_dim: int) -> None:
+    element = ELEMENTS[dtype]
+    size = SIZES[element]
+    weights = [code.numbers(weight + i * size, element) for i in range(0, head_dim, LANES)]
+    with code.shares(num_rows) as row, code.loop(0, num_heads) as head:
+        place, squares = x + (row * row_stride + head * head_stride) * size, code.zeros()
+        parts = [code.numbers(place + i * size, element) for i in range(0, head_dim, LANES)]
+        for part in parts:
+            squares = code.fused(part, part, squares)
+        scale = code.number(1.0) / code.square_root(code.total(squares) / float(head_dim) + eps)
+        for i, (part, each) in enumerate(zip(parts, weights, strict=True)):
+            code.store(part * scale * each, place + i * LANES * size, element)
