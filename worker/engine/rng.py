@@ -20,6 +20,7 @@ from torch import Tensor
 
 MASK64 = 2**64 - 1
 GOLDEN = 0x9E3779B1
+MULTIPLIERS = 0x21F0AAAD, 0x735A2D97
 MAX_V = 1.0 - 2.0**-24      # the largest float32 below 1: the noise stays finite
 
 
@@ -48,12 +49,13 @@ def split_keys(keys: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def hash_bits(low: Tensor, high: Tensor, token_ids: Tensor) -> Tensor:
     """31 uniform bits for each row and token, as int32; `token_ids` is int32, [tokens] or [rows, tokens]."""
-    x = token_ids * _wrapped(GOLDEN) + low
+    first, second = MULTIPLIERS
+    x = token_ids * wrapped(GOLDEN) + low
     x ^= (x >> 16) & 0xFFFF
-    x *= 0x21F0AAAD
+    x *= first
     x ^= (x >> 15) & 0x1FFFF
     x ^= high
-    x *= 0x735A2D97
+    x *= second
     x ^= (x >> 15) & 0x1FFFF
     x &= 0x7FFFFFFF
     return x
@@ -65,5 +67,6 @@ def gumbel(low: Tensor, high: Tensor, token_ids: Tensor) -> Tensor:
     return noise.neg_().log1p_().neg_().log_().neg_()
 
 
-def _wrapped(constant: int) -> int:
+def wrapped(constant: int) -> int:
+    """As a 32-bit integer with a sign."""
     return constant - 2**32 if constant >= 2**31 else constant

@@ -6,7 +6,8 @@ not on its neighbours, nor on where in the batch it lies. It knows slots and ids
 
 No vocabulary is sorted. Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens when those are
 enough; the others hash noise for every token, and a flat row with top_p takes the best one that is in its nucleus. On a
-GPU one kernel draws for all rows (kernels.py), and nothing here waits for it.
+GPU one kernel draws for all rows (kernels.py), and nothing here waits for it; on a CPU one goes through the noise
+(noise.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from worker.engine import rng
+from worker.model import cpu
 from worker.model.transfer import Transfer, send
 
 if TYPE_CHECKING:
@@ -246,6 +248,11 @@ class Sampler:
         return token_ids
 
     def _draw_whole(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if cpu.computes(logits.dtype):
+            from worker.engine import noise
+
+            if noise.fits(logits):
+                return noise.draw(logits, low, high)
         return torch.cat([noisy.argmax(dim=-1) for noisy in self._with_noise(logits, low, high)])
 
     def _with_noise(self, logits: Tensor, low: Tensor, high: Tensor) -> Iterator[Tensor]:

@@ -132,6 +132,11 @@ def exponentials(code: Code, x: Value, out: Value) -> None:
 
 
 @Kernel
+def logarithms(code: Code, x: Value, out: Value) -> None:
+    code.store(code.log(code.numbers(x, FLOAT32)), out, FLOAT32)
+
+
+@Kernel
 def folded(code: Code, x: Value, sums: Value, most: Value) -> None:
     """Of a matrix of 16 by 16."""
     rows = [code.numbers(x + row * 64, FLOAT32) for row in range(16)]
@@ -154,6 +159,13 @@ def test_exponentials_at_the_borders() -> None:
     exponentials(x, out, num_threads=1)
     assert out[0].isnan() and out[1] == out[3] == 0 and out[2] == out[4] > 1e38
     assert (out[5:] == 1).all()
+
+
+@given(st.lists(st.floats(2**-126, 2**126, width=32) | st.floats(0.5, 2, width=32), min_size=16, max_size=16))
+def test_logarithms(numbers: list[float]) -> None:
+    x, out = torch.tensor(numbers), torch.empty(16)
+    logarithms(x, out, num_threads=1)
+    assert torch.allclose(out.double(), x.double().log(), rtol=3e-7, atol=0)
 
 
 def test_sums_and_largest() -> None:

@@ -100,6 +100,8 @@ def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, 
         with code.loop(queries[0].first // LANES * LANES, end, LANES) as token:
             page = (token // page_len * num_slots + slot) * num_kv_heads + kv_head
             offset = (page * page_len + token % page_len) * (head_dim * size)
+            for cache in (keys, values):                # what comes next, while these are multiplied
+                code.prefetch(cache + offset + LANES * head_dim * size, LANES * head_dim * size)
             for each in queries:
                 logits = scaling * each.products(keys + offset)
                 each.weigh(softcap * _tanh(code, logits / softcap) if has_softcap else logits, token)

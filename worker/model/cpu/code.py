@@ -17,7 +17,10 @@ from llvmlite import ir
 from worker.model.cpu import LANES
 
 NUM_TERMS = 8               # of the series of exp2, beyond which float32 sees no more
+NUM_LOG_TERMS = 6           # of the series of log, alike
+HALF_ROOT = 0x3F3504F3 - (127 << 23)        # bits of √½, counted from those of the smallest number
 ROUNDING = 1.5 * 2.0**23    # what is added to it is rounded to an integer, which its lowest bits are then
+LINE_BYTES = 64             # of a cache
 EXPONENTS = -126.0, 127.0   # of two, that float32 has
 
 
@@ -68,6 +71,13 @@ class Value:
 
     def __mod__(self, other: Operand) -> Value:
         return self.code.combine("srem", self, other)
+
+    def __rshift__(self, other: Operand) -> Value:
+        """Zeros shift in."""
+        return self.code.combine("lshr", self, other)
+
+    def __xor__(self, other: Operand) -> Value:
+        return self.code.combine("xor", self, other)
 
     def __and__(self, other: Operand) -> Value:
         return self.code.combine("and_", self, other)
@@ -206,6 +216,11 @@ class Code:
             kept = self.builder.fptrunc(kept, vector(stored) if isinstance(kept.type, ir.VectorType) else stored)
         self.builder.store(kept, self._pointer(address), align=SIZES[stored])
 
+    def prefetch(self, address: Value, num_bytes: int) -> None:
+        """Into the caches, ahead of being read; what is not there does no harm."""
+        for begin in range(0, num_bytes, LINE_BYTES):
+            self.call("llvm.prefetch.p0", ir.VoidType(), self._pointer(address + begin), INT32(0), INT32(2), INT32(1))
+
     def _pointer(self, address: Value) -> Any:
         return self.builder.inttoptr(address.ir, POINTER)
 
@@ -236,7 +251,25 @@ class Code:
         return Value(self, self.call("llvm.x86.avx512bf16.dpbf16ps.512", vector(FLOAT32), added.ir, left.ir, right.ir))
 
     def as_number(self, value: Value) -> Value:
-        return Value(self, self.builder.sitofp(value.ir, FLOAT32))
+        is_vector = isinstance(value.ir.type, ir.VectorType)
+        return Value(self, self.builder.sitofp(value.ir, vector(FLOAT32) if is_vector else FLOAT32))
+
+    def log(self, value: Value) -> Value:
+        """Of a vector of positive normal numbers: 2 · atanh of its mantissa's (m - 1) / (m + 1), m near one."""
+        bits = self.cast(value, vector(INT32))
+        exponent = (bits - HALF_ROOT) >> 23             # counted from -127, for mantissas from √½ to √2
+        number = self.as_number(exponent) - 127.0
+        mantissa = self.cast(bits - self.shifted(exponent - 127, 23), vector(FLOAT32))
+        ratio = (mantissa - 1.0) / (mantissa + 1.0)
+        square, series = ratio * ratio, self.splat(self.number(0.0))
+        for term in reversed(range(1, 2 * NUM_LOG_TERMS, 2)):
+            series = self.fused(series, square, self.splat(self.number(2 / term)))
+        return self.fused(number, self.splat(self.number(math.log(2))), series * ratio)
+
+    def shifted(self, value: Value, num_bits: int) -> Value:
+        """To the left."""
+        kind = value.ir.type
+        return Value(self, self.builder.shl(value.ir, ir.Constant(kind, [num_bits] * LANES)))
 
     def square_root(self, value: Value) -> Value:
         return Value(self, self.call("llvm.sqrt.f32", FLOAT32, value.ir))
@@ -260,9 +293,8 @@ class Code:
         for term in reversed(range(NUM_TERMS)):
             factor = self.splat(self.number(math.log(2)**term / math.factorial(term)))
             series = self.fused(series, rest, factor)
-        exponent = self.builder.shl(self.cast(rounded, vector(INT32)).ir, ir.Constant(vector(INT32), [23] * LANES))
-        one = self.cast(self.splat(self.number(1.0)), vector(INT32)).ir
-        power = self.cast(Value(self, self.builder.add(exponent, one)), vector(FLOAT32))
+        exponent = self.shifted(self.cast(rounded, vector(INT32)), 23)
+        power = self.cast(exponent + self.cast(self.splat(self.number(1.0)), vector(INT32)), vector(FLOAT32))
         return self.select(is_nothing, self.zeros(), series * power)
 
     def total(self, value: Value) -> Value:
@@ -271,6 +303,13 @@ class Code:
 
     def largest(self, value: Value) -> Value:
         return self._folded(value, self.larger)
+
+    def least(self, value: Value) -> Value:
+        return self._folded(value, self.smaller)
+
+    def narrowed(self, value: Value) -> Value:
+        """Integers in 32 bits."""
+        return Value(self, self.builder.trunc(value.ir, vector(INT32)))
 
     def totals(self, values: Sequence[Value]) -> Value:
         """The sums of as many vectors as a vector has numbers, as one vector: halves of two are added at a time."""

@@ -1,0 +1,48 @@
+"""The kernel that draws on a CPU: the noise of rng.py, and the token that torch would find."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.engine import rng
+from worker.model import cpu
+
+if not cpu.computes(torch.float32):
+    pytest.skip("kernels of ours do not run here", allow_module_level=True)
+
+from worker.engine import noise
+
+
+def keys_of(num_rows: int) -> tuple[Tensor, Tensor]:
+    return rng.split_keys([rng.row_key(rng.choice_key(2**64 - row, row), row) for row in range(num_rows)])
+
+
+def noisy(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return logits + rng.gumbel(low, high, torch.arange(logits.shape[1], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("vocab_size", [16, 17, 199, 32_000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+def test_it_draws_what_torch_draws(vocab_size: int, spread: float) -> None:
+    """But where two come within the rounding of a logarithm."""
+    torch.manual_seed(0)
+    low, high = keys_of(300)
+    logits = torch.randn(300, vocab_size) * spread
+    expected, drawn = noisy(logits, low, high), noise.draw(logits, low, high)
+    missing = expected.amax(dim=1) - expected.gather(1, drawn[:, None])[:, 0]
+    assert missing.max() <= 1e-5
+    assert (drawn == expected.argmax(dim=1)).float().mean() > 0.99
+    assert torch.equal(noise.draw(logits[7:9], low[7:9], high[7:9]), drawn[7:9])
+
+
+def test_what_is_forbidden_is_not_drawn_and_what_is_no_number_is() -> None:
+    low, high = keys_of(3)
+    logits = torch.full((3, 40), -math.inf)
+    logits[0, 33] = -1e30
+    logits[1] = 0.0
+    logits[1, 39] = math.nan
+    assert noise.draw(logits, low, high).tolist() == [33, 39, 0]

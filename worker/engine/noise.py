@@ -1,0 +1,71 @@
+"""The largest of logits + noise of each row, for a CPU: what rng.py says, in one pass over a vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from worker.engine.rng import GOLDEN, MAX_V, MULTIPLIERS, wrapped
+from worker.model.cpu import LANES
+from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
+from worker.model.cpu.kernel import Kernel, threads_for
+
+WORK = 16               # numbers gone through for each token: there is more to do than to read it
+
+
+def draw(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The token of each row of float32, [rows, vocab_size], by halves of its key, [rows, 1]; the lower id of two alike.
+
+    What is no number counts as infinite, so that it is drawn and found.
+    """
+    num_rows, vocab_size = logits.shape
+    token_ids = torch.empty(num_rows, dtype=torch.long)
+    _draw(logits, low.contiguous(), high.contiguous(), token_ids, num_rows, logits.stride(0), vocab_size,
+          num_threads=threads_for(logits.numel() * WORK))
+    return token_ids
+
+
+def fits(logits: Tensor) -> bool:
+    """Whether a vocabulary is a vector at least, and lies in one piece."""
+    return logits.shape[-1] >= LANES and logits.stride(-1) == 1
+
+
+@Kernel
+def _draw(code: Code, logits: Value, low: Value, high: Value, token_ids: Value, num_rows: Value, row_stride: Value,
+          vocab_size: Value) -> None:
+    with code.shares(num_rows) as row:
+        keys = [code.splat(code.load(half + row * SIZES[INT32], INT32, 1)) for half in (low, high)]
+        most = code.variable(code.splat(code.number(-math.inf)))
+        best = code.variable(code.indices())
+        with code.loop(0, vocab_size, LANES) as begin:
+            first = code.smaller(begin, vocab_size - LANES)             # the last vector may say some twice
+            numbers = code.numbers(logits + (row * row_stride + first) * SIZES[FLOAT32], FLOAT32)
+            numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
+            tokens = code.indices() + first
+            noisy = numbers + _gumbel(code, keys, code.narrowed(tokens))
+            is_larger = noisy > most.value
+            most.value = code.select(is_larger, noisy, most.value)
+            best.value = code.select(is_larger, tokens, best.value)
+        is_most = most.value.equals(code.largest(most.value))
+        beyond = code.splat(code.integer(1 << 40))
+        code.store(code.least(code.select(is_most, best.value, beyond)), token_ids + row * SIZES[INTEGER], INTEGER)
+
+
+def _gumbel(code: Code, keys: list[Value], tokens: Value) -> Value:
+    """Of int32 tokens. log(1 - v) by Kahan's formula, whose quotient takes the rounding of 1 - v back."""
+    low, high = keys
+    first, second = map(wrapped, MULTIPLIERS)
+    x = tokens * wrapped(GOLDEN) + low
+    x = (x ^ (x >> 16)) * first
+    x = ((x ^ (x >> 15)) ^ high) * second
+    x = (x ^ (x >> 15)) & 0x7FFFFFFF
+    v = (code.as_number(x) + 0.5) * 2.0**-31
+    v = code.select(v < MAX_V, v, code.splat(code.number(MAX_V)))
+    one = code.splat(code.number(1.0))
+    u = one - v
+    rounded = one - u
+    is_nothing = rounded.equals(0.0)
+    surprise = code.zeros() - code.log(u) * v / code.select(is_nothing, 1.0, rounded)
+    return code.zeros() - code.log(code.select(is_nothing, v, surprise))
