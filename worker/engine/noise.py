@@ -1,4 +1,7 @@
-"""The largest of logits + noise of each row, for a CPU: what rng.py says, in one pass over a vocabulary."""
+"""The largest logit of each row, or the largest of logits + noise, for a CPU: in one pass over a vocabulary.
+
+The noise is that of rng.py.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,24 @@ from worker.model.cpu.kernel import Kernel, threads_for
 WORK = 16               # numbers gone through for each token: there is more to do than to read it
 
 
-def draw(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The token of each row of float32, [rows, vocab_size], by halves of its key, [rows, 1]; the lower id of two alike.
+def largest(logits: Tensor) -> Tensor:
+    """The token of each row of float32, [rows, vocab_size]; the lower id of two alike.
 
     What is no number counts as infinite, so that it is drawn and found.
     """
+    return _drawn(logits, 0, 0)
+
+
+def draw(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same with noise, by halves of each row's key, [rows, 1]."""
+    return _drawn(logits, low.contiguous(), high.contiguous())
+
+
+def _drawn(logits: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     num_rows, vocab_size = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.long)
-    _draw(logits, low.contiguous(), high.contiguous(), token_ids, num_rows, logits.stride(0), vocab_size,
-          num_threads=threads_for(logits.numel() * WORK))
+    _draw(logits, low, high, token_ids, num_rows, logits.stride(0), vocab_size,
+          num_threads=threads_for(logits.numel() * WORK), has_noise=isinstance(low, Tensor))
     return token_ids
 
 
@@ -34,9 +46,9 @@ def fits(logits: Tensor) -> bool:
 
 @Kernel
 def _draw(code: Code, logits: Value, low: Value, high: Value, token_ids: Value, num_rows: Value, row_stride: Value,
-          vocab_size: Value) -> None:
+          vocab_size: Value, *, has_noise: bool) -> None:
     with code.shares(num_rows) as row:
-        keys = [code.splat(code.load(half + row * SIZES[INT32], INT32, 1)) for half in (low, high)]
+        keys = [code.splat(code.load(half + row * SIZES[INT32], INT32, 1)) for half in (low, high) if has_noise]
         most = code.variable(code.splat(code.number(-math.inf)))
         best = code.variable(code.indices())
         with code.loop(0, vocab_size, LANES) as begin:
@@ -44,9 +56,10 @@ def _draw(code: Code, logits: Value, low: Value, high: Value, token_ids: Value, 
             numbers = code.numbers(logits + (row * row_stride + first) * SIZES[FLOAT32], FLOAT32)
             numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
             tokens = code.indices() + first
-            noisy = numbers + _gumbel(code, keys, code.narrowed(tokens))
-            is_larger = noisy > most.value
-            most.value = code.select(is_larger, noisy, most.value)
+            if has_noise:
+                numbers += _gumbel(code, keys, code.narrowed(tokens))
+            is_larger = numbers > most.value
+            most.value = code.select(is_larger, numbers, most.value)
             best.value = code.select(is_larger, tokens, best.value)
         is_most = most.value.equals(code.largest(most.value))
         beyond = code.splat(code.integer(1 << 40))

@@ -203,11 +203,11 @@ class Sampler:
             return self._draw_at_once(logits, rows, params)
         random = [i for i, p in enumerate(params) if not p.is_greedy]
         if not random:
-            return logits.argmax(dim=-1)
+            return self._largest(logits)
         token_ids = torch.empty(len(rows), dtype=torch.long, device=self.device)
         greedy = [i for i, p in enumerate(params) if p.is_greedy]
         if greedy:
-            token_ids[greedy] = _rows(logits, greedy).argmax(dim=-1)
+            token_ids[greedy] = self._largest(_rows(logits, greedy))
         scaled = _rows(logits, random) / _column([params[i].sampling.temperature for i in random], self.device)
         keys = [rng.row_key(params[i].key, rows[i].position) for i in random]
         token_ids[random] = self._draw_random(scaled, keys, [params[i] for i in random])
@@ -246,6 +246,14 @@ class Sampler:
                 logits = _at_least(logits, logits.amax(dim=-1, keepdim=True), [params[i].sampling for i in whole])
             token_ids[whole] = self._draw_whole(logits, low, high)
         return token_ids
+
+    def _largest(self, logits: Tensor) -> Tensor:
+        if cpu.computes(logits.dtype):
+            from worker.engine import noise
+
+            if noise.fits(logits):
+                return noise.largest(logits)
+        return logits.argmax(dim=-1)
 
     def _draw_whole(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
         if cpu.computes(logits.dtype):

@@ -39,10 +39,21 @@ def test_it_draws_what_torch_draws(vocab_size: int, spread: float) -> None:
     assert torch.equal(noise.draw(logits[7:9], low[7:9], high[7:9]), drawn[7:9])
 
 
+@pytest.mark.parametrize("vocab_size", [16, 17, 199, 32_000])
+def test_without_noise_it_is_the_first_of_the_largest(vocab_size: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randint(-9, 9, (50, vocab_size)).float()
+    logits[7] = -math.inf
+    drawn = noise.largest(logits)
+    for row, token_id in zip(logits.tolist(), drawn.tolist(), strict=True):
+        assert token_id == row.index(max(row))
+    assert torch.equal(noise.largest(logits[3:5]), drawn[3:5])
+
+
 def test_what_is_forbidden_is_not_drawn_and_what_is_no_number_is() -> None:
     low, high = keys_of(3)
     logits = torch.full((3, 40), -math.inf)
     logits[0, 33] = -1e30
     logits[1] = 0.0
     logits[1, 39] = math.nan
-    assert noise.draw(logits, low, high).tolist() == [33, 39, 0]
+    assert noise.draw(logits, low, high).tolist() == noise.largest(logits).tolist() == [33, 39, 0]

@@ -114,6 +114,12 @@ def check_pointwise(num_rows: int, dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match="do not turn"):
         pointwise.rotate(heads, cos[:, :32], sin[:, :32])
 
+    weight, untouched = torch.randn(64).to(dtype), heads[:, 0].clone()
+    expected = rms_norm(heads.double(), weight.shape, weight.double(), 1e-6)
+    assert is_near(pointwise.norm_heads(heads[:, 1:], weight, 1e-6), expected[:, 1:], 16)
+    assert torch.equal(heads[:, 0], untouched)
+    assert torch.equal(pointwise.add(x, added), x + added)
+
 
 def test_an_older_processor_computes_the_same_in_float32(old: None) -> None:
     """With half as many registers, of half the length: fewer rows at a time, the same sums in the same order."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from worker.model import cpu, memory
 from worker.model.loading import load
@@ -103,6 +104,20 @@ def test_rows_of_a_program_have_the_bits_of_calls(dtype: Any) -> None:
     model = tiny(dtype)
     by_program = played(model)
     assert the_stack(model).is_recordable
+    the_stack(model).is_recordable = False
+    assert all(torch.equal(*pair) for pair in zip(by_program, played(model), strict=True))
+
+
+def test_heads_that_have_norms_are_part_of_it(tmp_path: Path) -> None:
+    config = Qwen3Config(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=NUM_TOKENS)
+    module = Qwen3ForCausalLM(config)
+    for layer in module.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_norm.weight)
+    module.save_pretrained(tmp_path)
+    model = load(str(tmp_path))
+    by_program = played(model)
+    assert the_stack(model).is_recordable and model.is_uniform
     the_stack(model).is_recordable = False
     assert all(torch.equal(*pair) for pair in zip(by_program, played(model), strict=True))
 
