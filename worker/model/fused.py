@@ -137,12 +137,14 @@ class FusedNorm(nn.Module):
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """Replaces those of the common kind that stand between other blocks."""
+    """On a CPU it replaces those of the common kind that stand between other blocks."""
+    dtype = next(module.parameters()).dtype
     for parent in list(module.modules()):
         norms = {name: child for name, child in parent.named_children() if _is_plain_norm(child)}
         for name, norm in {} if isinstance(parent, Fused) else norms.items():
             weight = cast(Tensor, norm.weight)
-            if pointwise := _pointwise(weight, len(weight)):
+            pointwise = _pointwise(weight, len(weight))
+            if pointwise and not weight.is_cuda and weight.dtype == dtype:
                 setattr(parent, name, FusedNorm(norm, pointwise))
 
 

@@ -33,7 +33,7 @@ KINDS = {
     "plain": Scores(0.25, None, None, None),
     "window": Scores(0.25, 40, None, None),
     "wide window": Scores(0.25, PAGE_LEN + 7, None, None),
-    "softcap": Scores(0.25, None, 5.0, None),
+    "softcap, in whole numbers": Scores(1, None, 5, None),
     "sinks": Scores(0.25, 40, None, torch.linspace(-1, 3, NUM_KV_HEADS * GROUP)),
 }
 

@@ -17,7 +17,7 @@ from worker.model import cpu
 if not cpu.computes(torch.float32):
     pytest.skip("kernels of ours do not run here", allow_module_level=True)
 
-from worker.model.cpu import kernel, linear, pointwise
+from worker.model.cpu import attention, kernel, linear, pointwise
 from worker.model.cpu.code import FLOAT32, Code, Value
 from worker.model.cpu.kernel import Kernel, Processor
 from worker.model.cpu.linear import PanelLinear
@@ -39,7 +39,7 @@ def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a cache of what was compiled before for the processor that is here."""
     monkeypatch.setattr(kernel, "processor", lambda: OLD)
     monkeypatch.setattr(linear, "processor", lambda: OLD)
-    for module in (linear, pointwise):
+    for module in (attention, linear, pointwise):
         for name, value in list(vars(module).items()):
             if isinstance(value, Kernel):
                 monkeypatch.setattr(module, name, Kernel(value._write))
@@ -130,6 +130,12 @@ def test_an_older_processor_computes_the_same_in_float32(old: None) -> None:
     assert layer.tile.rows < 12
     assert is_near(layer(x), x.double() @ weight.double().T, 130)
     assert torch.equal(layer(x[3:5]), layer(x)[3:5])
+
+    query, (keys, values) = torch.randn(1, 3, 64), torch.randn(2, 1, 1, 1, 256, 64)
+    out = attention.attend(query, keys, values, torch.tensor([0]), torch.tensor([99]), run_len=1, scaling=0.125,
+                           window=None, softcap=None, sinks=None)
+    shares = (query[0].double() @ keys[0, 0, 0, :100].double().T * 0.125).softmax(-1)
+    assert is_near(out[0], shares @ values[0, 0, 0, :100].double(), 100)
 
 
 @Kernel

@@ -35,9 +35,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions
     run_len, tile = _tile(run_len, group, head_dim)
     out = empty(num_rows, num_heads * head_dim, query.dtype).view(num_rows, num_heads, head_dim)
     _attend(query, keys, values, slots, positions, out, 0 if sinks is None else sinks.float(), num_rows // run_len,
-            run_len, num_slots, num_kv_heads, group, query.stride(0), query.stride(1), window or NO_WINDOW, scaling,
-            softcap or 1.0, num_threads=threads_for(query.numel() * LANES), dtype=query.dtype, head_dim=head_dim,
-            page_len=page_len, tile=tile, has_softcap=softcap is not None, has_sinks=sinks is not None)
+            run_len, num_slots, num_kv_heads, group, query.stride(0), query.stride(1), window or NO_WINDOW,
+            float(scaling), float(softcap or 1), num_threads=threads_for(query.numel() * LANES), dtype=query.dtype,
+            head_dim=head_dim, page_len=page_len, tile=tile, has_softcap=softcap is not None,
+            has_sinks=sinks is not None)
     return out
 
 
@@ -52,6 +53,7 @@ def _tile(run_len: int, group: int, head_dim: int) -> tuple[int, int]:
 def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
     """One token of each row, [rows, num_kv_heads, head_dim] each, into pages as above."""
     num_rows, num_kv_heads, head_dim = key.shape
+    key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
     _write(keys, values, key, value, slots, positions, num_rows, keys.shape[1], num_kv_heads, key.stride(0),
            key.stride(1), value.stride(0), value.stride(1), num_threads=1, dtype=key.dtype, head_dim=head_dim,
            page_len=keys.shape[3])

@@ -52,15 +52,16 @@ def add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) ->
     total = rows if added is None else empty(rows.shape[0], width, x.dtype)
     out = empty_rows(rows.shape[0], width, x.dtype)
     _add_and_norm(rows, others, weight, total, out, rows.shape[0], width, rows.stride(0), others.stride(0),
-                  out.stride(0), eps, num_threads=threads_for(rows.numel()), dtype=x.dtype, has_added=added is not None)
+                  out.stride(0), float(eps), num_threads=threads_for(rows.numel()), dtype=x.dtype,
+                  has_added=added is not None)
     return total.view(x.shape), out.view(x.shape)
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The root mean square norm of each head of [rows, heads, head_dim], in place."""
     num_rows, num_heads, head_dim = x.shape
-    _norm_heads(x, weight, num_rows, num_heads, x.stride(0), x.stride(1), eps, num_threads=threads_for(x.numel()),
-                dtype=x.dtype, head_dim=head_dim)
+    _norm_heads(x, weight, num_rows, num_heads, x.stride(0), x.stride(1), float(eps),
+                num_threads=threads_for(x.numel()), dtype=x.dtype, head_dim=head_dim)
     return x
 
 
