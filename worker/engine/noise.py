@@ -1,6 +1,6 @@
 """The largest logit of each row, or the largest of logits + noise, for a CPU: in one pass over a vocabulary.
 
-The noise is that of rng.py.
+The noise is that of rng.py. And what may not be drawn, put below the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.rng import GOLDEN, MAX_V, MULTIPLIERS, wrapped
+from worker.engine.sampler import FORBIDDEN
 from worker.model.cpu import LANES
 from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
 from worker.model.cpu.kernel import Kernel, threads_for
@@ -39,9 +40,32 @@ def _drawn(logits: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     return token_ids
 
 
+def forbid(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Logits of [rows, vocab_size], those far below all others that a row's bits, in int32 words, do not name."""
+    out = torch.empty_like(logits)
+    _forbid(logits, allowed, out, len(logits), logits.shape[1], allowed.stride(0),
+            num_threads=threads_for(logits.numel()))
+    return out
+
+
+def takes_bits(logits: Tensor) -> bool:
+    """Whether bits of a vocabulary come in whole vectors."""
+    return logits.shape[-1] % LANES == 0 and logits.is_contiguous()
+
+
 def fits(logits: Tensor) -> bool:
     """Whether a vocabulary is a vector at least, and lies in one piece."""
     return logits.shape[-1] >= LANES and logits.stride(-1) == 1
+
+
+@Kernel
+def _forbid(code: Code, logits: Value, allowed: Value, out: Value, num_rows: Value, vocab_size: Value,
+            word_stride: Value) -> None:
+    with code.shares(num_rows) as row, code.loop(0, vocab_size, LANES) as token:
+        place = (row * vocab_size + token) * SIZES[FLOAT32]
+        numbers = code.numbers(logits + place, FLOAT32)
+        is_allowed = code.bits(allowed + row * word_stride * SIZES[INT32] + token // 8)
+        code.store(code.select(is_allowed, numbers, numbers + FORBIDDEN), out + place, FLOAT32)
 
 
 @Kernel

@@ -175,6 +175,11 @@ class Sampler:
         """A sum takes a third of the time of a masked fill: on a CPU what is forbidden falls below whatever is not."""
         if self.device.type != "cpu":
             return logits.masked_fill(self._forbidden(allowed), float("-inf"))
+        if cpu.computes(logits.dtype):
+            from worker.engine import noise
+
+            if noise.takes_bits(logits):
+                return noise.forbid(logits, torch.from_numpy(allowed))
         bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
         return torch.add(logits, torch.from_numpy(bits), alpha=FORBIDDEN)
 

@@ -15,6 +15,7 @@ if not cpu.computes(torch.float32):
     pytest.skip("kernels of ours do not run here", allow_module_level=True)
 
 from worker.engine import noise
+from worker.engine.sampler import FORBIDDEN
 
 
 def keys_of(num_rows: int) -> tuple[Tensor, Tensor]:
@@ -57,3 +58,14 @@ def test_what_is_forbidden_is_not_drawn_and_what_is_no_number_is() -> None:
     logits[1] = 0.0
     logits[1, 39] = math.nan
     assert noise.draw(logits, low, high).tolist() == noise.largest(logits).tolist() == [33, 39, 0]
+
+
+def test_what_bits_do_not_name_falls_below_the_rest() -> None:
+    torch.manual_seed(0)
+    logits, allowed = torch.randn(5, 208), torch.randint(-2**31, 2**31, (5, 9), dtype=torch.int32)
+    out = noise.forbid(logits, allowed[:, :7])
+    for row in range(5):
+        for token_id in range(208):
+            is_allowed = int(allowed[row, token_id // 32]) >> token_id % 32 & 1
+            assert out[row, token_id] == logits[row, token_id] + (0 if is_allowed else FORBIDDEN)
+    assert noise.takes_bits(logits) and not noise.takes_bits(logits[:, :200])

@@ -203,6 +203,11 @@ class Code:
         kind = stored if length == 1 else vector(stored, length)
         return Value(self, self.builder.load(self._pointer(address), typ=kind, align=SIZES[stored]))
 
+    def bits(self, address: Value) -> Value:
+        """A truth for each bit, the lowest first."""
+        loaded = self.builder.load(self._pointer(address), typ=ir.IntType(LANES), align=1)
+        return Value(self, self.builder.bitcast(loaded, vector(ir.IntType(1))))
+
     def numbers(self, address: Value, stored: Any, length: int = LANES) -> Value:
         loaded = self.load(address, stored, length)
         if stored is FLOAT32:
