@@ -12,7 +12,7 @@ from api.wire.items import chat_messages
 from api.wire.response_fold import ResponseFold, ResponseWhole
 from api.wire.responses import ResponseRequest, parse_response
 from shared.errors import BadRequest
-from shared.job import Delta, Entry, Finish, Header, TokenLogprob, Usage, encode_deltas
+from shared.job import Delta, Entry, Finish, FinishReason, Header, TokenLogprob, Usage, encode_deltas
 
 HEADER = Header(model="m", created_s=7, fingerprint="fp", seed=1, n=1, num_prompt_tokens=5, language="responses",
                 stream=True)
@@ -236,9 +236,9 @@ def test_log_probabilities_come_once() -> None:
 
 def test_log_probabilities_are_whole_however_tokens_were_gathered() -> None:
     """Those of half a character come with the rest of it, that of the token that ends an answer behind its text."""
-    drawn = [("", None), ("é", None), ("b", None), ("", "stop")]
+    drawn: list[tuple[str, FinishReason | None]] = [("", None), ("é", None), ("b", None), ("", "stop")]
     entries = [TokenLogprob(number, -0.5, ()) for number in range(len(drawn))]
-    alone = [Delta(0, (number,), text, reason, logprobs=(entries[number],))  # type: ignore[arg-type]
+    alone = [Delta(0, (number,), text, reason, logprobs=(entries[number],))
              for number, (text, reason) in enumerate(drawn)]
     together = [Delta(0, (0, 1, 2, 3), "éb", "stop", logprobs=tuple(entries))]
     for deltas, counts in ((alone, [2, 1, 1]), (together, [4])):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import log
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -175,11 +175,9 @@ class Sampler:
         """A sum takes a third of the time of a masked fill: on a CPU what is forbidden falls below whatever is not."""
         if self.device.type != "cpu":
             return logits.masked_fill(self._forbidden(allowed), float("-inf"))
-        if cpu.computes(logits.dtype):
-            from worker.engine import noise
-
-            if noise.takes_bits(logits):
-                return noise.forbid(logits, torch.from_numpy(allowed))
+        noise = _kernels(logits)
+        if noise and noise.takes_bits(logits):
+            return cast(Tensor, noise.forbid(logits, torch.from_numpy(allowed)))
         bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
         return torch.add(logits, torch.from_numpy(bits), alpha=FORBIDDEN)
 
@@ -253,19 +251,12 @@ class Sampler:
         return token_ids
 
     def _largest(self, logits: Tensor) -> Tensor:
-        if cpu.computes(logits.dtype):
-            from worker.engine import noise
-
-            if noise.fits(logits):
-                return noise.largest(logits)
-        return logits.argmax(dim=-1)
+        noise = _kernels(logits)
+        return cast(Tensor, noise.largest(logits)) if noise else logits.argmax(dim=-1)
 
     def _draw_whole(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        if cpu.computes(logits.dtype):
-            from worker.engine import noise
-
-            if noise.fits(logits):
-                return noise.draw(logits, low, high)
+        if noise := _kernels(logits):
+            return cast(Tensor, noise.draw(logits, low, high))
         return torch.cat([noisy.argmax(dim=-1) for noisy in self._with_noise(logits, low, high)])
 
     def _with_noise(self, logits: Tensor, low: Tensor, high: Tensor) -> Iterator[Tensor]:
@@ -340,6 +331,15 @@ class Sampler:
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
         values, ids = _likeliest(of_asked, max(1, most))
         return _rows(chosen, asked) - log_total, ids, values - log_total[:, None]
+
+
+def _kernels(logits: Tensor) -> Any:
+    """Those of noise.py, where they run and a vocabulary is long enough for them; else none."""
+    if not cpu.computes(logits.dtype):
+        return None
+    from worker.engine import noise  # needs llvmlite
+
+    return noise if noise.fits(logits) else None
 
 
 def _rows(x: Tensor, rows: list[int]) -> Tensor:

@@ -67,7 +67,7 @@ class Dialect(ABC):
         """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more. Markers that are
         tokens of their own are no text to a grammar. Raises InvalidGrammar."""
 
-    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:  # noqa: ARG002
+    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
         """Of text that may hold such calls, behind a thought if the model may have one. Here a token tells that calls
         begin, and a thought is text like any other; empty where there is no such token."""
         token_id = added_id(self.opening) if self.opening else None
@@ -75,11 +75,11 @@ class Dialect(ABC):
         frame = f"start: text (@calls text){times}\ntext: <[^{token_id}]>*\n"
         return "" if token_id is None else within(frame, calls=calls)
 
-    def framed(self, form: str, added_id: AddedId) -> str:  # noqa: ARG002 - most have no frame
+    def framed(self, form: str, added_id: AddedId) -> str:
         """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""
         return form
 
-    def typed_arguments(self, tools: Tools) -> tuple[str, ...]:  # noqa: ARG002 - most write all values as JSON
+    def typed_arguments(self, tools: Tools) -> tuple[str, ...]:
         """Those that are no strings, of a dialect that writes strings as they are: for the header of the log."""
         return ()
 
@@ -87,7 +87,7 @@ class Dialect(ABC):
     def reader(self) -> Reader:
         """Of an answer."""
 
-    def reader_of(self, typed_arguments: Collection[str]) -> Reader:  # noqa: ARG002 - as above
+    def reader_of(self, typed_arguments: Collection[str]) -> Reader:
         """Of an answer whose header names them."""
         return self.reader()
 

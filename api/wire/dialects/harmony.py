@@ -47,7 +47,7 @@ TEXT = f"TEXT: {text_but(f'(?s:.)*{re.escape(MESSAGE)}')}"
 
 @dataclass(frozen=True)
 class Harmony(Dialect):
-    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:  # noqa: ARG002 - it has one at a time
+    def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
         """Of a call, and of a thought before it. The token that ends the answer ends the call."""
         tools = list(tools)
         require_names(tools, _is_name)
@@ -57,7 +57,7 @@ class Harmony(Dialect):
         rules = [f"call: {channel} {quoted('commentary to=functions.')} body", "body: " + "\n | ".join(bodies)]
         return "\n".join(["start: thought call", _thought(added_id), *rules]) + "\n"
 
-    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:  # noqa: ARG002
+    def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
         """Of messages in its channels, the last of which may be a call; of one where no token tells that others end."""
         channel, message, end, start = (marker(text, added_id) for text in (CHANNEL, MESSAGE, END, START))
         before = "" if added_id(END) is None else f'(said {end} {start} "assistant")*'
