@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from worker.model import cpu
+
+if TYPE_CHECKING:
+    from worker.model.cpu.attention import Runs
 
 NAME = "baton"
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0       # MAP_NORESERVE; mmap names it from Python 3.13 on
@@ -63,6 +66,16 @@ class Context(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Takes [1, heads, rows, head_dim] each; returns [1, rows, query heads, head_dim]."""
+
+
+class InSlots(Protocol):
+    """A context that kernels of ours can compute: rows that stand in slots, as runs of tokens."""
+
+    @property
+    def layers(self) -> list[KVLayer]: ...
+
+    @property
+    def runs(self) -> Runs: ...
 
 
 def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None = None, *,
@@ -153,31 +166,29 @@ class DecodeRows:
     layers: list[KVLayer]
     slots: Sequence[int]
     positions: Sequence[int]
-    programs: dict[int, Any] = field(default_factory=dict)      # by numbers of rows, of this memory (cpu/stack.py)
     _slots: Tensor = field(init=False)
     _positions: Tensor = field(init=False)
     _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
     _places: dict[int, Tensor] = field(init=False, default_factory=dict)
     _reached: list[Reach] | None = field(init=False, default=None)
+    _runs: Runs | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._slots, self._positions = torch.tensor(self.slots), torch.tensor(self.positions)
 
-    def move_to(self, other: DecodeRows) -> None:
-        """So many rows somewhere else: for kernels, which read it where it lies."""
-        self._slots.copy_(other._slots)
-        self._positions.copy_(other._positions)
+    @property
+    def runs(self) -> Runs:
+        if self._runs is None:
+            self._runs = make_runs(self._slots, self._positions, [1] * len(self.slots))
+        return self._runs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        if cpu.attends(query):
+            return attend_by_kernels(self, layer, query, key, value, scores)
         num_rows, num_padded_rows = len(self.slots), query.shape[2]
         query, key, value = (tensor[0, :, :num_rows].transpose(0, 1) for tensor in (query, key, value))
-        if cpu.attends(query):
-            out = attend_by_kernels(self.layers[layer], query, key, value, self._slots, self._positions, scores)
-        else:
-            out = self._weigh(self.layers[layer], query, key, value, scores)
-        if num_rows < num_padded_rows:
-            out = torch.cat([out, out.new_zeros(num_padded_rows - num_rows, *out.shape[1:])])
-        return out[None]
+        out = self._weigh(self.layers[layer], query, key, value, scores)
+        return filled(out, num_padded_rows)[None]
 
     def _weigh(self, layer: KVLayer, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Takes [rows, heads, head_dim] each; returns [rows, query heads, head_dim]."""
@@ -220,16 +231,21 @@ class PrefillChunk:
     _slots: Tensor = field(init=False)
     _positions: Tensor = field(init=False)
     _masks: dict[tuple[int | None, int], Tensor] = field(init=False, default_factory=dict)
+    _runs: Runs | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._slots = torch.full((self.end - self.begin,), self.slot)
         self._positions = torch.arange(self.begin, self.end)
 
+    @property
+    def runs(self) -> Runs:
+        if self._runs is None:
+            self._runs = make_runs(self._slots, self._positions, [self.end - self.begin])
+        return self._runs
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         if cpu.attends(query):
-            query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-            return attend_by_kernels(self.layers[layer], query, key, value, self._slots, self._positions, scores,
-                                     run_len=self.end - self.begin)[None]
+            return attend_by_kernels(self, layer, query, key, value, scores)
         _, num_heads, num_rows, head_dim = query.shape
         num_kv_heads = key.shape[1]
         group = num_heads // num_kv_heads
@@ -261,10 +277,9 @@ class SlotMemory:
     """Makes the contexts of forwards over what `allocate` gave."""
 
     layers: list[KVLayer]
-    _programs: dict[int, Any] = field(init=False, default_factory=dict)
 
     def rows(self, slots: Sequence[int], positions: Sequence[int]) -> DecodeRows:
-        return DecodeRows(self.layers, slots, positions, self._programs)
+        return DecodeRows(self.layers, slots, positions)
 
     def chunk(self, slot: int, begin: int, end: int) -> PrefillChunk:
         return PrefillChunk(self.layers, slot, begin, end)
@@ -275,8 +290,28 @@ class Together:
     """One forward of several parts, each with its rows, in order. Rows behind them only fill it up."""
 
     parts: Sequence[tuple[Context, int]]
+    _runs: Runs | None = field(init=False, default=None)
+
+    @property
+    def layers(self) -> list[KVLayer]:
+        return self._in_slots[0].layers
+
+    @property
+    def _in_slots(self) -> list[InSlots]:
+        return [cast(InSlots, part) for part, _ in self.parts]
+
+    @property
+    def runs(self) -> Runs:
+        if self._runs is None:
+            parts = [part.runs for part in self._in_slots]
+            self._runs = make_runs(torch.cat([part.slots for part in parts]),
+                                   torch.cat([part.positions for part in parts]),
+                                   [run_len for part in parts for run_len in part.lens])
+        return self._runs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        if cpu.attends(query):
+            return attend_by_kernels(self, layer, query, key, value, scores)
         sizes = [num_rows for _, num_rows in self.parts]
         sizes.append(query.shape[2] - sum(sizes))
         split = [tensor.split(sizes, dim=2) for tensor in (query, key, value)]
@@ -307,15 +342,32 @@ def causal_mask(positions: Tensor, kv_len: int, window: int | None, dtype: torch
     return torch.zeros(ages.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
 
 
-def attend_by_kernels(layer: KVLayer, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor,
-                      scores: Scores, run_len: int = 1) -> Tensor:
-    """Takes [rows, heads, head_dim] each, of which `run_len` are consecutive tokens of one slot; returns
-    [rows, query heads, head_dim]."""
+def make_runs(slots: Tensor, positions: Tensor, lens: list[int]) -> Runs:
+    from worker.model.cpu.attention import Runs  # needs llvmlite
+
+    return Runs(slots, positions, lens)
+
+
+def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+                      ) -> Tensor:
+    """As `Context.attend`."""
     from worker.model.cpu.attention import attend, write
 
-    write(*layer, key, value, slots, positions)
-    return attend(query, *layer, slots, positions, run_len=run_len, scaling=scores.scaling,
-                  window=scores.sliding_window, softcap=scores.softcap, sinks=scores.sinks)
+    keys, values = context.layers[layer]
+    num_kv_heads, head_dim = key.shape[1], key.shape[3]
+    rows = context.runs.rows(query.shape[1] // num_kv_heads, head_dim)
+    num_rows, num_padded_rows = len(rows.slots), query.shape[2]
+    query, key, value = (tensor[0, :, :num_rows].transpose(0, 1) for tensor in (query, key, value))
+    write(keys, values, key, value, rows.slots, rows.positions)
+    out = attend(query, keys, values, rows, scaling=scores.scaling, window=scores.sliding_window,
+                 softcap=scores.softcap, sinks=scores.sinks)
+    return filled(out, num_padded_rows)[None]
+
+
+def filled(out: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, …]: with zeros behind the rows that there are."""
+    num_missing = num_rows - len(out)
+    return torch.cat([out, out.new_zeros(num_missing, *out.shape[1:])]) if num_missing else out
 
 
 def weigh_pages(query: Tensor, keys: Tensor, values: Tensor, reaches: Sequence[Reach], mask: Tensor, scores: Scores

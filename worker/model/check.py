@@ -6,15 +6,18 @@ It computes on random tokens in slots of its own, which it gives back.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from worker.model import memory
-from worker.model.attention import NAME, Recorder
+from worker.model.attention import NAME, Recorder, Together
 from worker.model.linear import packed_linears
-from worker.model.model import SHARED_UNIT, Model
+from worker.model.model import MAX_SHARED_ROWS, SHARED_UNIT, Model
+
+if TYPE_CHECKING:
+    from worker.model.cpu.forward import Forwards
 
 NUM_TOKENS = 24
 CHUNKS = (0, 11, 18)                                                # two chunks, then decode rows
@@ -22,7 +25,6 @@ MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding a
 MAX_QUANTIZED_ERROR = 0.25
 MIN_ROWS, MAX_ROWS = 1, 32
 UNIFORM_ROWS = 1, 2, 5, 16                                          # in forwards of so many, NUM_TOKENS together
-MAX_SHARED_ROWS = 320       # of a whole chunk of a prompt and 64 decode rows
 MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
 DEVICE_ROWS = (16, 128, 256)    # of every forward on a GPU, where so few cost what one costs: reading the weights
 
@@ -105,6 +107,27 @@ def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
     fewer = list(takewhile(is_usual, range(num_usual - 1, MIN_ROWS - 1, -1)))
     more = list(takewhile(is_usual, (12, 16, 24, MAX_ROWS - 1, MAX_ROWS)))
     return min(fewer, default=num_usual), max(more, default=num_usual)
+
+
+def says_the_same(model: Model, program: Forwards) -> bool:
+    """A chunk, and a chunk beside decode rows, by a program and by the model itself."""
+    token_ids, begin = random_token_ids(model.vocab_size, NUM_TOKENS), CHUNKS[1]
+
+    def played() -> Tensor:
+        trial = memory.scratch(model.kv_shapes, 3, NUM_TOKENS, model.dtype, model.device)
+        first = model.forward(token_ids[:begin], range(begin), trial.chunk(1, 0, begin), range(begin))
+        decoded, num_prefilled = range(begin, CHUNKS[2]), NUM_TOKENS - CHUNKS[2]
+        parts = [(trial.rows([1] * len(decoded), decoded), len(decoded)),
+                 (trial.chunk(2, 0, num_prefilled), num_prefilled)]
+        second = model.forward(token_ids[begin:], [*decoded, *range(num_prefilled)], Together(parts),
+                               range(0, NUM_TOKENS - begin, 2))
+        return torch.cat([first, second])
+
+    expected = played()
+    before, model.program = model.program, program
+    got = played()
+    model.program = before
+    return torch.equal(got, expected)
 
 
 def is_uniform(model: Model) -> bool:

@@ -11,7 +11,7 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from worker.model import attention, check, cpu, experts, identity, memory
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
-from worker.model.fused import FusedLayer, fuse_blocks
+from worker.model.fused import fuse_blocks
 from worker.model.linear import pack_linears
-from worker.model.model import Model
+from worker.model.model import MAX_SHARED_ROWS, Model
+
+if TYPE_CHECKING:
+    from worker.model.cpu.forward import Forwards
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +54,6 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     fuse_blocks(module, token_ids, kv_shapes, recorder.scores)
     if not memory.is_paged(module.device):
         pack_linears(module)
-    if cpu.computes(module.dtype):
-        from worker.model.cpu.stack import stack
-
-        stack(module, FusedLayer)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=choose_max_model_len(text_config, max_model_len),
@@ -62,10 +61,20 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
         kv_shapes=kv_shapes,
         weights_id=identity.weights_id(folder, config.to_dict(), quantization))
     require_windows(text_config, recorder, model.max_model_len)
+    if cpu.computes(module.dtype):
+        model.program = try_program(model)
     probe(model, expected, max_num_seqs)
     if quantization == "int8":
         quantize(model, expected)
     return model
+
+
+def try_program(model: Model) -> Forwards | None:
+    """Its forwards as one call each, where that says what the model says."""
+    from worker.model.cpu.forward import Forwards  # needs llvmlite
+
+    program = Forwards.of(model.module, model.kv_shapes, MAX_SHARED_ROWS, model.max_model_len)
+    return program if program and check.says_the_same(model, program) else None
 
 
 def read_config(folder: Path) -> Any:
@@ -204,7 +213,7 @@ def probe(model: Model, expected: Tensor, max_num_seqs: int) -> None:
     name = type(model.module).__name__
     model.is_uniform = check.is_uniform(model)
     if model.is_uniform:
-        model.min_rows, model.max_rows, model.max_shared_rows = 1, check.MAX_SHARED_ROWS, check.MAX_SHARED_ROWS
+        model.min_rows, model.max_rows, model.max_shared_rows = 1, MAX_SHARED_ROWS, MAX_SHARED_ROWS
     else:
         model.min_rows, model.max_rows = check.probe_row_limit(model, max_num_seqs)
         model.max_shared_rows = check.probe_shared_rows(model)

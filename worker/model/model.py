@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from worker.model.attention import Context, KVShape, Together
+from worker.model.attention import Context, InSlots, KVShape, Together
 from worker.model.transfer import send
 
+if TYPE_CHECKING:
+    from worker.model.cpu.forward import Forwards
+
+MAX_SHARED_ROWS = 320                   # of a whole chunk of a prompt and 64 decode rows
 SHARED_UNIT = 16                        # rows: forwards that parts share have multiples of it, which were all tried
 
 
@@ -33,12 +37,16 @@ class Model:
     is_uniform: bool = False            # a token has the same bits in every forward, of rows or of chunks
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
+    program: Forwards | None = None     # of forwards, on a CPU and of a model that allows it
     max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart
     numerics_id: str = ""               # equal ids promise equal bits
 
     def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
                 kept: Sequence[int]) -> Tensor:
         """Logits of the `kept` rows, [len(kept), vocab_size]; the head computes no others."""
+        if self.program and self.program.fits(len(positions), context):
+            logits: Tensor = self.program.run(token_ids, cast(InSlots, context), kept)
+            return logits[:, :self.vocab_size]
         padded = [*kept, *[kept[-1]] * (self.min_rows - len(kept))]
         ids = token_ids if isinstance(token_ids, Tensor) else send(token_ids, self.device)
         places, rows = (send(each, self.device) for each in (positions, padded))
@@ -63,8 +71,8 @@ class Model:
 
     def together(self, token_ids: Sequence[int] | Tensor, parts: Sequence[tuple[Context, int]],
                  positions: Sequence[int], kept: Sequence[int]) -> Tensor:
-        """`forward` of parts, each with its number of rows, filled up to a multiple of `SHARED_UNIT`."""
-        missing = -len(positions) % SHARED_UNIT
+        """`forward` of parts, each with its number of rows; filled up to a multiple of `SHARED_UNIT` if it matters."""
+        missing = 0 if self.is_uniform else -len(positions) % SHARED_UNIT
         if missing:
             token_ids = _extended(token_ids, missing)
             positions = [*positions, *[positions[-1]] * missing]

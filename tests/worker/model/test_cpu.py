@@ -132,8 +132,8 @@ def test_an_older_processor_computes_the_same_in_float32(old: None) -> None:
     assert torch.equal(layer(x[3:5]), layer(x)[3:5])
 
     query, (keys, values) = torch.randn(1, 3, 64), torch.randn(2, 1, 1, 1, 256, 64)
-    out = attention.attend(query, keys, values, torch.tensor([0]), torch.tensor([99]), run_len=1, scaling=0.125,
-                           window=None, softcap=None, sinks=None)
+    rows = attention.Runs(torch.tensor([0]), torch.tensor([99]), [1]).rows(3, 64)
+    out = attention.attend(query, keys, values, rows, scaling=0.125, window=None, softcap=None, sinks=None)
     shares = (query[0].double() @ keys[0, 0, 0, :100].double().T * 0.125).softmax(-1)
     assert is_near(out[0], shares @ values[0, 0, 0, :100].double(), 100)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from worker.model import cpu, memory
+from worker.model.attention import Context, Together
 from worker.model.loading import load
-from worker.model.model import Model
+from worker.model.model import MAX_SHARED_ROWS, Model
 
 if not cpu.computes(torch.float32):
     pytest.skip("kernels of ours do not run here", allow_module_level=True)
 
-from worker.model.cpu import stack as stacks
+from worker.model.cpu import forward
 from worker.model.cpu.code import FLOAT32, Code, Value
 from worker.model.cpu.kernel import Kernel, empty
-from worker.model.cpu.program import ALIGNMENT, Arena, Program, recorded
-from worker.model.cpu.stack import Stack
+from worker.model.cpu.linear import PanelLinear
+from worker.model.cpu.program import ALIGNMENT, Arena, Program, Recording, Unexplained, recorded
 from worker.model.fused import FusedLayer
 
 TINY = Path(__file__).parents[3] / "worker" / "tiny" / "model"
 NUM_SLOTS, NUM_TOKENS = 8, 300
+DTYPES = [name for name in ("float32", "bfloat16") if cpu.computes(getattr(torch, name))]
 
 
 @Kernel
@@ -45,28 +48,49 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def test_a_program_makes_calls_again_in_their_order(threads: int) -> None:
-    """Each sees what the one before has written, all of it."""
-    arena, x = Arena(1 << 20), torch.zeros(500, 16)
+def doubled(arena: Arena, x: Tensor, times: int, threads: int) -> Recording:
+    arena.restart()
     with recorded(arena) as calls:
         out = x
-        for _ in range(20):
-            source, out = out, empty(500, 16, torch.float32)
-            twice(source, out, 500, num_threads=threads)
-    program = Program(calls)
-    for number in (1.0, 3.0):
-        x.fill_(number)
+        for _ in range(times):
+            source, out = out, empty(len(x), 16, torch.float32)
+            twice(source, out, len(x), num_threads=threads)
+    return Recording(calls, {"rows": len(x), "x": x.data_ptr()})
+
+
+def test_a_program_makes_calls_again_in_their_order(threads: int) -> None:
+    """Each sees what the one before has written, all of it; of any number of rows, wherever they lie."""
+    arena = Arena(500, 20 * 64)
+    program = Program(*(doubled(arena, torch.zeros(num_rows, 16), 20, threads) for num_rows in (2, 7)))
+    arena.restart()
+    outs = [arena.take(500, 16, torch.float32) for _ in range(20)]
+    for num_rows in (500, 3):
+        x = torch.randn(num_rows, 16)
+        program.set("rows", num_rows)
+        program.set("x", x.data_ptr())
         for _ in range(50):
-            program.run()
-            assert (out == number * 2**20).all()
+            outs[-1].fill_(-1.0)
+            program.run(threads)
+            assert torch.equal(outs[-1][:num_rows], x * 2**20) and (outs[-1][num_rows:] == -1).all()
+
+
+@pytest.mark.parametrize(("why", "numbers"), [
+    ("they call other kernels", [{}, {}]), ("what has no name", [{}, {}]),
+    ("by nothing", [{"rows": 2, "again": 2}, {"rows": 9, "again": 9}]), ("by nothing", [{"slots": 3}, {"slots": 3}])])
+def test_recordings_that_say_more_than_their_names_are_no_program(why: str, numbers: list[dict[str, int]]) -> None:
+    arena, inputs = Arena(9, 64 * 4), [torch.zeros(num_rows, 16) for num_rows in (2, 9)]
+    calls = [doubled(arena, x, 3 + (index if "other" in why else 0), 1).calls for index, x in enumerate(inputs)]
+    with pytest.raises(Unexplained, match=why):
+        Program(*map(Recording, calls, numbers))
 
 
 def test_memory_is_used_again_two_turns_later() -> None:
-    arena = Arena(10 * ALIGNMENT)
+    arena = Arena(3, 10 * ALIGNMENT)
     first = arena.take(1, ALIGNMENT, torch.uint8)
-    assert arena.take(3, 5, torch.bfloat16).data_ptr() == first.data_ptr() + ALIGNMENT
-    with pytest.raises(MemoryError):
-        arena.take(9, ALIGNMENT, torch.uint8)
+    assert arena.take(3, 5, torch.bfloat16).data_ptr() == first.data_ptr() + 3 * ALIGNMENT
+    for num_rows, width in ((1, 9 * ALIGNMENT), (4, 1)):
+        with pytest.raises(MemoryError):
+            arena.take(num_rows, width, torch.uint8)
     arena.turn()
     second = arena.take(1, ALIGNMENT, torch.uint8)
     arena.turn()
@@ -77,13 +101,8 @@ def tiny(dtype: Any) -> Model:
     return load(str(TINY), dtype=dtype)
 
 
-def the_stack(model: Model) -> Stack:
-    found, = (module for module in model.module.modules() if isinstance(module, Stack))
-    return found
-
-
 def played(model: Model) -> list[Tensor]:
-    """Logits of some forwards, of rows that come, go and move."""
+    """Logits of some forwards: of rows that come, go and move, of chunks, and of both."""
     draw = random.Random(0)
     trial = memory.scratch(model.kv_shapes, NUM_SLOTS, NUM_TOKENS, model.dtype, model.device)
     for layer in trial.layers:
@@ -91,56 +110,87 @@ def played(model: Model) -> list[Tensor]:
             cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(1)))
     logits = []
     for _ in range(30):
-        num_rows = draw.randint(1, NUM_SLOTS)
-        slots = sorted(draw.sample(range(NUM_SLOTS), num_rows))
-        positions = [draw.randrange(NUM_TOKENS) for _ in slots]
-        token_ids = [draw.randrange(model.vocab_size) for _ in slots]
-        logits.append(model.decode(token_ids, trial.rows(slots, positions), positions, range(num_rows)))
+        num_rows, num_chunks = draw.choice([(draw.randint(1, NUM_SLOTS), 0), (0, 1), (3, 2), (1, 1)])
+        slots = sorted(draw.sample(range(NUM_SLOTS), num_rows + num_chunks))
+        positions = [draw.randrange(NUM_TOKENS) for _ in range(num_rows)]
+        parts: list[tuple[Context, int]] = [(trial.rows(slots[:num_rows], positions), num_rows)] if num_rows else []
+        for slot in slots[num_rows:]:
+            begin = draw.randrange(NUM_TOKENS - 1)
+            end = min(begin + draw.randint(1, 100), NUM_TOKENS)
+            positions += range(begin, end)
+            parts.append((trial.chunk(slot, begin, end), end - begin))
+        token_ids = [draw.randrange(model.vocab_size) for _ in positions]
+        kept = sorted(draw.sample(range(len(positions)), draw.randint(1, len(positions))))
+        context = Together(parts) if len(parts) > 1 else parts[0][0]
+        logits.append(model.forward(token_ids, positions, context, kept))
     return logits
 
 
-@pytest.mark.parametrize("dtype", [name for name in ("float32", "bfloat16") if cpu.computes(getattr(torch, name))])
-def test_rows_of_a_program_have_the_bits_of_calls(dtype: Any) -> None:
-    model = tiny(dtype)
-    by_program = played(model)
-    assert the_stack(model).is_recordable
-    the_stack(model).is_recordable = False
-    assert all(torch.equal(*pair) for pair in zip(by_program, played(model), strict=True))
+def says_what_calls_say(model: Model) -> bool:
+    assert model.program and model.is_uniform
+    pairs = zip(played(model), played(replace(model, program=None)), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
-def test_heads_that_have_norms_are_part_of_it(tmp_path: Path) -> None:
-    config = Qwen3Config(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=NUM_TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_program_has_the_bits_of_calls(dtype: Any) -> None:
+    assert says_what_calls_say(tiny(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (3, 3, 32), (8, 1, 128), (8, 2, 64)])
+def test_it_is_the_same_whatever_heads_there_are(tmp_path: Path, num_heads: int, num_kv_heads: int, head_dim: int,
+                                                 dtype: Any) -> None:
+    """With norms of their own; and few tokens may be all that a model takes."""
+    config = Qwen3Config(vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=head_dim,
+                         num_attention_heads=num_heads, num_key_value_heads=num_kv_heads,
+                         max_position_embeddings=NUM_TOKENS)
     module = Qwen3ForCausalLM(config)
     for layer in module.model.layers:
         torch.nn.init.normal_(layer.self_attn.q_norm.weight)
     module.save_pretrained(tmp_path)
-    model = load(str(tmp_path))
-    by_program = played(model)
-    assert the_stack(model).is_recordable and model.is_uniform
-    the_stack(model).is_recordable = False
-    assert all(torch.equal(*pair) for pair in zip(by_program, played(model), strict=True))
+    assert says_what_calls_say(load(str(tmp_path), dtype=dtype))
+    assert load(str(tmp_path), dtype=dtype, max_model_len=20).program
 
 
-@pytest.mark.parametrize("why", ["an operator of torch", "no room"])
+@pytest.mark.parametrize("why", ["an operator of torch", "no room", "angles that depend on a length"])
 def test_what_cannot_be_recorded_is_called(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "no room":
-        monkeypatch.setattr(stacks, "MAX_WIDTHS", 2)
-    else:
+        monkeypatch.setattr(forward, "MAX_WIDTHS", 2)
+    elif why == "an operator of torch":
         plain = FusedLayer._add
         monkeypatch.setattr(FusedLayer, "_add", lambda self, x, added: plain(self, x, added) * 1.0)
+    else:
+        monkeypatch.setattr(forward, "FIXED_ROPES", ("llama3",))
     model = tiny("float32")
-    assert not the_stack(model).is_recordable
+    assert model.program is None
     monkeypatch.undo()
     assert all(torch.equal(*pair) for pair in zip(played(model), played(tiny("float32")), strict=True))
 
 
-def test_each_memory_has_programs_of_its_own() -> None:
-    model = tiny("float32")
-    assert all(torch.equal(*pair) for pair in zip(played(model), played(model), strict=True))
+def test_what_says_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something that a family does beside its parts: here the head's outputs are others when it is called by itself."""
+    multiply, by_itself = PanelLinear.forward, []
+
+    def multiplied(self: PanelLinear, x: Tensor) -> Tensor:
+        out = multiply(self, x)
+        if x.dim() > 2:
+            return out
+        by_itself.append(len(x))
+        return out * 2
+
+    monkeypatch.setattr(PanelLinear, "forward", multiplied)
+    assert tiny("float32").program is None and by_itself
 
 
-def test_large_layers_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where calling costs nothing beside computing."""
-    monkeypatch.setattr(stacks, "MAX_WEIGHTS", 1000)
-    assert not any(isinstance(module, Stack) for module in tiny("float32").module.modules())
+def test_more_rows_than_it_has_room_for_are_called() -> None:
+    model, num_tokens = tiny("float32"), MAX_SHARED_ROWS + 1
+    trial = memory.scratch(model.kv_shapes, 1, num_tokens, model.dtype, model.device)
+    token_ids = [token % model.vocab_size for token in range(num_tokens)]
+    assert model.program
+    logits = []
+    for end, fits in ((num_tokens, False), (MAX_SHARED_ROWS, True)):
+        chunk = trial.chunk(0, 0, end)
+        assert model.program.fits(end, chunk) is fits
+        logits.append(model.forward(token_ids[:end], range(end), chunk, [MAX_SHARED_ROWS - 1]))
+    assert torch.equal(*logits)

@@ -24,7 +24,7 @@ from worker.model import attention, check, cpu, identity
 from worker.model.folder import ModelRefused
 from worker.model.linear import PackedLinear
 from worker.model.loading import choose_device, computes_bfloat16, load
-from worker.model.model import SHARED_UNIT
+from worker.model.model import MAX_SHARED_ROWS, SHARED_UNIT
 
 
 def refusal(folder: Path | str, **options: Any) -> str:
@@ -175,7 +175,7 @@ def test_a_forward_is_shared_only_by_as_many_rows_as_were_tried(tmp_path: Path, 
     """Where the processor's products are alike for any number of rows; one more that are not, and it ends there."""
     with computing_by("torch"):
         model = load(str(save("llama", tmp_path, torch.bfloat16)), dtype="bfloat16")
-        assert model.max_shared_rows in (0, *range(2 * SHARED_UNIT, check.MAX_SHARED_ROWS + 1, SHARED_UNIT))
+        assert model.max_shared_rows in (0, *range(2 * SHARED_UNIT, MAX_SHARED_ROWS + 1, SHARED_UNIT))
         plain = PackedLinear.forward
         monkeypatch.setattr(PackedLinear, "forward", lambda self, x: plain(self, x) * (1 + (x.shape[-2] > 100) / 64))
         assert check.probe_shared_rows(model) == min(model.max_shared_rows, 96)

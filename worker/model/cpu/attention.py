@@ -8,7 +8,9 @@ Gimelshein, arXiv:1805.02867). Keys and values are read where they lie, by one c
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,32 +24,89 @@ NUM_SUMS = 24               # vectors in registers: what the queries of a tile h
 LOWEST = -1e30              # below all logits, and a number: what is not met yet weighs nothing
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, *, run_len: int,
-           scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+class Rows(NamedTuple):
+    """Where the rows of a forward stand, and which of their queries are met at once.
+
+    Tiles are [tiles, 2]: of each the first row, and the first query of that row's run. Runs of consecutive tokens of
+    one slot share tiles, which read a key once for many queries; other rows have tiles of their own.
+    """
+
+    slots: Tensor           # [rows]
+    positions: Tensor       # [rows]
+    single_tiles: Tensor
+    shared_tiles: Tensor
+
+
+@dataclass(slots=True)
+class Runs:
+    """Rows as runs of consecutive tokens of one slot each, in order."""
+
+    slots: Tensor
+    positions: Tensor
+    lens: Sequence[int]
+    _rows: dict[tuple[int, int], Rows] = field(init=False, default_factory=dict)
+
+    @classmethod
+    def placed(cls, rows: Rows, group: int, head_dim: int) -> Runs:
+        """Of rows as they are."""
+        runs = cls(rows.slots, rows.positions, [])
+        runs._rows[group, head_dim] = rows
+        return runs
+
+    def rows(self, group: int, head_dim: int) -> Rows:
+        """For layers where so many query heads share a head of keys."""
+        if (group, head_dim) not in self._rows:
+            self._rows[group, head_dim] = Rows(self.slots, self.positions, *tiles(self.lens, group, head_dim))
+        return self._rows[group, head_dim]
+
+
+def most_queries(head_dim: int) -> int:
+    """That a tile has room for."""
+    return max(1, NUM_SUMS * LANES // head_dim)
+
+
+def queries_of_single(group: int, head_dim: int) -> int:
+    """That a tile of one row has: a group of heads in as few parts as have room, all alike."""
+    return -(-group // -(-group // most_queries(head_dim)))
+
+
+def tiles(lens: Sequence[int], group: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Of single rows and of runs that fill a tile, as in `Rows`; `group` query heads share a head of keys."""
+    most, single = most_queries(head_dim), queries_of_single(group, head_dim)
+    of_singles, of_runs, row = [], [], 0
+    for run_len in lens:
+        if run_len > 1 and run_len * group >= most:     # the last tile may say some twice
+            of_runs += [(row, min(begin, run_len * group - most)) for begin in range(0, run_len * group, most)]
+        else:
+            of_singles += [(each, min(begin, group - single)) for each in range(row, row + run_len)
+                           for begin in range(0, group, single)]
+        row += run_len
+    return _table(of_singles), _table(of_runs)
+
+
+def _table(tiles: list[tuple[int, int]]) -> Tensor:
+    return torch.tensor(tiles, dtype=torch.int64).view(-1, 2)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: float, window: int | None,
+           softcap: float | None, sinks: Tensor | None) -> Tensor:
     """Queries of [rows, heads, head_dim] over pages of [pages, slots, num_kv_heads, page_len, head_dim] each.
 
-    Of every row the keys up to its position, which stand there already. `run_len` rows are consecutive tokens of one
-    slot each.
+    Of every row the keys up to its position, which stand there already.
     """
     num_rows, num_heads, head_dim = query.shape
     _, num_slots, num_kv_heads, page_len, _ = keys.shape
     group = num_heads // num_kv_heads
-    run_len, tile = _tile(run_len, group, head_dim)
     out = empty(num_rows, num_heads * head_dim, query.dtype).view(num_rows, num_heads, head_dim)
-    _attend(query, keys, values, slots, positions, out, 0 if sinks is None else sinks.float(), num_rows // run_len,
-            run_len, num_slots, num_kv_heads, group, query.stride(0), query.stride(1), window or NO_WINDOW,
-            float(scaling), float(softcap or 1), num_threads=threads_for(query.numel() * LANES), dtype=query.dtype,
-            head_dim=head_dim, page_len=page_len, tile=tile, has_softcap=softcap is not None,
-            has_sinks=sinks is not None)
+    for begins, tile in ((rows.single_tiles, queries_of_single(group, head_dim)),
+                         (rows.shared_tiles, most_queries(head_dim))):
+        if len(begins):
+            _attend(query, keys, values, rows.slots, rows.positions, begins, out,
+                    0 if sinks is None else sinks.float(), len(begins), num_slots, num_kv_heads, group, query.stride(0),
+                    query.stride(1), window or NO_WINDOW, float(scaling), float(softcap or 1),
+                    num_threads=threads_for(query.numel() * LANES), dtype=query.dtype, head_dim=head_dim,
+                    page_len=page_len, tile=tile, has_softcap=softcap is not None, has_sinks=sinks is not None)
     return out
-
-
-def _tile(run_len: int, group: int, head_dim: int) -> tuple[int, int]:
-    """How long runs are taken to be, and how many queries of one are met at once: few kinds, each is compiled."""
-    most = max(1, NUM_SUMS * LANES // head_dim)
-    if run_len * group >= most and run_len > 1:
-        return run_len, most
-    return 1, -(-group // -(-group // most))
 
 
 def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -78,21 +137,19 @@ def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, slo
 
 
 @Kernel
-def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, positions: Value, out: Value,
-            sinks: Value, num_runs: Value, run_len: Value, num_slots: Value, num_kv_heads: Value, group: Value,
+def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, positions: Value, begins: Value,
+            out: Value, sinks: Value, num_tiles: Value, num_slots: Value, num_kv_heads: Value, group: Value,
             row_stride: Value, head_stride: Value, window: Value, scaling: Value, softcap: Value, *,
             dtype: torch.dtype, head_dim: int, page_len: int, tile: int, has_softcap: bool, has_sinks: bool) -> None:
     element = ELEMENTS[dtype]
     size = SIZES[element]
-    num_queries = run_len * group
-    num_tiles = (num_queries + tile - 1) // tile
-    with code.shares(num_runs * num_kv_heads * num_tiles) as unit:
-        run, kv_head = unit // num_tiles // num_kv_heads, unit // num_tiles % num_kv_heads
-        slot = code.load(slots + run * run_len * SIZES[INTEGER], INTEGER, 1)
-        begin = code.smaller(unit % num_tiles * tile, num_queries - tile)       # the last tile may say some twice
+    with code.shares(num_tiles * num_kv_heads) as unit:
+        kv_head, place = unit // num_tiles, begins + unit % num_tiles * (2 * SIZES[INTEGER])
+        first_row, begin = code.load(place, INTEGER, 1), code.load(place + SIZES[INTEGER], INTEGER, 1)
+        slot = code.load(slots + first_row * SIZES[INTEGER], INTEGER, 1)
         queries, places = [], []
         for i in range(tile):
-            row, head = run * run_len + (begin + i) // group, kv_head * group + (begin + i) % group
+            row, head = first_row + (begin + i) // group, kv_head * group + (begin + i) % group
             position = code.load(positions + row * SIZES[INTEGER], INTEGER, 1)
             sink = code.load(sinks + head * SIZES[FLOAT32], FLOAT32, 1) if has_sinks else None
             queries.append(_Query(code, query + (row * row_stride + head * head_stride) * size, element, head_dim,

@@ -22,6 +22,7 @@ from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, Code
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 MIN_SHARED_WORK = 1 << 15   # numbers to go through: fewer are done before another thread is awake
+MIN_SHARED_PRODUCTS = 1 << 20       # or to multiply and add: ten microseconds
 ALIASED_BYTES = 2048        # rows at such distances fight for the same few lines of a core's cache
 OPTIMIZATION = 2            # of 3: the third level takes longer and finds nothing more
 
@@ -152,9 +153,9 @@ def processor() -> Processor:
     return Processor(llvm.get_host_cpu_name(), llvm.get_host_cpu_features())
 
 
-def threads_for(num_numbers: int) -> int:
+def threads_for(num_numbers: int, least: int = MIN_SHARED_WORK) -> int:
     """That so much work is worth."""
-    return torch.get_num_threads() if num_numbers >= MIN_SHARED_WORK else 1
+    return torch.get_num_threads() if num_numbers >= least else 1
 
 
 def empty(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:

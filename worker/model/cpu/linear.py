@@ -16,9 +16,10 @@ from torch import Tensor
 
 from worker.model.cpu import LANES
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, vector
-from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, processor, threads_for
+from worker.model.cpu.kernel import ELEMENTS, MIN_SHARED_PRODUCTS, Kernel, empty, processor, threads_for
 
 BLOCK_BYTES = 1 << 18       # of rows that stay in a core's cache while panel after panel passes
+AHEAD_BYTES = 1 << 12       # of weights that are on their way from memory: the processor itself looks less far ahead
 
 
 class Tile(NamedTuple):
@@ -68,8 +69,8 @@ class PanelLinear(torch.nn.Module):
         num_rows = rows.shape[0]
         out = empty(num_rows, self.width, self.dtype)
         _multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), self.num_steps, self.num_panels,
-                  self.block_rows, num_threads=threads_for(num_rows * self.width * self.num_columns), dtype=self.dtype,
-                  stored=self.packed.dtype, tile=self.tile)
+                  self.block_rows, dtype=self.dtype, stored=self.packed.dtype, tile=self.tile,
+                  num_threads=threads_for(num_rows * self.width * self.num_columns, MIN_SHARED_PRODUCTS))
         if self.width != self.num_outputs:
             out = out[:, :self.num_outputs].contiguous()
         return out.view(*x.shape[:-1], self.num_outputs)
@@ -122,6 +123,7 @@ def _sums(code: Code, rows: list[Value], weights: Value, starts: list[Value], nu
     size = length * SIZES[kept]
     with code.loop(0, num_steps) as step:
         place = weights + step * (size * len(starts))
+        code.prefetch(place + AHEAD_BYTES, size * len(starts))
         columns = [(code.load if is_paired else code.numbers)(place + i * size, kept, length)
                    for i in range(len(starts))]
         for row, line in zip(rows, sums, strict=True):

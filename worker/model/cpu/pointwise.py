@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from worker.model.cpu import LANES
-from worker.model.cpu.code import SIZES, Code, Value
+from worker.model.cpu.code import INTEGER, SIZES, Code, Value
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, empty_rows, threads_for
 
 
@@ -22,6 +22,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _rotate(x, cos, sin, num_rows, num_heads, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
             num_threads=threads_for(x.numel()), dtype=x.dtype, head_dim=head_dim)
     return x
+
+
+def gather(table: Tensor, places: Tensor, out: Tensor) -> Tensor:
+    """Rows of a dense table of [any, n], into `out` of [rows, n]."""
+    _gather(table, places, out, len(places), table.shape[1], num_threads=threads_for(out.numel()), dtype=table.dtype)
+    return out
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
@@ -80,6 +86,18 @@ def _rotate(code: Code, x: Value, cos: Value, sin: Value, num_rows: Value, num_h
                 first, second = code.numbers(place, element), code.numbers(place + half * size, element)
                 code.store(first * first_cos - second * first_sin, place, element)
                 code.store(second * second_cos + first * second_sin, place + half * size, element)
+
+
+@Kernel
+def _gather(code: Code, table: Value, places: Value, out: Value, num_rows: Value, width: Value, *, dtype: torch.dtype
+            ) -> None:
+    element = ELEMENTS[dtype]
+    size = SIZES[element]
+    with code.shares(num_rows) as row:
+        source = table + code.load(places + row * SIZES[INTEGER], INTEGER, 1) * width * size
+        with code.loop(0, width, LANES) as column:
+            numbers = code.load(source + column * size, element)
+            code.store(numbers, out + (row * width + column) * size, element)
 
 
 @Kernel

@@ -1,19 +1,22 @@
 """Kernel calls that were made once and are made again as one: what a CUDA graph is on a GPU.
 
 To call a kernel from Python takes microseconds, and a small model's step is some hundred calls. A program runs them in
-one, with nothing but a barrier from each to the next; what they read and write lies where it lay when they were
-recorded. It knows calls and memory. It knows nothing of models.
+one, with nothing but a barrier from each to the next. What differs between two recordings of the same calls, counts of
+rows and addresses, is given a name and may be another at every run; all else stays as it was. It knows calls and
+memory. It knows nothing of models.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -47,17 +50,28 @@ end:
 """
 
 
+class Unexplained(Exception):
+    """Two recordings differ in what has no name, or has two."""
+
+
 @dataclass(slots=True)
 class Arena:
-    """Memory for what kernels write while they are recorded, and nobody needs after the next turn."""
+    """Memory for what kernels write while they are recorded, and nobody needs after the next turn.
 
-    turn_bytes: int
+    Everything has room for `max_rows`, so that it lies in the same place however many rows there are.
+    """
+
+    max_rows: int
+    row_bytes: int              # of a turn
     _halves: list[Tensor] = field(init=False)
     _turn: int = field(init=False, default=0)
     _used: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self._halves = [torch.empty(self.turn_bytes, dtype=torch.uint8) for _ in range(2)]
+        self._halves = [torch.empty(self.max_rows * self.row_bytes, dtype=torch.uint8) for _ in range(2)]
+
+    def restart(self) -> None:
+        self._turn, self._used = 0, 0
 
     def turn(self) -> None:
         """What the turn before the last one wrote may be written over."""
@@ -65,31 +79,57 @@ class Arena:
 
     def take(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """[num_rows, width]. Raises MemoryError."""
-        begin, num_bytes = self._used, num_rows * width * dtype.itemsize
+        begin, num_bytes = self._used, self.max_rows * width * dtype.itemsize
         self._used += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        if self._used > self.turn_bytes:
-            raise MemoryError(f"more than {self.turn_bytes} bytes in a turn")
-        return self._halves[self._turn][begin:begin + num_bytes].view(dtype).view(num_rows, width)
+        if self._used > self.max_rows * self.row_bytes or num_rows > self.max_rows:
+            raise MemoryError(f"more than {self.max_rows} rows, or than {self.row_bytes} bytes of a row in a turn")
+        return self._halves[self._turn][begin:begin + num_bytes].view(dtype).view(-1, width)[:num_rows]
+
+
+class Recording(NamedTuple):
+    calls: list[kernel.Call]
+    numbers: Mapping[str, int]      # by name what was so in this one alone
 
 
 class Program:
-    def __init__(self, calls: list[kernel.Call]):
-        width = max(len(call.values) for call in calls)
-        self._calls = calls                             # and with them the tensors
-        self._arguments = torch.zeros(len(calls), width, dtype=torch.int64)
-        self._table = torch.empty(1 + 2 * len(calls), dtype=torch.int64)
-        self._table[0] = len(calls)
-        for index, call in enumerate(calls):
-            self._arguments[index, :len(call.values)] = torch.tensor(call.values)
-            self._table[1 + 2 * index] = call.address
-            self._table[2 + 2 * index] = self._arguments[index].data_ptr()
-        self._counters = self._arguments[:, 0]
-        self._num_threads = max(call.num_threads for call in calls)
+    """Of two recordings, each with a number of its own for every name. Raises Unexplained.
+
+    What it reads and writes must be kept by others.
+    """
+
+    def __init__(self, first: Recording, second: Recording):
+        numbers = [(number, second.numbers[name]) for name, number in first.numbers.items()]
+        if len(set(numbers)) < len(numbers) or any(one == other for one, other in numbers):
+            raise Unexplained("a name is told from another, or from what stays, by nothing")
+        functions = [call.address for call in first.calls]
+        if functions != [call.address for call in second.calls]:
+            raise Unexplained("they call other kernels")
+        self._arguments, others = _table(first.calls), _table(second.calls)
+        differing = self._arguments != others
+        self._places: dict[str, npt.NDArray[np.intp]] = {}
+        for name, (one, other) in zip(first.numbers, numbers, strict=True):
+            is_it = differing & (self._arguments == one) & (others == other)
+            self._places[name] = np.flatnonzero(is_it)
+            differing &= ~is_it
+        if differing.any():
+            raise Unexplained("they differ in what has no name")
+        self._flat, self._counters = self._arguments.reshape(-1), self._arguments[:, 0]
+        addresses = self._arguments.ctypes.data + np.arange(len(functions)) * self._arguments.strides[0]
+        self._code = np.concatenate([[len(functions)], np.stack([functions, addresses], axis=1).flatten()])
         self._run = _runner()
 
-    def run(self) -> None:
-        self._counters.zero_()
-        self._run(ctypes.c_void_p(self._table.data_ptr()), self._num_threads)
+    def set(self, name: str, number: int) -> None:
+        self._flat[self._places[name]] = number
+
+    def run(self, num_threads: int) -> None:
+        self._counters[:] = 0
+        self._run(ctypes.c_void_p(self._code.ctypes.data), num_threads)
+
+
+def _table(calls: list[kernel.Call]) -> npt.NDArray[np.int64]:
+    """[calls, arguments], filled up with zeros."""
+    width = max(len(call.values) for call in calls)
+    return np.array([call.values + [0] * (width - len(call.values)) for call in calls], dtype=np.int64)
 
 
 @contextmanager
