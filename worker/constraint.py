@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask_par
 
 from shared.grammar import Grammars
 
@@ -43,8 +43,9 @@ class Masks:
 
 
 def _fill_in_turn(matchers: list[tuple[LLMatcher, int]], bits: npt.NDArray[np.int32]) -> None:
+    address, num_bytes = bits.ctypes.data, bits.strides[0]
     for matcher, row in matchers:
-        fill_next_token_bitmask(matcher, bits, row)
+        matcher.unsafe_compute_mask_ptr(address + row * num_bytes, num_bytes)
 
 
 MASKS = Masks()

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 AWAY = (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError)
 STEPS_REMEMBERED = 1000                                 # for the step times that a worker shows
+WATCH_SLACK = 0.25                                      # of step_timeout_s: how old a watchdog gets, and Redis' share
 LOOP_TURNS = 4                                          # of asyncio, from a socket to whoever waits: some 20 µs each
 MIN_RETAINED = 0.1                                      # of retain_s, when Redis has little memory left
 FORGET_MODEL_S = 3600.0                                 # a model that nobody serves stays known this long: 503, not 404
@@ -65,7 +66,7 @@ class Worker:
         self._announcing: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         self._publish_sequence = 1
-        self._is_watched = False                        # by a watchdog: who hangs now, ends
+        self._watched_s = float("-inf")                 # since when a watchdog ends us if we hang
         self._step_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._num_tokens = 0                            # drawn since the last announcement
 
@@ -110,12 +111,12 @@ class Worker:
             await asyncio.sleep(0)                      # lets out what was drawn, and in what arrived: jobs, signals
 
     def _step(self) -> list[Output]:
-        if not self._is_watched:                        # its thread needs no interpreter lock, and says where we hung
-            faulthandler.dump_traceback_later(self.settings.step_timeout_s, exit=True)
-            self._is_watched = True
-        began_s = time.perf_counter()
+        began_s, slack_s = time.monotonic(), self.settings.step_timeout_s * WATCH_SLACK
+        if began_s - self._watched_s > slack_s:         # its thread needs no interpreter lock, and says where we hung
+            faulthandler.dump_traceback_later(self.settings.step_timeout_s + 2 * slack_s, exit=True)
+            self._watched_s = began_s
         outputs = self.engine.step()
-        self._step_s.append(time.perf_counter() - began_s)
+        self._step_s.append(time.monotonic() - began_s)
         return outputs
 
     async def _rest(self) -> None:
@@ -225,14 +226,16 @@ class Worker:
     async def _settle(self) -> None:
         """Waits until Redis has said what became of the last publish."""
         if self._publishing:
-            self._unwatch()                             # Redis may take its time
+            _, pending = await asyncio.wait([self._publishing], timeout=self.settings.step_timeout_s * WATCH_SLACK)
+            if pending:
+                self._unwatch()                         # Redis may take its time
             await self._publishing
             self._publishing = None
 
     def _unwatch(self) -> None:
-        if self._is_watched:
+        if self._watched_s > float("-inf"):
             faulthandler.cancel_dump_traceback_later()
-            self._is_watched = False
+            self._watched_s = float("-inf")
 
     async def _publish(self, writes: list[Write]) -> None:
         """Says what was drawn and renews the lease: the same again, until Redis has said what became of it."""

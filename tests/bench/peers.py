@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.settings import Settings
-from shared.threads import default_threads, weight_bytes
 from tests.bench import client
 from tests.bench.client import Timing
 from tests.bench.floor import Floor, measured_apart
@@ -146,7 +145,7 @@ def measure(args: argparse.Namespace, model: Path, environments: dict[str, Path]
 def measure_floors(args: argparse.Namespace, model: Path, environments: dict[str, Path]) -> dict[str, Floor]:
     """Of ours and of each peer, which differ in threads and may differ in the number type."""
     settings = Settings()
-    ours = measured_apart(model, settings.dtype, settings.threads or default_threads(CORES, weight_bytes(model)))
+    ours = measured_apart(model, settings.dtype, settings.threads or CORES)
     dtype = args.dtype if args.dtype != "auto" else ours.dtype
     return {OURS: ours} | (dict.fromkeys(environments, measured_apart(model, dtype, CORES)) if environments else {})
 

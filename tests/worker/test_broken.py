@@ -16,7 +16,7 @@ STEP_TIMEOUT_S = 2.0
 
 
 @pytest.mark.parametrize(("how", "says"), [
-    ("hang", ("Timeout (0:00:02)!", "in hang")),
+    ("hang", ("Timeout (0:00:03)!", "in hang")),
     ("nan", ("fails here: not a number", "weights or device are broken")),
 ])
 def test_a_worker_that_breaks_ends_and_its_streams_go_on(redis_url: str, nursery: Nursery, tmp_path: Path,

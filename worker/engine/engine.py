@@ -232,9 +232,11 @@ class Engine:
 
     def _constrain(self) -> None:
         """What may follow is found out while others are computed, of what is known to be drawn."""
-        if any(sequence.constraint and sequence.num_pending_tokens for sequence in self._computing()):
+        constrained = [sequence for sequence in self._computing() if sequence.constraint]
+        if any(sequence.num_pending_tokens for sequence in constrained):
             self._land(len(self._flights))
-        constraints = [sequence.constraint for sequence in self._computing() if sequence.constraint]
+            constrained = [sequence for sequence in self._computing() if sequence.constraint]
+        constraints = [sequence.constraint for sequence in constrained if sequence.constraint]
         if constraints:
             constraints[0].prepare(constraints)
 
@@ -326,7 +328,7 @@ class Engine:
         draft, sequence.draft_token_ids = sequence.draft_token_ids, []
         sequence.num_pending_tokens -= 1
         num_before = len(sequence.output_token_ids)
-        taken: list[Draw] = []
+        taken, reason = list[Draw](), None
         for draw, expected in zip_longest(draws, draft):
             if not draw.is_valid:
                 return self._fail(sequence, NOT_A_NUMBER)
@@ -336,17 +338,18 @@ class Engine:
                     return self._fail(sequence, NO_WAY_ON)
             taken.append(draw)
             sequence.output_token_ids.append(draw.token_id)
-            if draw.token_id != expected or sequence.finish_reason:
+            reason = sequence.finish_reason
+            if draw.token_id != expected or reason:
                 break
             sequence.num_computed_tokens += 1
         if sequence.drafter and draft:
             sequence.drafter.learn(len(draft), len(taken) - 1)
             self.num_draft_tokens += len(draft)
             self.num_accepted_tokens += len(taken) - 1
-        if sequence.finish_reason:
+        if reason:
             self._retire(sequence)
         return Output(sequence.request_id, sequence.index, tuple(draw.token_id for draw in taken),
-                      tuple(draw.logprobs for draw in taken if draw.logprobs), sequence.finish_reason,
+                      tuple(draw.logprobs for draw in taken if draw.logprobs), reason,
                       0 if num_before else sequence.num_cached_tokens)
 
     def _fail(self, sequence: Sequence, why: str) -> Output:

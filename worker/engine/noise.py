@@ -1,11 +1,9 @@
-"""The largest logit of each row, or the largest of logits + noise, for a CPU: in one pass over a vocabulary.
-
-The noise is that of rng.py. And what may not be drawn, put below the rest.
-"""
+"""What rows draw that are not truncated, for a CPU: in one pass over a vocabulary. The noise is that of rng.py."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,34 +12,38 @@ from worker.engine.rng import GOLDEN, MAX_V, MULTIPLIERS, wrapped
 from worker.engine.sampler import FORBIDDEN
 from worker.model.cpu import LANES
 from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
-from worker.model.cpu.kernel import Kernel, threads_for
+from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
 
 WORK = 16               # numbers gone through for each token: there is more to do than to read it
 
 
-def largest(logits: Tensor) -> Tensor:
-    """The token of each row of float32, [rows, vocab_size]; the lower id of two alike.
+class Wishes(NamedTuple):
+    """How rows draw, each tensor one number or more of each; what is None nobody asks for."""
 
-    What is no number counts as infinite, so that it is drawn and found.
+    temperatures: Tensor | None = None      # of float32; 0: the largest, without noise
+    keys: tuple[Tensor, Tensor] | None = None       # of the noise, halves as rng.py has them
+    allowed: Tensor | None = None           # [rows, words]: a bit for each token that may be drawn, in int32 words
+
+
+def draw(logits: Tensor, wishes: Wishes) -> Tensor:
+    """The token of each row of [rows, vocab_size]: of logits / temperature + noise the largest, the lower id of two
+    alike.
+
+    What is no number counts as infinite, so that it is drawn and found. What is not allowed falls below all else.
     """
-    return _drawn(logits, 0, 0)
-
-
-def draw(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The same with noise, by halves of each row's key, [rows, 1]."""
-    return _drawn(logits, low.contiguous(), high.contiguous())
-
-
-def _drawn(logits: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     num_rows, vocab_size = logits.shape
+    temperatures, keys, allowed = wishes
+    low, high = (half.contiguous() for half in keys) if keys else (0, 0)
     token_ids = torch.empty(num_rows, dtype=torch.long)
-    _draw(logits, low, high, token_ids, num_rows, logits.stride(0), vocab_size,
-          num_threads=threads_for(logits.numel() * WORK), has_noise=isinstance(low, Tensor))
+    _draw(logits, 0 if temperatures is None else temperatures, low, high, 0 if allowed is None else allowed, token_ids,
+          num_rows, logits.stride(0), vocab_size, 0 if allowed is None else allowed.stride(0),
+          num_threads=threads_for(logits.numel() * WORK), dtype=logits.dtype, has_temperatures=temperatures is not None,
+          has_noise=keys is not None, has_bits=allowed is not None)
     return token_ids
 
 
 def forbid(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Logits of [rows, vocab_size], those far below all others that a row's bits, in int32 words, do not name."""
+    """Logits of [rows, vocab_size] in float32, those far below all others that a row's bits do not name."""
     out = torch.empty_like(logits)
     _forbid(logits, allowed, out, len(logits), logits.shape[1], allowed.stride(0),
             num_threads=threads_for(logits.numel()))
@@ -69,22 +71,39 @@ def _forbid(code: Code, logits: Value, allowed: Value, out: Value, num_rows: Val
 
 
 @Kernel
-def _draw(code: Code, logits: Value, low: Value, high: Value, token_ids: Value, num_rows: Value, row_stride: Value,
-          vocab_size: Value, *, has_noise: bool) -> None:
+def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Value, allowed: Value, token_ids: Value,
+          num_rows: Value, row_stride: Value, vocab_size: Value, word_stride: Value, *, dtype: torch.dtype,
+          has_temperatures: bool, has_noise: bool, has_bits: bool) -> None:
+    element = ELEMENTS[dtype]
     with code.shares(num_rows) as row:
+        line, bits = logits + row * row_stride * SIZES[element], allowed + row * word_stride * SIZES[INT32]
         keys = [code.splat(code.load(half + row * SIZES[INT32], INT32, 1)) for half in (low, high) if has_noise]
         most = code.variable(code.splat(code.number(-math.inf)))
         best = code.variable(code.indices())
-        with code.loop(0, vocab_size, LANES) as begin:
-            first = code.smaller(begin, vocab_size - LANES)             # the last vector may say some twice
-            numbers = code.numbers(logits + (row * row_stride + first) * SIZES[FLOAT32], FLOAT32)
-            numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
-            tokens = code.indices() + first
-            if has_noise:
-                numbers += _gumbel(code, keys, code.narrowed(tokens))
-            is_larger = numbers > most.value
-            most.value = code.select(is_larger, numbers, most.value)
-            best.value = code.select(is_larger, tokens, best.value)
+
+        def go_through(temperature: Value | None, keys: list[Value]) -> None:
+            with code.loop(0, vocab_size, LANES) as begin:
+                first = code.smaller(begin, vocab_size - LANES)         # the last vector may say some twice
+                numbers, tokens = code.numbers(line + first * SIZES[element], element), code.indices() + first
+                if has_bits:
+                    numbers = code.select(code.bits(bits + first // 8), numbers, numbers + FORBIDDEN)
+                if temperature:
+                    numbers = numbers / temperature
+                numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
+                if keys:
+                    numbers += _gumbel(code, keys, code.narrowed(tokens))
+                is_larger = numbers > most.value
+                most.value = code.select(is_larger, numbers, most.value)
+                best.value = code.select(is_larger, tokens, best.value)
+
+        if has_temperatures:
+            temperature = code.load(temperatures + row * SIZES[FLOAT32], FLOAT32, 1)
+            with code.when(temperature > 0.0):
+                go_through(temperature, keys)
+            with code.when(temperature <= 0.0):
+                go_through(None, [])
+        else:
+            go_through(None, keys)
         is_most = most.value.equals(code.largest(most.value))
         beyond = code.splat(code.integer(1 << 40))
         code.store(code.least(code.select(is_most, best.value, beyond)), token_ids + row * SIZES[INTEGER], INTEGER)

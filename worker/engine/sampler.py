@@ -29,6 +29,7 @@ from worker.model.transfer import Transfer, send
 
 if TYPE_CHECKING:
     from shared.job import Sampling
+    from worker.engine.noise import Wishes
 
 MIN_TEMPERATURE = 1e-5      # below: greedy
 NUM_CANDIDATES = 64
@@ -131,14 +132,40 @@ class Sampler:
         self.params[slot] = None
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> Draws:
-        raw = logits.float()
         params = [self._params(row.slot) for row in rows]
-        token_ids = self._draw(self._adjusted(raw, rows, params), rows, params)
+        wishes = self._wishes(logits, rows, params)
+        if wishes is None:
+            logits = logits.float()
+            token_ids = self._draw(self._adjusted(logits, rows, params), rows, params)
+        else:
+            token_ids = cast(Tensor, _kernels(logits).draw(logits, wishes))
         self._count(rows, params, token_ids)
         self.last_token_ids[send([row.slot for row in rows], self.device)] = token_ids
-        chosen = raw.gather(1, token_ids[:, None])[:, 0]
+        chosen = logits.gather(1, token_ids[:, None])[:, 0]
         return Draws([p.sampling.num_logprobs for p in params],
-                     Transfer(token_ids, chosen.isfinite(), *self._logprobs(raw, chosen, params)))
+                     Transfer(token_ids, chosen.isfinite(), *self._logprobs(logits, chosen, params)))
+
+    def _wishes(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Wishes | None:
+        """For one pass over logits as they come; None where some row wants more than that."""
+        noise = None if self.has_kernel else _kernels(logits)
+        is_constrained = any(row.allowed is not None for row in rows)
+        if noise is None or (is_constrained and not noise.takes_bits(logits)) or any(
+                p.is_truncated or p.is_penalized or p.bias or p.sampling.min_p > 0 or self._is_too_short(row, p)
+                for row, p in zip(rows, params, strict=True)):
+            return None
+        allowed = None
+        if is_constrained:
+            anything = np.full(-(-self.vocab_size // 32), -1, dtype=np.int32)
+            allowed = torch.from_numpy(np.stack([anything if row.allowed is None else row.allowed for row in rows]))
+        if all(p.is_greedy for p in params):
+            return cast("Wishes", noise.Wishes(allowed=allowed))
+        temperatures = torch.tensor([0.0 if p.is_greedy else p.sampling.temperature for p in params])
+        keys = rng.split_keys([rng.row_key(p.key, row.position) for p, row in zip(params, rows, strict=True)])
+        return cast("Wishes", noise.Wishes(temperatures, keys, allowed))
+
+    def _is_too_short(self, row: Row, params: Params) -> bool:
+        """To end: what may follow is more than a wish."""
+        return row.position < params.sampling.min_tokens and bool(params.stop_token_ids) and row.allowed is None
 
     def _params(self, slot: int) -> Params:
         params = self.params[slot]
@@ -150,8 +177,7 @@ class Sampler:
         penalized = [i for i, p in enumerate(params) if p.is_penalized]
         biased = [i for i, p in enumerate(params) if p.bias]
         constrained = [i for i, row in enumerate(rows) if row.allowed is not None]
-        too_short = [i for i, p in enumerate(params)        # what may follow is more than a wish
-                     if rows[i].position < p.sampling.min_tokens and p.stop_token_ids and rows[i].allowed is None]
+        too_short = [i for i, p in enumerate(params) if self._is_too_short(rows[i], p)]
         if not (penalized or biased or too_short or constrained):
             return raw
         logits = raw.clone() if penalized or biased or too_short or len(constrained) < len(rows) else raw
@@ -252,11 +278,11 @@ class Sampler:
 
     def _largest(self, logits: Tensor) -> Tensor:
         noise = _kernels(logits)
-        return cast(Tensor, noise.largest(logits)) if noise else logits.argmax(dim=-1)
+        return cast(Tensor, noise.draw(logits, noise.Wishes())) if noise else logits.argmax(dim=-1)
 
     def _draw_whole(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
         if noise := _kernels(logits):
-            return cast(Tensor, noise.draw(logits, low, high))
+            return cast(Tensor, noise.draw(logits, noise.Wishes(keys=(low, high))))
         return torch.cat([noisy.argmax(dim=-1) for noisy in self._with_noise(logits, low, high)])
 
     def _with_noise(self, logits: Tensor, low: Tensor, high: Tensor) -> Iterator[Tensor]:
@@ -326,11 +352,11 @@ class Sampler:
         asked = [i for i, p in enumerate(params) if p.sampling.num_logprobs is not None]
         if not asked:
             return ()
-        of_asked = _rows(raw, asked)
+        of_asked, of_drawn = _rows(raw, asked).float(), _rows(chosen, asked).float()
         log_total = self._log_totals(of_asked)
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
         values, ids = _likeliest(of_asked, max(1, most))
-        return _rows(chosen, asked) - log_total, ids, values - log_total[:, None]
+        return of_drawn - log_total, ids, values - log_total[:, None]
 
 
 def _kernels(logits: Tensor) -> Any:

@@ -5,7 +5,7 @@ They know their counts; what to do next, others decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -129,8 +129,9 @@ class Group:
 
     @property
     def is_prefilled(self) -> bool:
-        return self.leader.num_computed_tokens >= self.leader.num_prompt_tokens
+        leader = self.leader
+        return leader.num_computed_tokens >= len(leader.prompt_token_ids)
 
     @property
-    def computing(self) -> Iterator[Sequence]:
-        return iter(self.sequences.values() if self.is_prefilled else [self.leader])
+    def computing(self) -> Iterable[Sequence]:
+        return self.sequences.values() if len(self.sequences) == 1 or self.is_prefilled else [self.leader]

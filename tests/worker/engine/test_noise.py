@@ -26,6 +26,10 @@ def noisy(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return logits + rng.gumbel(low, high, torch.arange(logits.shape[1], dtype=torch.int32))
 
 
+def draw(logits: Tensor, keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    return noise.draw(logits, noise.Wishes(keys=keys))
+
+
 @pytest.mark.parametrize("vocab_size", [16, 17, 199, 32_000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
 def test_it_draws_what_torch_draws(vocab_size: int, spread: float) -> None:
@@ -33,11 +37,11 @@ def test_it_draws_what_torch_draws(vocab_size: int, spread: float) -> None:
     torch.manual_seed(0)
     low, high = keys_of(300)
     logits = torch.randn(300, vocab_size) * spread
-    expected, drawn = noisy(logits, low, high), noise.draw(logits, low, high)
+    expected, drawn = noisy(logits, low, high), draw(logits, (low, high))
     missing = expected.amax(dim=1) - expected.gather(1, drawn[:, None])[:, 0]
     assert missing.max() <= 1e-5
     assert (drawn == expected.argmax(dim=1)).float().mean() > 0.99
-    assert torch.equal(noise.draw(logits[7:9], low[7:9], high[7:9]), drawn[7:9])
+    assert torch.equal(draw(logits[7:9], (low[7:9], high[7:9])), drawn[7:9])
 
 
 @pytest.mark.parametrize("vocab_size", [16, 17, 199, 32_000])
@@ -45,10 +49,10 @@ def test_without_noise_it_is_the_first_of_the_largest(vocab_size: int) -> None:
     torch.manual_seed(0)
     logits = torch.randint(-9, 9, (50, vocab_size)).float()
     logits[7] = -math.inf
-    drawn = noise.largest(logits)
+    drawn = draw(logits)
     for row, token_id in zip(logits.tolist(), drawn.tolist(), strict=True):
         assert token_id == row.index(max(row))
-    assert torch.equal(noise.largest(logits[3:5]), drawn[3:5])
+    assert torch.equal(draw(logits[3:5]), drawn[3:5])
 
 
 def test_what_is_forbidden_is_not_drawn_and_what_is_no_number_is() -> None:
@@ -57,7 +61,7 @@ def test_what_is_forbidden_is_not_drawn_and_what_is_no_number_is() -> None:
     logits[0, 33] = -1e30
     logits[1] = 0.0
     logits[1, 39] = math.nan
-    assert noise.draw(logits, low, high).tolist() == noise.largest(logits).tolist() == [33, 39, 0]
+    assert draw(logits, (low, high)).tolist() == draw(logits).tolist() == [33, 39, 0]
 
 
 def test_what_bits_do_not_name_falls_below_the_rest() -> None:
@@ -69,3 +73,22 @@ def test_what_bits_do_not_name_falls_below_the_rest() -> None:
             is_allowed = int(allowed[row, token_id // 32]) >> token_id % 32 & 1
             assert out[row, token_id] == logits[row, token_id] + (0 if is_allowed else FORBIDDEN)
     assert noise.takes_bits(logits) and not noise.takes_bits(logits[:, :200])
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in (torch.float32, torch.bfloat16) if cpu.computes(dtype)], ids=str)
+def test_rows_draw_as_each_of_them_wishes(dtype: torch.dtype) -> None:
+    """At a temperature or none, among all tokens or some: what the steps of it draw one after the other."""
+    torch.manual_seed(0)
+    logits = (torch.randn(60, 208) * 5).to(dtype)
+    temperatures = torch.tensor([0.0, 0.3, 1.7]).repeat(20)
+    allowed = torch.randint(-2**31, 2**31, (60, 7), dtype=torch.int32)
+    allowed[::4] = -1
+    low, high = keys_of(60)
+    drawn = noise.draw(logits, noise.Wishes(temperatures, (low, high), allowed))
+    for row, temperature in enumerate(temperatures.tolist()):
+        one = slice(row, row + 1)
+        numbers = noise.forbid(logits[one].float(), allowed[one])
+        keys = (low[one], high[one]) if temperature else None
+        assert drawn[row] == draw(numbers / temperature if temperature else numbers, keys)
+        assert torch.equal(drawn[one], noise.draw(logits[one], noise.Wishes(temperatures[one], (low[one], high[one]),
+                                                                            allowed[one])))
