@@ -97,7 +97,8 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: weights in half the memory, on a GPU; other answers, and a name of their own")
-    threads: int = Field(0, ge=0, description="threads of the forward; 0: all cores, of a small model that torch multiplies one less")
+    threads: int = Field(
+        0, ge=0, description="threads of a forward; 0: all, without our kernels for a small model one less")
     step_timeout_s: float = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 
     # ── the protocol ──
