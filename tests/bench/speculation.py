@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24, help="of each skill (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each, in turn (%(default)s)")
     args = parser.parse_args()
-    settings = Settings(enable_prefix_caching=False)
+    settings = Settings(enable_prefix_caching=False, threads=1)     # CPU time is that of one thread then
     engine = build(settings, model_folder(settings))
     tokenizer = Tokenizer(make_card(BUILT_IN, engine))
     table = Table(title=f"CPU time of decoding, {args.requests} requests, the best of {args.rounds} rounds")

@@ -36,7 +36,7 @@ __all__ = ["Engine", "Output", "Request"]
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-MAX_DRAFT_ROWS = 8      # of a forward with drafts: it takes little longer than one of a single row
+MAX_DRAFT_ROWS = 12     # of a forward with drafts: a pass over the weights has room for so many
 
 
 class Flight(NamedTuple):
