@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: weights in half the memory, on a GPU; other answers, and a name of their own")
     threads: int = Field(
-        0, ge=0, description="threads of a forward; 0: all, without our kernels for a small model one less")
+        0, ge=0, description="threads of a forward; 0: all, or OMP_NUM_THREADS; one less for a small model by torch")
     step_timeout_s: float = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 
     # ── the protocol ──

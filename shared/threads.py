@@ -13,6 +13,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def most_threads() -> int:
+    """Of a forward: as OpenMP has it, no more than OMP_NUM_THREADS where somebody has set that."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(num_cores(), int(wanted)) if wanted.isdecimal() and int(wanted) else num_cores()
+
+
 def default_threads(num_cores: int, num_bytes: int) -> int:
     """A core is left to Redis, the API and the worker's loop, which meet a small model every few milliseconds.
 

@@ -188,8 +188,7 @@ class Forwards:
                 and num_rows == len(context.runs.slots))
 
     @torch.inference_mode()
-    def run(self, token_ids: Sequence[int] | Tensor, context: InSlots,
-            kept: Sequence[int]) -> Tensor:
+    def run(self, token_ids: Sequence[int] | Tensor, context: InSlots, kept: Sequence[int]) -> Tensor:
         """Logits of the kept rows."""
         rows = context.runs.rows(self._group, self._shape.head_dim)
         numbers = self._inputs.fill(token_ids, kept, rows)
