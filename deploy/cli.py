@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from deploy.listening import bind
-from shared import log, settings
+from shared import log, settings, threads
 from shared.errors import BrokenEnvironment
 from shared.settings import API_ONLY, SERVE_ONLY, WORKER_ONLY, Settings
 
@@ -108,6 +108,7 @@ def _api(args: argparse.Namespace) -> None:
 def _worker(args: argparse.Namespace) -> int:
     read = _settings(args)
     log.configure("worker", read.log_level)
+    threads.spin_briefly()                              # before torch is loaded
     from worker.model.folder import ModelRefused
     from worker.serve import serve
 

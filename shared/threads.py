@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 LARGE_BYTES = 128 << 20     # of weights: a step takes tens of milliseconds
+SPINS = 2000                # some 30 µs
 
 
 def num_cores() -> int:
@@ -17,6 +19,13 @@ def most_threads() -> int:
     """Of a forward: as OpenMP has it, no more than OMP_NUM_THREADS where somebody has set that."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return min(num_cores(), int(wanted)) if wanted.isdecimal() and int(wanted) else num_cores()
+
+
+def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Who waits for the other threads of a forward sleeps soon, and leaves the core to whom they wait for: one whose
+    core an API took goes on there. OpenMP reads it once, when torch is loaded."""
+    if environment.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}):
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def default_threads(num_cores: int, num_bytes: int) -> int:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from shared.threads import LARGE_BYTES, default_threads, most_threads, num_cores, threads_of_each, weight_bytes
+from shared.threads import (
+    LARGE_BYTES,
+    SPINS,
+    default_threads,
+    most_threads,
+    num_cores,
+    spin_briefly,
+    threads_of_each,
+    weight_bytes,
+)
 
 
 def test_a_large_model_has_all_cores_and_a_small_one_leaves_one() -> None:
@@ -30,6 +41,18 @@ def test_openmp_bounds_them(wanted: str, expected: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("shared.threads.num_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     assert most_threads() == expected
+
+
+@pytest.mark.parametrize(("environment", "spins"), [
+    ({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_that_wait_sleep_soon_unless_told_otherwise(environment: dict[str, str], spins: str | None) -> None:
+    spin_briefly(environment)
+    assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+def test_openmp_is_told_before_it_is_there() -> None:
+    code = "import sys, deploy.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_weights_are_weighed(tmp_path: Path) -> None:
