@@ -135,6 +135,7 @@ class Worker:
         if num_free <= 0 or (self._answers and self._alone):
             return
         await self._settle()                            # a refusal, or what is put back, must not meet a newer claim
+        self._unwatch()                                 # Redis may take its time
         self._wake.clear()
         now_s = time.monotonic()
         self._claim_at_s = now_s + self.settings.idle_poll_s
