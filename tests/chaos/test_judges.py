@@ -17,11 +17,12 @@ from tests.nursery import Nursery
 
 SEED = 5
 DURATION_S = 7.0
-MAX_TRIALS = 3                                          # on a slow machine a short rain may hit nothing that matters
+MAX_TRIALS = 8                                          # a short rain may hit nothing that matters
 PATIENCE_S = 25.0                                       # what was taken out may leave a client without an end
 WHOLE_PATIENCE_S = 120.0                                # the whole build does not: only a slow machine takes long
 FAULTS: tuple[Kind, ...] = ("freeze worker", "swallow")
 ASKS = (count(1, 60), count(20, 79), Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11}))
+LONG_ASKS = tuple(Ask(f"sampled {seed}", "Count from 1 to 60.", RAMBLE | {"seed": seed}) for seed in (11, 12, 13))
 SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
     # taken out → what must be found
     "fence": lambda found: any("P5 position" in violation for violation in found),
@@ -32,10 +33,12 @@ SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
 
 async def run(folder: Path, nursery: Nursery, uninterrupted: dict[str, Answer] | None, sabotage: str = "",
               patience_s: float = PATIENCE_S, seed: int = SEED) -> Result:
-    """Three workers, of which one has another tokenizer and may touch nothing that the others began."""
+    """Three workers, of which one has another tokenizer and may touch nothing that the others began. Only who is
+    frozen while it speaks comes back behind the fence, so there answers are long."""
     options: dict[str, Any] = {"pods": 1, "workers": 3, "test_sabotage": sabotage,
                                "odd": {"test_sabotage": f"{sabotage},other digits"}}
-    return await play(seed, DURATION_S, folder, nursery, kinds=FAULTS, asks=ASKS, num_clients=3,
+    return await play(seed, DURATION_S, folder, nursery, kinds=FAULTS,
+                      asks=LONG_ASKS if sabotage == "fence" else ASKS, num_clients=3,
                       uninterrupted=uninterrupted, patience_s=patience_s, **options)
 
 
