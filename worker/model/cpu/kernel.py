@@ -34,8 +34,7 @@ Argument = Tensor | int | float
 class Call(NamedTuple):
     address: int                # of the function
     values: list[int]           # its arguments; the first one is the counter of its shares
-    num_threads: int
-    args: tuple[Argument, ...]  # what they lie in
+    args: tuple[Argument, ...]  # what they lie in: while it is kept, nothing else gets these addresses
 
 
 class Recorder(NamedTuple):
@@ -62,7 +61,7 @@ class Kernel:
         for arg in args:
             values.append(arg.data_ptr() if isinstance(arg, Tensor) else _bits(arg) if isinstance(arg, float) else arg)
         if recorder:
-            recorder.calls.append(Call(address, values, num_threads, args))
+            recorder.calls.append(Call(address, values, args))
         run((ctypes.c_int64 * len(values))(*values), num_threads)
 
     def _compile(self, key: Any, args: tuple[Argument, ...], constants: Mapping[str, Any]
