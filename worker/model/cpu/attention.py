@@ -98,14 +98,15 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: 
     _, num_slots, num_kv_heads, page_len, _ = keys.shape
     group = num_heads // num_kv_heads
     out = empty(num_rows, num_heads * head_dim, query.dtype).view(num_rows, num_heads, head_dim)
-    for begins, tile in ((rows.single_tiles, queries_of_single(group, head_dim)),
-                         (rows.shared_tiles, most_queries(head_dim))):
+    for begins, tile, is_single in ((rows.single_tiles, queries_of_single(group, head_dim), True),
+                                    (rows.shared_tiles, most_queries(head_dim), False)):
         if len(begins):
             _attend(query, keys, values, rows.slots, rows.positions, begins, out,
                     0 if sinks is None else sinks.float(), len(begins), num_slots, num_kv_heads, group, query.stride(0),
                     query.stride(1), window or NO_WINDOW, float(scaling), float(softcap or 1),
                     num_threads=threads_for(query.numel() * LANES), dtype=query.dtype, head_dim=head_dim,
-                    page_len=page_len, tile=tile, has_softcap=softcap is not None, has_sinks=sinks is not None)
+                    page_len=page_len, tile=tile, is_single=is_single, has_softcap=softcap is not None,
+                    has_sinks=sinks is not None)
     return out
 
 
@@ -140,11 +141,14 @@ def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, slo
 def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, positions: Value, begins: Value,
             out: Value, sinks: Value, num_tiles: Value, num_slots: Value, num_kv_heads: Value, group: Value,
             row_stride: Value, head_stride: Value, window: Value, scaling: Value, softcap: Value, *,
-            dtype: torch.dtype, head_dim: int, page_len: int, tile: int, has_softcap: bool, has_sinks: bool) -> None:
+            dtype: torch.dtype, head_dim: int, page_len: int, tile: int, is_single: bool, has_softcap: bool,
+            has_sinks: bool) -> None:
     element = ELEMENTS[dtype]
     size = SIZES[element]
     with code.shares(num_tiles * num_kv_heads) as unit:
-        kv_head, place = unit // num_tiles, begins + unit % num_tiles * (2 * SIZES[INTEGER])
+        kv_head, index = (unit % num_kv_heads, unit // num_kv_heads) if is_single else (
+            unit // num_tiles, unit % num_tiles)        # heads of a row are neighbours; tiles of a run share their keys
+        place = begins + index * (2 * SIZES[INTEGER])
         first_row, begin = code.load(place, INTEGER, 1), code.load(place + SIZES[INTEGER], INTEGER, 1)
         slot = code.load(slots + first_row * SIZES[INTEGER], INTEGER, 1)
         queries, places = [], []

@@ -121,17 +121,17 @@ class Variable:
 
 
 class Code:
-    """Of one function, whose argument is the address of all others: a counter that its threads share, then `kinds`."""
+    """Of one function, whose argument is the address of all others: where its threads count, then `kinds`."""
 
     def __init__(self, module: Any, name: str, kinds: Sequence[Any]):
         self._module = module
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
         self.builder: Any = ir.IRBuilder(function.append_basic_block())
-        self._counter = function.args[0]
-        self.arguments = [self._argument(place, kind) for place, kind in enumerate(kinds, start=1)]
+        self._all = function.args[0]
+        self._counters, *self.arguments = (self._argument(*each) for each in enumerate([INTEGER, *kinds]))
 
     def _argument(self, place: int, kind: Any) -> Value:
-        address = self.builder.gep(self._counter, [INTEGER(place)], source_etype=INTEGER)
+        address = self.builder.gep(self._all, [INTEGER(place)], source_etype=INTEGER)
         return Value(self, self.builder.load(address, typ=kind))
 
     # what is known when it is written
@@ -167,17 +167,24 @@ class Code:
 
     @contextmanager
     def shares(self, count: Operand) -> Iterator[Value]:
-        """Each of so many units once, by whichever thread is the next to be free."""
+        """Each of so many units once. A thread has neighbouring ones, so that it reads on where it has read, and when
+        it is through with them takes what is left of others'. `count` may be nothing."""
         b, stop = self.builder, self._lifted(count)
-        take, body, after = (b.append_basic_block() for _ in range(3))
-        b.branch(take)
-        b.position_at_end(take)
-        unit = Value(self, b.atomic_rmw("add", self._counter, INTEGER(1), "monotonic"))
-        b.cbranch((unit < stop).ir, body, after)
-        b.position_at_end(body)
-        yield unit
-        b.branch(take)
-        b.position_at_end(after)
+        me, num_threads = (Value(self, b.sext(self.call(f"omp_get_{what}", INT32), INTEGER))
+                           for what in ("thread_num", "num_threads"))
+        with self.loop(0, num_threads) as others:
+            whose = (me + others) % num_threads
+            begin, end = (stop * each // num_threads for each in (whose, whose + 1))
+            counter = self._pointer(self._counters + whose * LINE_BYTES)
+            take, body, after = (b.append_basic_block() for _ in range(3))
+            b.branch(take)
+            b.position_at_end(take)
+            unit = begin + Value(self, b.atomic_rmw("add", counter, INTEGER(1), "monotonic"))
+            b.cbranch((unit < end).ir, body, after)
+            b.position_at_end(body)
+            yield unit
+            b.branch(take)
+            b.position_at_end(after)
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:

@@ -18,12 +18,13 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, Code
+from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, LINE_BYTES, Code
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 MIN_SHARED_WORK = 1 << 15   # numbers to go through: fewer are done before another thread is awake
 MIN_SHARED_PRODUCTS = 1 << 20       # or to multiply and add: ten microseconds
 ALIASED_BYTES = 2048        # rows at such distances fight for the same few lines of a core's cache
+OPENMP = "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"      # what compiled functions call
 OPTIMIZATION = 2            # of 3: the third level takes longer and finds nothing more
 
 COMPILER = f"LLVM {'.'.join(map(str, llvm.llvm_version_info))}"
@@ -33,7 +34,7 @@ Argument = Tensor | int | float
 
 class Call(NamedTuple):
     address: int                # of the function
-    values: list[int]           # its arguments; the first one is the counter of its shares
+    values: list[int]           # its arguments, behind where its threads count their shares
     args: tuple[Argument, ...]  # what they lie in: while it is kept, nothing else gets these addresses
 
 
@@ -57,12 +58,12 @@ class Kernel:
     def __call__(self, *args: Argument, num_threads: int, **constants: Any) -> None:
         key = tuple(constants.values())
         address, run = self._compiled.get(key) or self._compile(key, args, constants)
-        values = [0]
-        for arg in args:
-            values.append(arg.data_ptr() if isinstance(arg, Tensor) else _bits(arg) if isinstance(arg, float) else arg)
+        values = [arg.data_ptr() if isinstance(arg, Tensor) else _bits(arg) if isinstance(arg, float) else arg
+                  for arg in args]
         if recorder:
             recorder.calls.append(Call(address, values, args))
-        run((ctypes.c_int64 * len(values))(*values), num_threads)
+        counters = (ctypes.c_char * (num_threads * LINE_BYTES))()
+        run((ctypes.c_int64 * (1 + len(values)))(ctypes.addressof(counters), *values), num_threads)
 
     def _compile(self, key: Any, args: tuple[Argument, ...], constants: Mapping[str, Any]
                  ) -> tuple[int, Callable[..., None]]:
@@ -118,7 +119,8 @@ def machine_code(text: str, name: str) -> int:
     """The address of a function, in memory that is never given back."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    llvm.add_symbol("GOMP_barrier", ctypes.cast(_openmp().GOMP_barrier, ctypes.c_void_p).value)
+    for function in OPENMP:
+        llvm.add_symbol(function, ctypes.cast(getattr(_openmp(), function), ctypes.c_void_p).value)
     module = llvm.parse_assembly(text)
     module.verify()
     machine = llvm.Target.from_default_triple().create_target_machine(

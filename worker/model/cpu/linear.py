@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from worker.model.cpu import LANES
+from worker.model.cpu import LANES, pages
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, MIN_SHARED_PRODUCTS, Kernel, empty, processor, threads_for
 
@@ -86,7 +86,8 @@ def _packed(weight: Tensor, width: int, per_step: int) -> Tensor:
     num_panels = -(-num_outputs // width)
     padded = weight.new_zeros(num_panels * width, num_columns)
     padded[:num_outputs] = weight
-    return padded.view(num_panels, width, -1, per_step).transpose(1, 2).contiguous()
+    panels = padded.view(num_panels, width, -1, per_step).transpose(1, 2)
+    return pages.empty(panels.shape, weight.dtype).copy_(panels)
 
 
 @Kernel
@@ -103,19 +104,20 @@ def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_
         weights, first = weight + panel * num_steps * step_bytes, panel * width
         with code.loop(begin, end, tile.rows) as row:
             num_left = end - row
+            ahead = code.select(row.equals(begin), AHEAD_BYTES, num_steps * step_bytes)
             for count in range(1, tile.rows + 1):
                 with code.when(num_left.equals(count) if count < tile.rows else num_left > count - 1):
                     rows = [x + (row + i) * row_stride * SIZES[element] for i in range(count)]
                     starts = [code.load(bias + (first + i * LANES) * SIZES[FLOAT32], FLOAT32)
                               for i in range(tile.vectors)]
-                    for i, sums in enumerate(_sums(code, rows, weights, starts, num_steps, element, kept)):
+                    for i, sums in enumerate(_sums(code, rows, weights, ahead, starts, num_steps, element, kept)):
                         place = out + ((row + i) * num_panels * width + first) * SIZES[element]
                         for j, total in enumerate(sums):
                             code.store(total, place + j * LANES * SIZES[element], element)
 
 
-def _sums(code: Code, rows: list[Value], weights: Value, starts: list[Value], num_steps: Value, element: Any, kept: Any
-          ) -> list[list[Value]]:
+def _sums(code: Code, rows: list[Value], weights: Value, ahead: Value, starts: list[Value], num_steps: Value,
+          element: Any, kept: Any) -> list[list[Value]]:
     """Of each row those of as many outputs as there are numbers in `starts`. A step takes 4 bytes of a row."""
     sums = [[code.variable(start) for start in starts] for _ in rows]
     is_paired = element is BFLOAT16
@@ -123,7 +125,7 @@ def _sums(code: Code, rows: list[Value], weights: Value, starts: list[Value], nu
     size = length * SIZES[kept]
     with code.loop(0, num_steps) as step:
         place = weights + step * (size * len(starts))
-        code.prefetch(place + AHEAD_BYTES, size * len(starts))
+        code.prefetch(place + ahead, size * len(starts))
         columns = [(code.load if is_paired else code.numbers)(place + i * size, kept, length)
                    for i in range(len(starts))]
         for row, line in zip(rows, sums, strict=True):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from worker.model.cpu import kernel
+from worker.model.cpu.code import LINE_BYTES
 
 ALIGNMENT = 64              # bytes: what two threads write never shares a line
 
@@ -113,23 +114,32 @@ class Program:
             differing &= ~is_it
         if differing.any():
             raise Unexplained("they differ in what has no name")
-        self._flat, self._counters = self._arguments.reshape(-1), self._arguments[:, 0]
-        addresses = self._arguments.ctypes.data + np.arange(len(functions)) * self._arguments.strides[0]
-        self._code = np.concatenate([[len(functions)], np.stack([functions, addresses], axis=1).flatten()])
+        self._flat = self._arguments.reshape(-1)
+        self._counters = np.empty((len(functions), 0, LINE_BYTES), dtype=np.uint8)      # a line of each thread's
+        functions_and_arguments = np.stack([functions, _addresses(self._arguments)], axis=1)
+        self._code = np.concatenate([[len(functions)], functions_and_arguments.flatten()])
         self._run = _runner()
 
     def set(self, name: str, number: int) -> None:
         self._flat[self._places[name]] = number
 
     def run(self, num_threads: int) -> None:
+        if num_threads != self._counters.shape[1]:
+            self._counters = np.empty((len(self._counters), num_threads, LINE_BYTES), dtype=np.uint8)
+            self._arguments[:, 0] = _addresses(self._counters)
         self._counters[:] = 0
         self._run(ctypes.c_void_p(self._code.ctypes.data), num_threads)
 
 
 def _table(calls: list[kernel.Call]) -> npt.NDArray[np.int64]:
-    """[calls, arguments], filled up with zeros."""
+    """[calls, 1 + arguments], filled up with zeros: before them goes where threads count."""
     width = max(len(call.values) for call in calls)
-    return np.array([call.values + [0] * (width - len(call.values)) for call in calls], dtype=np.int64)
+    return np.array([[0, *call.values] + [0] * (width - len(call.values)) for call in calls], dtype=np.int64)
+
+
+def _addresses(table: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Of its rows."""
+    return table.ctypes.data + np.arange(len(table)) * table.strides[0]
 
 
 @contextmanager
