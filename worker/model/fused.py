@@ -8,7 +8,7 @@ pointwise.py on a GPU and of cpu/pointwise.py on a CPU that has them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +20,8 @@ from worker.model import cpu
 from worker.model.attention import Context, KVShape, Scores
 from worker.model.linear import agree
 from worker.model.memory import scratch
+
+Keep = Callable[[Tensor], Tensor]      # some rows of [1, rows, n]
 
 
 class FusedMLP(nn.Module):
@@ -64,8 +66,8 @@ class FusedAttention(nn.Module):
         self.norms_in_place = self.q_norm is not None and self.k_norm is not None and hasattr(
             self.pointwise, "norm_heads") and all(map(_is_plain_norm, (self.q_norm, self.k_norm)))
 
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], context: Context, **_: Any
-                ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], context: Context,
+                keep: Keep | None = None, **_: Any) -> tuple[Tensor, None]:
         num_rows = hidden_states.shape[1]
         qkv = self.qkv_proj(hidden_states).view(num_rows, -1, self.head_dim)
         query_key, value = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -73,8 +75,8 @@ class FusedAttention(nn.Module):
             query_key = self._normed(query_key, self.q_norm, self.k_norm)
         query, key = self._rotated(query_key, *position_embeddings).split([self.num_heads, self.num_kv_heads], dim=1)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-        out = context.attend(self.layer_idx, query, key, value, self.scores)
-        return self.o_proj(out.reshape(1, num_rows, -1)), None
+        out = context.attend(self.layer_idx, query, key, value, self.scores).reshape(1, num_rows, -1)
+        return self.o_proj(keep(out) if keep else out), None
 
     def _normed(self, query_key: Tensor, *norms: Any) -> Tensor:
         heads = query_key.split([self.num_heads, self.num_kv_heads], dim=1)
@@ -108,11 +110,19 @@ class FusedLayer(nn.Module):
             self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self._add(*self.apart(hidden_states, None, **kwargs))
+
+    def apart(self, hidden_states: Tensor, added: Tensor | None, keep: Keep | None = None, **kwargs: Any
+              ) -> tuple[Tensor, Tensor]:
+        """Of what comes in as a sum, the two whose sum goes out: who is next adds them while it reads them. Of the
+        rows to keep, if not of all: from the others only keys and values are wanted in a last layer."""
         before, after = self.eps
-        _, normed = self._add_and_norm(hidden_states, None, self.input_layernorm.weight, before)
-        attended, _ = self.self_attn(hidden_states=normed, **kwargs)
+        hidden_states, normed = self._add_and_norm(hidden_states, added, self.input_layernorm.weight, before)
+        attended, _ = self.self_attn(hidden_states=normed, **({"keep": keep} if keep else {}), **kwargs)
+        if keep:
+            hidden_states = keep(hidden_states)
         hidden_states, normed = self._add_and_norm(hidden_states, attended, self.post_attention_layernorm.weight, after)
-        return self._add(hidden_states, self.mlp(normed))
+        return hidden_states, self.mlp(normed)
 
     def _add(self, x: Tensor, added: Tensor) -> Tensor:
         return cast(Tensor, self.pointwise.add(x, added)) if self.pointwise else x + added
@@ -125,14 +135,14 @@ class FusedLayer(nn.Module):
 
 
 class FusedNorm(nn.Module):
-    """The root mean square norm of [..., n], in one call."""
+    """The root mean square norm of [..., n], or of a sum of two, in one call."""
 
     def __init__(self, norm: Any, pointwise: Any):
         super().__init__()
         self.weight, self.variance_epsilon, self.pointwise = norm.weight, norm.variance_epsilon, pointwise
 
-    def forward(self, x: Tensor) -> Tensor:
-        _, normed = self.pointwise.add_and_norm(x.contiguous(), None, self.weight, self.variance_epsilon)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        _, normed = self.pointwise.add_and_norm(x.contiguous(), added, self.weight, self.variance_epsilon)
         return cast(Tensor, normed)
 
 

@@ -26,7 +26,7 @@ from worker.model.cpu.code import FLOAT32, Code, Value
 from worker.model.cpu.kernel import Kernel, empty
 from worker.model.cpu.linear import PanelLinear
 from worker.model.cpu.program import ALIGNMENT, Arena, Program, Recording, Unexplained, recorded
-from worker.model.fused import FusedLayer
+from worker.model.fused import FusedMLP
 
 TINY = Path(__file__).parents[3] / "worker" / "tiny" / "model"
 NUM_SLOTS, NUM_TOKENS = 8, 300
@@ -156,10 +156,10 @@ def test_it_is_the_same_whatever_heads_there_are(tmp_path: Path, num_heads: int,
 @pytest.mark.parametrize("why", ["an operator of torch", "no room", "angles that depend on a length"])
 def test_what_cannot_be_recorded_is_called(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "no room":
-        monkeypatch.setattr(forward, "MAX_WIDTHS", 2)
+        monkeypatch.setattr(forward, "ROOM", 0.5)
     elif why == "an operator of torch":
-        plain = FusedLayer._add
-        monkeypatch.setattr(FusedLayer, "_add", lambda self, x, added: plain(self, x, added) * 1.0)
+        plain = FusedMLP.forward
+        monkeypatch.setattr(FusedMLP, "forward", lambda self, x: plain(self, x) * 1.0)
     else:
         monkeypatch.setattr(forward, "FIXED_ROPES", ("llama3",))
     model = tiny("float32")

@@ -27,7 +27,7 @@ from worker.model.attention import (
     attend_by_kernels,
 )
 from worker.model.cpu.attention import Rows, Runs, most_queries
-from worker.model.cpu.kernel import MIN_SHARED_PRODUCTS, threads_for
+from worker.model.cpu.kernel import MIN_SHARED_PRODUCTS, empty, threads_for
 from worker.model.cpu.linear import PanelLinear
 from worker.model.cpu.pointwise import gather
 from worker.model.cpu.program import Arena, Program, Recording, Unexplained, recorded
@@ -36,7 +36,7 @@ from worker.model.linear import packed_linears
 
 log = logging.getLogger(__name__)
 
-MAX_WIDTHS = 48             # times hidden_size that a layer writes for each row: room for gates eight times as wide
+ROOM = 2                    # for what a layer writes, times what its products read and write
 ANGLES_STEP = 1024          # positions whose angles are found at once
 FIXED_ROPES = "default", "linear", "llama3", "yarn"     # whose angles depend on the position alone
 PART_NAMES = "embed_tokens", "rotary_emb", "layers", "norm"     # as families of llama's shape call them
@@ -67,6 +67,11 @@ class Parts(NamedTuple):
 def _is_by_kernels(layer: nn.Module) -> bool:
     return isinstance(layer, FusedLayer) and all(
         getattr(part, "pointwise", None) for part in (layer, layer.self_attn, layer.mlp))
+
+
+def _width(layer: FusedLayer) -> int:
+    """Numbers of a row that its products read and write."""
+    return sum(product.num_columns + product.width for product in packed_linears(layer))
 
 
 class Angles:
@@ -128,8 +133,8 @@ class Forwards:
         hidden_size, dtype = parts.embedding.shape[1], parts.embedding.dtype
         self._angles = Angles(parts.rotary, shape.head_dim, max_model_len, dtype)
         self._inputs = Inputs.of(max_rows, self._group)
-        self._arena = Arena(max_rows, MAX_WIDTHS * hidden_size * dtype.itemsize)
-        self._embedded, self._kept = torch.empty(2, max_rows, hidden_size, dtype=dtype)
+        self._arena = Arena(max_rows, round(ROOM * dtype.itemsize * max(map(_width, parts.layers))))
+        self._embedded = torch.empty(max_rows, hidden_size, dtype=dtype)
         self._turned = torch.empty(2, max_rows, shape.head_dim, dtype=dtype)
         self._most_weights = max(layer.packed.numel() for part in parts.layers for layer in packed_linears(part))
         self._layers: list[KVLayer] | None = None
@@ -175,11 +180,16 @@ class Forwards:
         x = gather(parts.embedding, inputs.token_ids[:num_rows], self._embedded[:num_rows])
         cos, sin = (gather(table, context.runs.positions, place[:num_rows])[None] for table, place in zip(
             (self._angles.cos, self._angles.sin), self._turned, strict=True))
-        x = x[None]
+
+        def keep(x: Tensor) -> Tensor:
+            return gather(x[0], inputs.kept[:num_kept], empty(num_kept, x.shape[-1], x.dtype))[None]
+
+        x, added = x[None], None
         for layer in parts.layers:
             self._arena.turn()
-            x = layer(x, position_embeddings=(cos, sin), context=context)
-        out: Tensor = parts.norm(gather(x[0], inputs.kept[:num_kept], self._kept[:num_kept]))
+            x, added = layer.apart(x, added, keep if layer is parts.layers[-1] else None,
+                                   position_embeddings=(cos, sin), context=context)
+        out: Tensor = parts.norm(x, added)[0]
         return out
 
     def fits(self, num_rows: int, context: Any) -> bool:
