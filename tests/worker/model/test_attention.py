@@ -57,13 +57,15 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.mark.parametrize(("dtype", "head_dim", "error"), [(torch.float32, HEAD_DIM, 1e-5), (torch.bfloat16, 64, 0.04)],
+                         ids=str)
 @pytest.mark.parametrize("scores", KINDS.values(), ids=KINDS)
-def test_chunks_and_rows_are_plain_attention(scores: Scores) -> None:
+def test_chunks_and_rows_are_plain_attention(scores: Scores, dtype: torch.dtype, head_dim: int, error: float) -> None:
     """A prompt in uneven chunks, then rows one by one and several at once, over three pages."""
     torch.manual_seed(1)
-    query = torch.randn(1, NUM_KV_HEADS * GROUP, NUM_TOKENS, HEAD_DIM)
-    key, value = (torch.randn(1, NUM_KV_HEADS, NUM_TOKENS, HEAD_DIM) for _ in "kv")
-    layers = allocate([SHAPE], 3, NUM_TOKENS, torch.float32)
+    query = torch.randn(1, NUM_KV_HEADS * GROUP, NUM_TOKENS, head_dim).to(dtype)
+    key, value = (torch.randn(1, NUM_KV_HEADS, NUM_TOKENS, head_dim).to(dtype) for _ in "kv")
+    layers = allocate([KVShape(NUM_KV_HEADS, head_dim, NUM_KV_HEADS * GROUP)], 3, NUM_TOKENS, dtype)
     outs = []
     for begin, end in ((0, 200), (200, PAGE_LEN + 30), (PAGE_LEN + 30, NUM_TOKENS - 8)):
         at = slice(begin, end)
@@ -77,7 +79,7 @@ def test_chunks_and_rows_are_plain_attention(scores: Scores) -> None:
     for position in (0, 1, 39, 41, 199, 200, PAGE_LEN, NUM_TOKENS - 9, NUM_TOKENS - 8, NUM_TOKENS - 1):
         seen = slice(0, position + 1)
         expected = plain(query[0, :, position], key[0, :, seen], value[0, :, seen], scores)
-        assert torch.allclose(got[position].double(), expected, atol=1e-5), position
+        assert torch.allclose(got[position].double(), expected, atol=error), position
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

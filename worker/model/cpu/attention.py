@@ -2,7 +2,8 @@
 
 A query meets its keys 16 at a time, whatever stands beside it: its bits depend on it alone, and are the same in a
 chunk of a prompt and in a decode row. What it has met is kept relative to its largest logit so far (Milakov and
-Gimelshein, arXiv:1805.02867). Keys and values are read where they lie, by one core for some queries at a time.
+Gimelshein, arXiv:1805.02867). In bfloat16 weights are rounded as values are, and two of each are multiplied at a time.
+Keys and values are read where they lie, by one core for some queries at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from worker.model.cpu import LANES
-from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, SIZES, Code, Value
+from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, INTEGER, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, threads_for
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
@@ -213,7 +214,15 @@ class _Query:
                 each.value = each.value * shrunk
         weights = code.exp(logits - largest)
         self.weight.value = self.weight.value + weights
-        code.store(weights, self.weights, FLOAT32)
+        code.store(weights, self.weights, self.element if _is_paired(self.element, self.head_dim) else FLOAT32)
+
+    def weight_of(self, token: Value) -> Value:
+        """As often as a vector has numbers: of one key at hand, or of a pair of them."""
+        code = self.code
+        if not _is_paired(self.element, self.head_dim):
+            return code.splat(code.load(self.weights + token * SIZES[FLOAT32], FLOAT32, 1))
+        pair = code.load(self.weights + token * SIZES[self.element], INT32, 1)
+        return code.cast(code.splat(pair), vector(self.element, 2 * LANES))
 
     def store(self, place: Value) -> None:
         weight = self.code.total(self.weight.value)
@@ -224,13 +233,21 @@ class _Query:
 def _add(queries: list[_Query], values: Value, count: Value) -> None:
     """So many values, as every query weighs them."""
     code, element, head_dim = queries[0].code, queries[0].element, queries[0].head_dim
-    with code.loop(0, count) as i:
-        numbers = [code.numbers(values + (i * head_dim + j) * SIZES[element], element)
-                   for j in range(0, head_dim, LANES)]
+    is_paired = _is_paired(element, head_dim)
+    multiply, width = (code.pairs, 2 * LANES) if is_paired else (code.fused, LANES)
+    with code.loop(0, count, 2 if is_paired else 1) as i:
+        # behind the last value stands what may be no number: its own twin, of weight zero, takes that place
+        tokens = [i, code.smaller(i + 1, count - 1)] if is_paired else [i]
+        rows = [values + token * (head_dim * SIZES[element]) for token in tokens]
+        columns: list[Value] = []
+        for j in range(0, head_dim, width):
+            parts = [(code.load if is_paired else code.numbers)(row + j * SIZES[element], element, width)
+                     for row in rows]
+            columns += code.interleaved(*parts) if is_paired else parts
         for query in queries:
-            weight = code.splat(code.load(query.weights + i * SIZES[FLOAT32], FLOAT32, 1))
-            for total, each in zip(query.sums, numbers, strict=True):
-                total.value = code.fused(weight, each, total.value)
+            weight = query.weight_of(i)
+            for total, each in zip(query.sums, columns, strict=True):
+                total.value = multiply(weight, each, total.value)
 
 
 def _vectors(code: Code, place: Value, element: Any, head_dim: int) -> list[Value]:

@@ -338,6 +338,13 @@ class Code:
         shuffle = self.builder.shuffle_vector
         return Value(self, shuffle(left.ir, right.ir, lower)) + Value(self, shuffle(left.ir, right.ir, upper))
 
+    def interleaved(self, left: Value, right: Value) -> list[Value]:
+        """The numbers of two vectors in turn, as two vectors."""
+        length = left.ir.type.count
+        places = [place for lane in range(length) for place in (lane, length + lane)]
+        return [Value(self, self.builder.shuffle_vector(left.ir, right.ir, ir.Constant(vector(INT32, length), half)))
+                for half in (places[:length], places[length:])]
+
     def _folded(self, value: Value, fold: Callable[[Value, Value], Value]) -> Value:
         width = LANES
         while width > 1:
