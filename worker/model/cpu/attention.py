@@ -181,7 +181,7 @@ class _Query:
                  sink: Value | None):
         self.code, self.element, self.head_dim = code, element, head_dim
         self.position, self.first = position, code.larger(position - window + 1, code.integer(0))
-        self.vectors = _vectors(code, place, element, head_dim)
+        self.vectors, self.is_paired = _vectors(code, place, element, head_dim), _is_paired(element, head_dim)
         is_first = code.indices().equals(0)
         self.largest = code.variable(code.number(LOWEST) if sink is None else sink)
         self.weight = code.variable(code.zeros() if sink is None else code.select(is_first, 1.0, code.zeros()))
@@ -191,7 +191,7 @@ class _Query:
     def products(self, keys: Value) -> Value:
         """With 16 keys."""
         code, parts = self.code, []
-        multiply = code.pairs if _is_paired(self.element, self.head_dim) else code.fused
+        multiply = code.pairs if self.is_paired else code.fused
         for i in range(LANES):
             part = code.zeros()
             key = _vectors(code, keys + i * self.head_dim * SIZES[self.element], self.element, self.head_dim)
@@ -214,12 +214,12 @@ class _Query:
                 each.value = each.value * shrunk
         weights = code.exp(logits - largest)
         self.weight.value = self.weight.value + weights
-        code.store(weights, self.weights, self.element if _is_paired(self.element, self.head_dim) else FLOAT32)
+        code.store(weights, self.weights, self.element if self.is_paired else FLOAT32)
 
     def weight_of(self, token: Value) -> Value:
         """As often as a vector has numbers: of one key at hand, or of a pair of them."""
         code = self.code
-        if not _is_paired(self.element, self.head_dim):
+        if not self.is_paired:
             return code.splat(code.load(self.weights + token * SIZES[FLOAT32], FLOAT32, 1))
         pair = code.load(self.weights + token * SIZES[self.element], INT32, 1)
         return code.cast(code.splat(pair), vector(self.element, 2 * LANES))
@@ -233,7 +233,7 @@ class _Query:
 def _add(queries: list[_Query], values: Value, count: Value) -> None:
     """So many values, as every query weighs them."""
     code, element, head_dim = queries[0].code, queries[0].element, queries[0].head_dim
-    is_paired = _is_paired(element, head_dim)
+    is_paired = queries[0].is_paired
     multiply, width = (code.pairs, 2 * LANES) if is_paired else (code.fused, LANES)
     with code.loop(0, count, 2 if is_paired else 1) as i:
         # behind the last value stands what may be no number: its own twin, of weight zero, takes that place
