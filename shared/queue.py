@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
+from redis.exceptions import NoScriptError
 
 from shared.connection import refusals
 from shared.errors import Overloaded, StreamLost, TenantOverloaded
@@ -291,8 +292,12 @@ class Queue:
 
     async def _run(self, verb: str, *args: Any) -> Any:
         script: AsyncScript = self._scripts[verb]
+        redis: Any = self.redis
         with refusals():
-            return await script(keys=[self.shard.tag], args=args)
+            try:
+                return await redis.evalsha(script.sha, 1, self.shard.tag, *args)
+            except NoScriptError:                       # in one command, since it may lose what it is told to keep
+                return await redis.eval(script.script, 1, self.shard.tag, *args)
 
 
 def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:

@@ -125,6 +125,19 @@ async def test_submitting_the_same_id_twice_makes_one_job(queue: Queue) -> None:
     assert len(await queue.read(job.id)) == 1
 
 
+async def test_a_redis_may_forget_its_scripts_at_any_time(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also right after it was told them: one that is killed comes back without."""
+    evalsha = queue.redis.evalsha
+
+    async def forgetting(*args: Any) -> Any:
+        await queue.redis.script_flush()
+        return await evalsha(*args)
+
+    monkeypatch.setattr(queue.redis, "evalsha", forgetting)
+    job = await submit(queue)
+    assert (await claim_one(queue)).job == job
+
+
 async def test_a_full_line_refuses_and_a_tenant_has_its_share(each_redis: Redis) -> None:
     queue = make_queue(each_redis, max_queued=3, max_tenant_choices=2)
     await submit(queue, make_job(n=2))
