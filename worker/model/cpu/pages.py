@@ -21,7 +21,7 @@ _free = torch.empty(0, dtype=torch.uint8)       # what is left of the last block
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Of zeros, in fact. Neighbours share a page, and a block is given back with the last tensor in it."""
+    """Neighbours share a page. A block is given back with the last tensor in it, once another is begun."""
     global _free
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
     num_taken = -(-num_bytes // ALIGNMENT) * ALIGNMENT
