@@ -13,7 +13,7 @@ import pytest
 from tests.nursery import Nursery
 from tests.system import MODEL, System, eventually
 
-NUM_TOKENS = 600                                        # of each of two choices
+NUM_TOKENS = 900                                        # of each of two choices
 LEASE_S = 1.0
 ASK: dict[str, Any] = {"model": MODEL, "max_tokens": NUM_TOKENS, "seed": 11, "temperature": 1.2, "n": 2,
                        "messages": [{"role": "user", "content": "Count from 1 to 100."}],
@@ -25,7 +25,7 @@ ASK: dict[str, Any] = {"model": MODEL, "max_tokens": NUM_TOKENS, "seed": 11, "te
 def pair(redis_url: str, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """Two workers, a short lease, a name of their own beside the other tests' model."""
     system = System(tmp_path_factory.mktemp("pair"), redis_url, lease_s=LEASE_S, idle_poll_s=0.2, allow_no_aof=True,
-                    disconnect_grace_s=0.3,  # shorter than what its answers take
+                    disconnect_grace_s=0.3,
                     served_model_name=f"pair,{MODEL}-pair", start=nursery.start)
     system.start_all(2)
     yield system
@@ -147,9 +147,14 @@ def test_a_worker_that_leaves_hands_its_streams_over(pair: System, uninterrupted
 
 
 def test_a_client_that_leaves_frees_its_place(pair: System) -> None:
+    """Its worker stands still meanwhile: it computes a whole answer in little more than the grace."""
     reader = begin(pair)
+    worker = pair.worker_of(reader.id)
+    worker.send(signal.SIGSTOP)
     reader._stream.close()
     eventually("no job lives", lambda: pair.num_live_jobs() == 0)
+    worker.send(signal.SIGCONT)
     last = pair.log_entries(reader.id)[-1][1]
     assert last["kind"] == "end"
     assert '"error":"cancelled"' in last["data"]
+    pair.await_workers(2)
