@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 
 from worker.engine.slots import Slots
-from worker.model.attention import PAGE_LEN, KVLayer, SlotMemory, give_back, places
+from worker.model.attention import PAGE_LEN, KVLayer, SlotMemory, give_back, places, tokens
 
 Block = tuple[int, int]                                 # page, slot
 
@@ -83,7 +83,8 @@ class KVSlots(Slots):
         """Tokens [begin, end) of one slot to the same place in another."""
         for page, place in places(begin, end):
             for cache in (cache for layer in self.layers for cache in layer):
-                cache[page, target, :, place] = cache[page, source, :, place]
+                for mine, theirs in zip(*(tokens(cache[page, slot], place) for slot in (target, source)), strict=True):
+                    mine.copy_(theirs)
 
     def wipe(self, slot: int, num_tokens: int) -> None:
         """Of what is no number: padding is read with weight zero, and zero times NaN is NaN."""

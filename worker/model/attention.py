@@ -5,9 +5,9 @@ never in a global. It knows slots, positions and tensors. It knows nothing of re
 
 One sequence owns one slot, which is cut into pages of `PAGE_LEN` tokens. Keys, and values, of one layer are
 [num_pages, num_slots, num_kv_heads, PAGE_LEN, head_dim]: the same page of neighbouring slots is dense, so a batched
-product reads it without a copy. A row of a decode forward is computed by a kernel of ours (cpu/attention.py), or page
-by page, always in the same shape, [num_kv_heads, group, head_dim] against a whole page: its bits depend neither on its
-neighbours nor on their lengths.
+product reads it without a copy. A row of a decode forward is computed by a kernel of ours (cpu/attention.py), which has
+keys in another order (`KVLayer`), or page by page, always in the same shape, [num_kv_heads, group, head_dim] against a
+whole page: its bits depend neither on its neighbours nor on their lengths.
 """
 
 from __future__ import annotations
@@ -48,8 +48,17 @@ class KVShape(NamedTuple):
 
 
 class KVLayer(NamedTuple):
+    """Pages as above; kernels of ours have the keys of 16 tokens side by side, one in each lane of a vector.
+
+    These are [num_pages, num_slots, num_kv_heads, PAGE_LEN / 16, head_dim / n, 16, n]: n numbers fill a lane.
+    """
+
     keys: Tensor
     values: Tensor
+
+    @property
+    def is_in_lanes(self) -> bool:
+        return self.keys.dim() > self.values.dim()
 
 
 class Scores(NamedTuple):
@@ -92,9 +101,14 @@ AttentionInterface.register(NAME, attention)
 
 def allocate(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: torch.dtype) -> list[KVLayer]:
     """Zeroed, page aligned, and lazy: memory that no sequence has reached is not touched."""
-    num_pages = -(-num_tokens // PAGE_LEN)
-    return [KVLayer(*(_zeros((num_pages, num_slots, shape.num_kv_heads, PAGE_LEN, shape.head_dim), dtype)
-                      for _ in "kv")) for shape in shapes]
+    layers = []
+    for shape in shapes:
+        pages = -(-num_tokens // PAGE_LEN), num_slots, shape.num_kv_heads
+        plain, together = (PAGE_LEN, shape.head_dim), cpu.WORD_BYTES // dtype.itemsize
+        in_lanes = PAGE_LEN // cpu.LANES, shape.head_dim // together, cpu.LANES, together
+        keys = in_lanes if cpu.attends(dtype, shape.head_dim) else plain
+        layers.append(KVLayer(_zeros((*pages, *keys), dtype), _zeros((*pages, *plain), dtype)))
+    return layers
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -112,6 +126,24 @@ def give_back(block: Tensor) -> None:
     begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
         _madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
+def tokens(block: Tensor, place: slice) -> Iterator[Tensor]:
+    """Views of some tokens of one page of one slot, whose keys or values `block` is."""
+    if block.dim() == 3:
+        yield block[:, place]
+        return
+    first, head = divmod(place.start, cpu.LANES)
+    last, tail = divmod(place.stop, cpu.LANES)
+    if first == last:
+        yield block[:, first, :, head:tail]
+        return
+    if head:
+        yield block[:, first, :, head:]
+        first += 1
+    yield block[:, first:last]
+    if tail:
+        yield block[:, last, :, :tail]
 
 
 def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
@@ -183,7 +215,7 @@ class DecodeRows:
         return self._runs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        if cpu.attends(query):
+        if self.layers[layer].is_in_lanes:
             return attend_by_kernels(self, layer, query, key, value, scores)
         num_rows, num_padded_rows = len(self.slots), query.shape[2]
         query, key, value = (tensor[0, :, :num_rows].transpose(0, 1) for tensor in (query, key, value))
@@ -244,7 +276,7 @@ class PrefillChunk:
         return self._runs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        if cpu.attends(query):
+        if self.layers[layer].is_in_lanes:
             return attend_by_kernels(self, layer, query, key, value, scores)
         _, num_heads, num_rows, head_dim = query.shape
         num_kv_heads = key.shape[1]
@@ -310,7 +342,7 @@ class Together:
         return self._runs
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        if cpu.attends(query):
+        if self.layers[layer].is_in_lanes:
             return attend_by_kernels(self, layer, query, key, value, scores)
         sizes = [num_rows for _, num_rows in self.parts]
         sizes.append(query.shape[2] - sum(sizes))
@@ -357,11 +389,16 @@ def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, 
     num_kv_heads, head_dim = key.shape[1], key.shape[3]
     rows = context.runs.rows(query.shape[1] // num_kv_heads, head_dim)
     num_rows, num_padded_rows = len(rows.slots), query.shape[2]
-    query, key, value = (tensor[0, :, :num_rows].transpose(0, 1) for tensor in (query, key, value))
+    query, key, value = (_dense(tensor[0, :, :num_rows].transpose(0, 1)) for tensor in (query, key, value))
     write(keys, values, key, value, rows.slots, rows.positions)
     out = attend(query, keys, values, rows, scaling=scores.scaling, window=scores.sliding_window,
                  softcap=scores.softcap, sinks=scores.sinks)
     return filled(out, num_padded_rows)[None]
+
+
+def _dense(heads: Tensor) -> Tensor:
+    """With the numbers of a head side by side."""
+    return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
 def filled(out: Tensor, num_rows: int) -> Tensor:

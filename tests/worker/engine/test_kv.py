@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+from torch import Tensor
 
+from tests.worker.families import computing_by
 from worker.engine.kv import KVSlots
-from worker.model.attention import PAGE_LEN, KVShape, allocate
+from worker.model.attention import PAGE_LEN, DecodeRows, KVShape, PrefillChunk, Scores, allocate
 
 SHAPES = [KVShape(num_kv_heads=2, head_dim=4, num_query_heads=4),
           KVShape(num_kv_heads=1, head_dim=8, num_query_heads=4)]
@@ -59,6 +63,33 @@ def test_a_copy_is_equal_and_a_wiped_slot_is_zero(kv: KVSlots) -> None:
         assert torch.equal(new[2, 3], old[2, 3])
         assert torch.equal(new[:, 1:3], old[:, 1:3])
         assert not new[0, 0].any()
+
+
+@pytest.mark.parametrize("kernels", ["ours", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_some_tokens_of_a_slot_are_copied_and_no_others(dtype: torch.dtype, kernels: Literal["ours", "torch"]) -> None:
+    """In whatever order keys lie: who reads the copy reads what was written there."""
+    torch.manual_seed(1)
+    num_tokens = PAGE_LEN + 40
+    query, key, value, *others = torch.randn(5, 1, 2, num_tokens, 32).to(dtype)
+    scores = Scores(0.2, None, None, None)
+    with computing_by(kernels):
+        kv = KVSlots(allocate([KVShape(2, 32, 2)], 3, num_tokens + 1, dtype), 3, 6)
+
+        def fill(slot: int, key: Tensor, value: Tensor) -> None:
+            PrefillChunk(kv.layers, slot, 0, num_tokens).attend(0, query, key, value, scores)
+
+        def read(slot: int) -> Tensor:
+            row = DecodeRows(kv.layers, [slot], [num_tokens])
+            return row.attend(0, query[:, :, :1], key[:, :, :1], value[:, :, :1], scores)
+
+        fill(0, key, value)
+        for begin, end in ((0, num_tokens), (5, 9), (16, 17), (20, 32), (3, 60), (PAGE_LEN - 1, PAGE_LEN + 1)):
+            fill(1, *others)
+            kv.copy(0, 1, begin, end)
+            fill(2, *(torch.cat([mine[:, :, :begin], copied[:, :, begin:end], mine[:, :, end:]], dim=2)
+                      for mine, copied in zip(others, (key, value), strict=True)))
+            assert torch.equal(read(1), read(2)), (begin, end)
 
 
 def test_pages_are_counted_and_what_is_idle_is_given_back_when_others_need_it(kv: KVSlots) -> None:

@@ -12,9 +12,9 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 LANES = 16                  # numbers of a vector; a processor with shorter ones takes several
+WORD_BYTES = 4              # of a lane: a number, or two that are multiplied together
 
 
 @cache
@@ -30,9 +30,9 @@ def computes(dtype: torch.dtype) -> bool:
     return has_threads() and dtype == torch.float32 and has("fma")
 
 
-def attends(query: Tensor) -> bool:
-    """Whether heads of [..., head_dim] are whole vectors."""
-    return computes(query.dtype) and query.shape[-1] % LANES == 0 and query.stride(-1) == 1
+def attends(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether heads are whole vectors."""
+    return computes(dtype) and head_dim % LANES == 0
 
 
 def arithmetic(dtype: torch.dtype) -> list[str]:

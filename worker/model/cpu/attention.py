@@ -1,9 +1,9 @@
 """Attention over the pages of slots, for a CPU.
 
-A query meets its keys 16 at a time, whatever stands beside it: its bits depend on it alone, and are the same in a
-chunk of a prompt and in a decode row. What it has met is kept relative to its largest logit so far (Milakov and
-Gimelshein, arXiv:1805.02867). In bfloat16 weights are rounded as values are, and two of each are multiplied at a time.
-Keys and values are read where they lie, by one core for some queries at a time.
+A query meets its keys 16 at a time, one in each lane, whatever stands beside it: its bits depend on it alone, and are
+the same in a chunk of a prompt and in a decode row. What it has met is kept relative to its largest logit so far
+(Milakov and Gimelshein, arXiv:1805.02867). In bfloat16 weights are rounded as values are, and two of each are
+multiplied at a time. Keys and values are read where they lie, by one core for some queries at a time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from worker.model.cpu import LANES
+from worker.model.cpu import LANES, WORD_BYTES
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, INTEGER, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, threads_for
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
 NUM_SUMS = 24               # vectors in registers: what the queries of a tile have met, of all their dimensions
+MAX_CHAINS = 4              # of additions to one product, side by side: one waits for what came before it
 LOWEST = -1e30              # below all logits, and a number: what is not met yet weighs nothing
 
 
@@ -91,12 +92,12 @@ def _table(tiles: list[tuple[int, int]]) -> Tensor:
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: float, window: int | None,
            softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Queries of [rows, heads, head_dim] over pages of [pages, slots, num_kv_heads, page_len, head_dim] each.
+    """Queries of [rows, heads, head_dim] over pages as in `KVLayer`, of keys in lanes.
 
     Of every row the keys up to its position, which stand there already.
     """
     num_rows, num_heads, head_dim = query.shape
-    _, num_slots, num_kv_heads, page_len, _ = keys.shape
+    _, num_slots, num_kv_heads, page_len, _ = values.shape
     group = num_heads // num_kv_heads
     out = empty(num_rows, num_heads * head_dim, query.dtype).view(num_rows, num_heads, head_dim)
     for begins, tile, is_single in ((rows.single_tiles, queries_of_single(group, head_dim), True),
@@ -114,10 +115,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: 
 def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
     """One token of each row, [rows, num_kv_heads, head_dim] each, into pages as above."""
     num_rows, num_kv_heads, head_dim = key.shape
-    key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
-    _write(keys, values, key, value, slots, positions, num_rows, keys.shape[1], num_kv_heads, key.stride(0),
-           key.stride(1), value.stride(0), value.stride(1), num_threads=1, dtype=key.dtype, head_dim=head_dim,
-           page_len=keys.shape[3])
+    _write(keys, values, key, value, slots, positions, num_rows, values.shape[1], num_kv_heads, key.stride(0),
+           key.stride(1), value.stride(0), value.stride(1), num_threads=threads_for(2 * key.numel()), dtype=key.dtype,
+           head_dim=head_dim, page_len=values.shape[3])
 
 
 @Kernel
@@ -127,15 +127,19 @@ def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, slo
            ) -> None:
     element = ELEMENTS[dtype]
     size = SIZES[element]
-    with code.shares(num_rows) as row, code.loop(0, num_kv_heads) as head:
+    with code.shares(num_rows * num_kv_heads) as unit:
+        row, head = unit % num_rows, unit // num_rows   # keys of neighbours share lines
         slot, position = (code.load(each + row * SIZES[INTEGER], INTEGER, 1) for each in (slots, positions))
         page = (position // page_len * num_slots + slot) * num_kv_heads + head
-        place = (page * page_len + position % page_len) * (head_dim * size)
-        for cache, new, row_stride, head_stride in ((keys, key, key_row_stride, key_head_stride),
-                                                    (values, value, value_row_stride, value_head_stride)):
-            source = new + (row * row_stride + head * head_stride) * size
-            for i in range(0, head_dim, LANES):
-                code.store(code.numbers(source + i * size, element), cache + place + i * size, element)
+        token, lane = page * page_len + position % page_len, position % LANES
+        source = value + (row * value_row_stride + head * value_head_stride) * size
+        place = values + token * (head_dim * size)
+        for i in range(0, head_dim * size, LANES * size):
+            code.store(code.load(source + i, element), place + i, element)
+        source = key + (row * key_row_stride + head * key_head_stride) * size
+        place = keys + (token - lane) * (head_dim * size) + lane * WORD_BYTES
+        for i in range(0, head_dim * size, WORD_BYTES):
+            code.store(code.load(source + i, INT32, 1), place + i * LANES, INT32)
 
 
 @Kernel
@@ -166,9 +170,16 @@ def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, 
             offset = (page * page_len + token % page_len) * (head_dim * size)
             for cache in (keys, values):                # what comes next, while these are multiplied
                 code.prefetch(cache + offset + LANES * head_dim * size, LANES * head_dim * size)
-            for each in queries:
-                logits = scaling * each.products(keys + offset)
-                each.weigh(softcap * _tanh(code, logits / softcap) if has_softcap else logits, token)
+            logits = [code.variable(scaling * product) for product in _products(queries, keys + offset)]
+            if has_softcap:
+                for some in logits:
+                    some.value = softcap * _tanh(code, some.value / softcap)
+            is_inside = (token > queries[-1].first - 1) & (token + LANES <= queries[0].position + 1)
+            with code.when(is_inside.equals(0)):
+                for each, some in zip(queries, logits, strict=True):
+                    some.value = each.seen(some.value, token)
+            for each, some in zip(queries, logits, strict=True):
+                each.weigh(some.value)
             _add(queries, values + offset, code.smaller(end - token, LANES))
         for each, place in zip(queries, places, strict=True):
             each.store(place)
@@ -179,40 +190,37 @@ class _Query:
 
     def __init__(self, code: Code, place: Value, element: Any, head_dim: int, position: Value, window: Value,
                  sink: Value | None):
-        self.code, self.element, self.head_dim = code, element, head_dim
+        self.code, self.place, self.element, self.head_dim = code, place, element, head_dim
         self.position, self.first = position, code.larger(position - window + 1, code.integer(0))
-        self.vectors, self.is_paired = _vectors(code, place, element, head_dim), _is_paired(element, head_dim)
+        self.is_paired = element is BFLOAT16 and head_dim % (2 * LANES) == 0       # whole vectors of pairs
         is_first = code.indices().equals(0)
         self.largest = code.variable(code.number(LOWEST) if sink is None else sink)
         self.weight = code.variable(code.zeros() if sink is None else code.select(is_first, 1.0, code.zeros()))
         self.sums = [code.variable(code.zeros()) for _ in range(0, head_dim, LANES)]
         self.weights = code.scratch()                   # of the keys at hand
 
-    def products(self, keys: Value) -> Value:
-        """With 16 keys."""
-        code, parts = self.code, []
-        multiply = code.pairs if self.is_paired else code.fused
-        for i in range(LANES):
-            part = code.zeros()
-            key = _vectors(code, keys + i * self.head_dim * SIZES[self.element], self.element, self.head_dim)
-            for left, right in zip(self.vectors, key, strict=True):
-                part = multiply(left, right, part)
-            parts.append(part)
-        return code.totals(parts)
+    def word(self, i: Value) -> Value:
+        """What is multiplied in one lane, in all of them."""
+        code, place = self.code, self.place + i * WORD_BYTES
+        if self.element is FLOAT32:
+            return code.splat(code.load(place, FLOAT32, 1))
+        return code.cast(code.splat(code.load(place, INT32, 1)), vector(BFLOAT16, 2 * LANES))
 
-    def weigh(self, logits: Value, token: Value) -> None:
-        """Keys from `token` on: of those that it does not see none counts."""
+    def seen(self, logits: Value, token: Value) -> Value:
+        """Of keys from `token` on: those that it does not see count nothing."""
         code, tokens = self.code, self.code.indices() + token
         is_seen = (tokens <= self.position) & (tokens > self.first - 1)
-        logits = code.select(is_seen, logits, code.splat(code.number(-math.inf)))
-        before = self.largest.value
-        largest = code.larger(code.largest(logits), before)
-        with code.when(largest > before):
+        return code.select(is_seen, logits, code.splat(code.number(-math.inf)))
+
+    def weigh(self, logits: Value) -> None:
+        code, before = self.code, self.largest.value
+        with code.when(code.some(logits > before)):
+            largest = code.larger(code.largest(logits), before)
             self.largest.value = largest
             shrunk = code.exp(code.splat(before - largest))
             for each in (self.weight, *self.sums):
                 each.value = each.value * shrunk
-        weights = code.exp(logits - largest)
+        weights = code.exp(logits - self.largest.value)
         self.weight.value = self.weight.value + weights
         code.store(weights, self.weights, self.element if self.is_paired else FLOAT32)
 
@@ -228,6 +236,22 @@ class _Query:
         weight = self.code.total(self.weight.value)
         for i, total in enumerate(self.sums):
             self.code.store(total.value / weight, place + i * LANES * SIZES[self.element], self.element)
+
+
+def _products(queries: list[_Query], keys: Value) -> list[Value]:
+    """Each query's with 16 keys, one in each lane."""
+    code, element, head_dim = queries[0].code, queries[0].element, queries[0].head_dim
+    together = WORD_BYTES // SIZES[element]
+    multiply = code.pairs if together > 1 else code.fused
+    num_chains = min(MAX_CHAINS, head_dim // LANES)
+    sums = [[code.variable(code.zeros()) for _ in range(num_chains)] for _ in queries]
+    with code.loop(0, head_dim // together, num_chains) as first:
+        for i in range(num_chains):
+            word = first + i
+            key = code.load(keys + word * (LANES * WORD_BYTES), element, LANES * together)
+            for query, chains in zip(queries, sums, strict=True):
+                chains[i].value = multiply(query.word(word), key, chains[i].value)
+    return [sum((each.value for each in chains[1:]), chains[0].value) for chains in sums]
 
 
 def _add(queries: list[_Query], values: Value, count: Value) -> None:
@@ -248,17 +272,6 @@ def _add(queries: list[_Query], values: Value, count: Value) -> None:
             weight = query.weight_of(i)
             for total, each in zip(query.sums, columns, strict=True):
                 total.value = multiply(weight, each, total.value)
-
-
-def _vectors(code: Code, place: Value, element: Any, head_dim: int) -> list[Value]:
-    """Of a query or a key: pairs in bfloat16 if there are whole vectors of them, else numbers."""
-    if _is_paired(element, head_dim):
-        return [code.load(place + i * SIZES[element], element, 2 * LANES) for i in range(0, head_dim, 2 * LANES)]
-    return [code.numbers(place + i * SIZES[element], element) for i in range(0, head_dim, LANES)]
-
-
-def _is_paired(element: Any, head_dim: int) -> bool:
-    return element is BFLOAT16 and head_dim % (2 * LANES) == 0
 
 
 def _tanh(code: Code, x: Value) -> Value:

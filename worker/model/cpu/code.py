@@ -319,24 +319,13 @@ class Code:
     def least(self, value: Value) -> Value:
         return self._folded(value, self.smaller)
 
+    def some(self, condition: Value) -> Value:
+        """Whether one of a vector of truths is true."""
+        return self.cast(condition, ir.IntType(LANES)).equals(0) ^ 1
+
     def narrowed(self, value: Value) -> Value:
         """Integers in 32 bits."""
         return Value(self, self.builder.trunc(value.ir, vector(INT32)))
-
-    def totals(self, values: Sequence[Value]) -> Value:
-        """The sums of as many vectors as a vector has numbers, as one vector: halves of two are added at a time."""
-        while len(values) > 1:
-            width = len(values) // 2
-            values = [self._halves_added(left, right, width)
-                      for left, right in zip(values[:width], values[width:], strict=True)]
-        return values[0]
-
-    def _halves_added(self, left: Value, right: Value, width: int) -> Value:
-        """Of every 2 · width numbers the first and the second half: of `left`, then of `right`."""
-        places = [lane + lane // width % 2 * (LANES - width) for lane in range(LANES)]
-        lower, upper = (ir.Constant(vector(INT32), [place + offset for place in places]) for offset in (0, width))
-        shuffle = self.builder.shuffle_vector
-        return Value(self, shuffle(left.ir, right.ir, lower)) + Value(self, shuffle(left.ir, right.ir, upper))
 
     def interleaved(self, left: Value, right: Value) -> list[Value]:
         """The numbers of two vectors in turn, as two vectors."""
