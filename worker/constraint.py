@@ -1,7 +1,7 @@
 """What one choice must be, for the engine: which tokens may follow.
 
-Of all choices of a step at once, without the interpreter lock; what takes long, in a thread beside the forward. It
-knows grammars and token ids, nothing of jobs or tensors.
+Of all choices of a step at once, without the interpreter lock; what takes long, in a thread beside the forward. And
+only of those that would not say it anyway. It knows grammars and token ids, nothing of jobs or tensors.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from shared.grammar import Grammars
 
 BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
+MIN_WARY_TOKENS, MAX_WARY_TOKENS = 8, 128               # before which it is asked what may follow
 
 
 class Masks:
@@ -57,25 +59,51 @@ def _executor() -> LLExecutor:
     return LLExecutor(1)
 
 
+@dataclass(slots=True)
+class Trust:
+    """In a choice that may say by itself what it must. Lost at the first token that may not follow, for longer the
+    sooner that comes again, and given back where nobody has looked."""
+
+    _num_wary: int = 0                                  # tokens until it is given again
+    _num_lost: int = 0                                  # how many there were the last time
+
+    @property
+    def is_given(self) -> bool:
+        return not self._num_wary
+
+    def learn(self, was_right: bool) -> None:
+        """Of one token that was drawn."""
+        if self._num_wary:
+            self._num_wary -= 1
+        elif was_right:
+            self._num_lost = max(0, self._num_lost - 1)
+        else:
+            self._num_wary = self._num_lost = min(max(2 * self._num_lost, MIN_WARY_TOKENS), MAX_WARY_TOKENS)
+
+
 class GrammarConstraint:
     def __init__(self, matcher: LLMatcher, num_words: int, after: int | None = None, eos_token_ids: Sequence[int] = ()):
         self._matcher = matcher
         self._num_words = num_words                     # of 32 token ids each
         self._after = after                             # the token that has to come before it begins
         self._eos_token_ids = eos_token_ids
-        self.is_broken = False                          # nothing can follow that it allows
+        self._is_lost = False                           # what was drawn by others it would not have allowed
+        self._trust = Trust()
         self._bits: npt.NDArray[np.int32] | None = None         # of what may follow, once `_future` is done
         self._future: Future[None] | None = None
 
     @classmethod
     def of(cls, grammars: Grammars, grammar: str, token_ids: Sequence[int], after: int | None = None
-           ) -> GrammarConstraint:
+           ) -> Self:
         """Of a choice that has drawn these; until the token `after` it may say anything, but not end. Raises
         InvalidGrammar."""
         constraint = cls(grammars.matcher(grammar), -(-grammars.vocab_size // 32), after, grammars.eos_token_ids)
-        for token_id in token_ids:
-            constraint.accept(token_id)
+        constraint._is_lost = not all(map(constraint._takes, token_ids))
         return constraint
+
+    @property
+    def is_trusted(self) -> bool:
+        return self._trust.is_given
 
     @staticmethod
     def prepare(constraints: Sequence[GrammarConstraint]) -> None:
@@ -107,14 +135,21 @@ class GrammarConstraint:
             bits[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
         return bits.view(np.int32)
 
-    def accept(self, token_id: int) -> None:
+    def accept(self, token_id: int) -> bool:
+        is_right = not self._is_lost and self._takes(token_id)
+        self._trust.learn(is_right)
+        return is_right
+
+    def _takes(self, token_id: int) -> bool:
         if self._after is not None:
             self._after = None if token_id == self._after else self._after
-            return
+            return token_id not in self._eos_token_ids
         self._wait()                                    # one thread at a time
+        if not self._matcher.try_consume_tokens([token_id]):
+            return False
         self._bits = None
-        self.is_broken = not self._matcher.consume_token(token_id)
+        return True
 
     @property
     def is_complete(self) -> bool:
-        return self._after is None and not self.is_broken and self._matcher.is_stopped()
+        return not (self._after is not None or self._is_lost or self._matcher.is_error()) and self._matcher.is_stopped()

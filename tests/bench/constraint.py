@@ -1,32 +1,40 @@
 """What it costs that answers must be something: `python -m tests.bench.constraint FOLDER`.
 
-The engine alone on a model of tests.bench.models; streams that may say anything, and streams that must keep a form, in
-turn. And how long schemas that are in use take to compile, with the first mask.
+A model of tests.bench.models; streams that may say anything, and streams that must keep a form, in turn, of the engine
+alone and of a service. Random weights keep the last form mostly by themselves, as a model does that was asked to. And
+how long schemas that are in use take to compile, with the first mask.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import statistics
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from shared.grammar import Grammars, of_regex, of_schema
 from shared.job import Sampling
-from shared.threads import default_threads, num_cores, weight_bytes
+from shared.settings import Settings
+from tests.bench import client
+from tests.bench.run import service
+from tests.system import MODEL
+from worker.build import build
 from worker.constraint import GrammarConstraint
 from worker.engine.engine import Engine, Request
-from worker.model.loading import load
 
 ITEM = {"type": "object", "additionalProperties": False, "required": ["name", "price", "tags"], "properties": {
     "name": {"type": "string"}, "price": {"type": "number"}, "tags": {"type": "array", "items": {"type": "string"}}}}
-FORMS = {"anything": "", "a regular expression": of_regex(r"([a-z]{1,12} ){400}"),
-         "a JSON array of objects": of_schema({"type": "array", "items": ITEM, "minItems": 400})}
+FORMS: dict[str, dict[str, Any]] = {                     # fields of a request
+    "anything": {}, "a regular expression": {"regex": r"([a-z]{1,12} ){400}"},
+    "a JSON array of objects": {"guided_json": {"type": "array", "items": ITEM, "minItems": 400}},
+    "anything but line breaks": {"regex": r"[^\n]*"}}
 STRING = {"type": "string"}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "any object": {"type": "object"}, "item": ITEM,
@@ -54,23 +62,30 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a model of tests.bench.models")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96, help="of each (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="0: a core is left to masks, beside a small model")
     parser.add_argument("--rounds", type=int, default=5, help="of each, in turn (%(default)s)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads or default_threads(num_cores(), weight_bytes(args.folder)))
-    model = load(str(args.folder))
-    grammars = Grammars((args.folder / "tokenizer.json").read_text(), model.vocab_size, ())
-    engine = Engine(model, max_num_seqs=args.streams, enable_prefix_caching=False, num_speculative_tokens=0)
-    rates: dict[str, list[float]] = {form: [] for form in FORMS}
-    for _ in range(args.rounds):
-        for form, grammar in FORMS.items():
-            rates[form].append(tokens_per_s(engine, grammars, grammar, args.streams, args.tokens))
-    table = Table(title=f"{args.streams} streams of {args.tokens} tokens, {args.rounds} rounds in turn, {model!r}")
-    for column in ("they must be", "tok/s, median", "of anything's in the same round, median"):
-        table.add_column(column, justify="right")
+    settings = Settings(model=str(args.folder), max_num_seqs=args.streams, enable_prefix_caching=False,
+                        num_speculative_tokens=0)
+    engine = build(settings, args.folder)
+    grammars = Grammars((args.folder / "tokenizer.json").read_text(), engine.model.vocab_size, ())
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder, \
+            service(argparse.Namespace(model=str(args.folder)), Path(folder)) as url:
+        sides = {"engine alone": partial(of_engine, args, engine, grammars),
+                 "over HTTP": partial(of_service, args, url)}
+        for side in sides.values():
+            side({})
+        rates = [{name: {form: side(fields) for form, fields in FORMS.items()} for name, side in sides.items()}
+                 for _ in range(args.rounds)]
+    table = Table(title=f"{args.streams} streams of {args.tokens} tokens, {args.rounds} rounds in turn, "
+                        f"{engine.model!r}")
+    table.add_column("they must be")
+    for name in sides:
+        for column in (f"tok/s, {name}", "of anything's"):
+            table.add_column(column, justify="right")
     for form in FORMS:
-        ratios = [mine / free for mine, free in zip(rates[form], rates["anything"], strict=True)]
-        table.add_row(form, f"{statistics.median(rates[form]):.0f}", f"{statistics.median(ratios):.3f}")
+        medians = [(statistics.median(each[name][form] for each in rates),
+                    statistics.median(each[name][form] / each[name]["anything"] for each in rates)) for name in sides]
+        table.add_row(form, *(text for rate, ratio in medians for text in (f"{rate:.0f}", f"{ratio:.3f}")))
     Console(width=110).print(table)
     table = Table(title="Compiling, and the first mask")
     for column in ("schema", "ms"):
@@ -82,19 +97,28 @@ def main() -> None:
     Console(width=110).print(table)
 
 
-def tokens_per_s(engine: Engine, grammars: Grammars, grammar: str, streams: int, num_tokens: int) -> float:
-    """Of decoding: from the first token of the last stream on."""
-    sampling = Sampling(max_tokens=num_tokens, seed=1, ignore_eos=True)
-    for number in range(streams):
-        constraints = (GrammarConstraint.of(grammars, grammar, []),) if grammar else ()
+def of_engine(args: argparse.Namespace, engine: Engine, grammars: Grammars, fields: dict[str, Any]) -> float:
+    """Tokens per second of decoding: from the first token of the last stream on."""
+    grammar = of_regex(fields["regex"]) if "regex" in fields else of_schema(fields.get("guided_json", {}))
+    for number in range(args.streams):
+        constraints = (GrammarConstraint.of(grammars, grammar, []),) if fields else ()
+        sampling = Sampling(max_tokens=args.tokens, seed=number, ignore_eos=True)
         engine.add(Request(str(number), tuple(range(100, 132)), sampling, constraints=constraints))
     begun: set[str] = set()
-    while len(begun) < streams:
+    while len(begun) < args.streams:
         begun |= {output.request_id for output in engine.step()}
     began_s, num_drawn = time.perf_counter(), 0
     while engine.has_work:
         num_drawn += sum(len(output.token_ids) for output in engine.step())
     return num_drawn / (time.perf_counter() - began_s)
+
+
+def of_service(args: argparse.Namespace, url: str, fields: dict[str, Any]) -> float:
+    """Tokens per second, prompts included."""
+    bodies = [{"model": MODEL, "messages": [{"role": "user", "content": "Go."}], "max_tokens": args.tokens,
+               "temperature": 1, "seed": number, "ignore_eos": True} | fields for number in range(2 * args.streams)]
+    timings, took_s = asyncio.run(client.run(url, bodies, args.streams))
+    return sum(timing.num_tokens for timing in timings) / took_s
 
 
 if __name__ == "__main__":

@@ -13,15 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shared.grammar import Grammars, of_choice, of_grammar, of_regex, of_schema
 from shared.job import Sampling
+from shared.tokenizer import Tokenizer as ChatTokenizer
 from tests.worker.engine.driver import run, token_ids
 from tests.worker.families import SMALL
 from worker import tiny
-from worker.constraint import GrammarConstraint
+from worker.announce import make_card
+from worker.constraint import MIN_WARY_TOKENS, GrammarConstraint, Trust
 from worker.engine.engine import Engine, Request
 from worker.engine.request import NO_WAY_ON
 from worker.model.attention import PAGE_LEN
@@ -161,17 +165,84 @@ def test_a_form_begins_behind_a_token_and_no_answer_ends_before(engine: Engine) 
     assert think("never", seed, bias=-100.0)[1] == "length"
 
 
+class Told(GrammarConstraint):
+    """Counts what it is asked."""
+
+    num_asked = 0
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        self.num_asked += 1
+        return super().allowed()
+
+
+class Wary(Told):
+    is_trusted = False
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 0.0}, {"num_logprobs": 2}, {"top_p": 0.9}],
+                         ids=str)
+@pytest.mark.parametrize("regex", [r"[^5]{70}", r"(?s).{70}", r"[^a-m]{70}", r"[ab]{70}"])
+def test_who_draws_first_and_asks_afterwards_says_the_same(regex: str, sampling: dict[str, Any], engine: Engine
+                                                           ) -> None:
+    """And asks hardly oftener than there are tokens, whatever the weights."""
+    numbers = range(4)
+    grammar = of_regex(regex)
+    asked: dict[type[Told], int] = {}
+    answers: dict[type[Told], object] = {}
+    for kind in (Told, Wary):
+        told = [kind.of(GRAMMARS, grammar, []) for _ in numbers]
+        found = run(engine, {0: [Request(str(i), PROMPT, Sampling(**{"max_tokens": 60, "seed": i} | sampling),
+                                         constraints=(told[i],)) for i in numbers]})
+        answers[kind] = {key: [(o.token_ids, o.logprobs, o.finish_reason) for o in outputs]
+                         for key, outputs in found.items()}
+        asked[kind] = sum(each.num_asked for each in told)
+        num_tokens = sum(len(token_ids(outputs)) for outputs in found.values())
+    assert answers[Told] == answers[Wary]
+    assert asked[Wary] == num_tokens
+    assert asked[Told] == num_tokens if "top_p" in sampling else 0 < asked[Told] <= num_tokens
+
+
+def test_who_follows_by_itself_is_never_asked() -> None:
+    """The built-in model counts, and nobody makes a mask; where it must count otherwise, at the places alone where it
+    would not."""
+    engine = make_engine(Path(tiny.MODEL_FOLDER))
+    tokenizer = ChatTokenizer(make_card(str(tiny.MODEL_FOLDER), engine))
+    grammars = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), sorted(engine.model.eos_token_ids))
+    prompt = tuple(tokenizer.encode_chat([{"role": "user", "content": "Count from 1 to 40."}], []))
+
+    def count(regex: str) -> tuple[str, Told]:
+        told = Told.of(grammars, of_regex(regex), [])
+        sampling = Sampling(max_tokens=200, temperature=0.0)
+        outputs = run(engine, {0: [Request("count", prompt, sampling, constraints=(told,))]})["count", 0]
+        return text_of(token_ids(outputs)), told
+
+    whole, told = count("[0-9, ]{1,300}")
+    assert whole.startswith("1, 2, 3, 4, 5") and whole.endswith("39, 40") and told.num_asked == 0
+    without, told = count("[0-8, ]{1,300}")
+    assert "9" not in without and 0 < told.num_asked < len(without) / 2
+
+
+@given(st.lists(st.booleans(), max_size=300))
+def test_trust_is_lost_at_once_and_given_back(follows: list[bool]) -> None:
+    """Whoever never follows is asked at nearly every token; who always does, never."""
+    trust, num_free, num_lost = Trust(), 0, 0
+    for is_right in follows:
+        num_free += trust.is_given
+        num_lost += trust.is_given and not is_right
+        trust.learn(is_right)
+        assert trust.is_given or num_lost
+    assert num_free == len(follows) or not all(follows)
+    if not any(follows):
+        assert num_free <= 1 + len(follows) // (MIN_WARY_TOKENS + 1)
+
+
 class Stuck:
     """Its matcher gives up at the third token."""
 
-    is_complete = False
+    is_complete = is_trusted = False
 
     def __init__(self) -> None:
         self.num_accepted = 0
-
-    @property
-    def is_broken(self) -> bool:
-        return self.num_accepted == 3
 
     @staticmethod
     def prepare(constraints: Sequence[Any]) -> None:
@@ -180,8 +251,9 @@ class Stuck:
     def allowed(self) -> npt.NDArray[np.int32]:
         return np.full(-(-TOKENIZER.get_vocab_size() // 32), -1, dtype=np.int32)
 
-    def accept(self, token_id: int) -> None:
+    def accept(self, token_id: int) -> bool:
         self.num_accepted += 1
+        return self.num_accepted < 3
 
 
 def test_who_cannot_go_on_fails_alone(engine: Engine) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import sys
 from collections import deque
+from collections.abc import Iterable
 from itertools import groupby, islice, zip_longest
 from typing import Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from shared.prefix import prefix_names
 from worker.engine.draft import Drafter
 from worker.engine.prefix import PrefixCache
-from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Output, Request, validate
+from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Constraint, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Draws, Params, Row, Sampler
 from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Forward, Progress, Span, pack, schedule, share
@@ -43,6 +44,8 @@ class Flight(NamedTuple):
     """What a forward has drawn, and nobody has read yet."""
 
     sequences: list[Sequence]       # one for each row
+    rows: list[Row]
+    logits: Tensor | None           # from which to draw again; None where a device may have others in their place
     draws: Draws
 
 
@@ -232,13 +235,16 @@ class Engine:
 
     def _constrain(self) -> None:
         """What may follow is found out while others are computed, of what is known to be drawn."""
-        constrained = [sequence for sequence in self._computing() if sequence.constraint]
-        if any(sequence.num_pending_tokens for sequence in constrained):
+        if any(sequence.num_pending_tokens for sequence in self._computing() if sequence.constraint):
             self._land(len(self._flights))
-            constrained = [sequence for sequence in self._computing() if sequence.constraint]
-        constraints = [sequence.constraint for sequence in constrained if sequence.constraint]
-        if constraints:
-            constraints[0].prepare(constraints)
+        _prepare(sequence.constraint for sequence in self._computing()
+                 if sequence.constraint and self._asks_first(sequence))
+
+    def _asks_first(self, sequence: Sequence) -> bool:
+        """What it must be, before it draws; who is trusted draws the same token, mostly, and is only asked whether it
+        may follow. Masks are made beside what a device computes, so there all ask."""
+        return sequence.constraint is not None and (
+            self.runs_ahead or not (sequence.draws_best and sequence.constraint.is_trusted))
 
     def _draft(self) -> None:
         """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
@@ -307,9 +313,10 @@ class Engine:
         if not sequences:
             return
         rows = [Row(sequence.slot, sequence.num_output_tokens + offset,
-                    sequence.constraint.allowed() if sequence.constraint else None)
+                    sequence.constraint.allowed() if sequence.constraint and self._asks_first(sequence) else None)
                 for sequence, same in groupby(sequences) for offset, _ in enumerate(same)]
-        self._flights.append(Flight(sequences, self.sampler.sample(logits, rows)))
+        self._flights.append(Flight(sequences, rows, None if self.runs_ahead else logits,
+                                    self.sampler.sample(logits, rows)))
         for sequence, _ in groupby(sequences):
             sequence.num_pending_tokens += 1            # and those of its draft that will be accepted
 
@@ -317,25 +324,40 @@ class Engine:
         """Reads what so many forwards have drawn, the first ones. Who has ended or left meanwhile does not listen."""
         for _ in range(num_flights):
             flight = self._flights.popleft()
-            draws = iter(flight.draws.read())
+            draws = iter(self._allowed(flight))
             for sequence, same in groupby(flight.sequences):
                 drawn = [next(draws) for _ in same]
                 if self._by_slot.get(sequence.slot) is sequence:
                     self._outputs.append(self._accept(sequence, drawn))
 
-    def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
+    def _allowed(self, flight: Flight) -> list[Draw | None]:
+        """What was drawn; where that may not follow, what is drawn of all that may, or nothing if that may not."""
+        drawn = flight.draws.read()
+        refused = {place: constraint for place, (sequence, draw) in enumerate(zip(flight.sequences, drawn, strict=True))
+                   if (constraint := sequence.constraint) and self._by_slot.get(sequence.slot) is sequence
+                   and draw.is_valid and not constraint.accept(draw.token_id)}
+        draws = [None if place in refused else draw for place, draw in enumerate(drawn)]
+        free = {place: constraint for place, constraint in refused.items() if flight.rows[place].allowed is None}
+        if free:
+            assert flight.logits is not None
+            _prepare(free.values())
+            rows = [flight.rows[place]._replace(allowed=constraint.allowed()) for place, constraint in free.items()]
+            again = self.sampler.sample(flight.logits[list(free)], rows).read()
+            for (place, constraint), draw in zip(free.items(), again, strict=True):
+                draws[place] = draw if constraint.accept(draw.token_id) else None
+        return draws
+
+    def _accept(self, sequence: Sequence, draws: list[Draw | None]) -> Output:
         """The draft as far as it is what was drawn, and one token more: what stands behind was computed in vain."""
         draft, sequence.draft_token_ids = sequence.draft_token_ids, []
         sequence.num_pending_tokens -= 1
         num_before = len(sequence.output_token_ids)
         taken, reason = list[Draw](), None
         for draw, expected in zip_longest(draws, draft):
+            if draw is None:
+                return self._fail(sequence, NO_WAY_ON)
             if not draw.is_valid:
                 return self._fail(sequence, NOT_A_NUMBER)
-            if sequence.constraint:
-                sequence.constraint.accept(draw.token_id)
-                if sequence.constraint.is_broken:
-                    return self._fail(sequence, NO_WAY_ON)
             taken.append(draw)
             sequence.output_token_ids.append(draw.token_id)
             reason = sequence.finish_reason
@@ -427,6 +449,12 @@ class Engine:
 def _is_out_of_memory(error: Exception) -> bool:
     """torch has a class of its own for devices alone; its allocator of the CPU raises a RuntimeError."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _prepare(constraints: Iterable[Constraint]) -> None:
+    """All at once."""
+    if some := list(constraints):
+        some[0].prepare(some)
 
 
 def _progress(sequence: Sequence) -> Progress:

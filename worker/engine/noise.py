@@ -29,7 +29,8 @@ def draw(logits: Tensor, wishes: Wishes) -> Tensor:
     """The token of each row of [rows, vocab_size]: of logits / temperature + noise the largest, the lower id of two
     alike.
 
-    What is no number counts as infinite, so that it is drawn and found. What is not allowed falls below all else.
+    What is no number counts as infinite, so that it is drawn and found. What is not allowed falls below all else, and
+    where nothing is, nobody looks.
     """
     num_rows, vocab_size = logits.shape
     temperatures, keys, allowed = wishes
@@ -84,17 +85,25 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
         def go_through(temperature: Value | None, keys: list[Value]) -> None:
             with code.loop(0, vocab_size, LANES) as begin:
                 first = code.smaller(begin, vocab_size - LANES)         # the last vector may say some twice
-                numbers, tokens = code.numbers(line + first * SIZES[element], element), code.indices() + first
-                if has_bits:
-                    numbers = code.select(code.bits(bits + first // 8), numbers, numbers + FORBIDDEN)
-                if temperature:
-                    numbers = numbers / temperature
-                numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
-                if keys:
-                    numbers += _gumbel(code, keys, code.narrowed(tokens))
-                is_larger = numbers > most.value
-                most.value = code.select(is_larger, numbers, most.value)
-                best.value = code.select(is_larger, tokens, best.value)
+                if not has_bits:
+                    look_at(first, None, temperature, keys)
+                    return
+                is_allowed = code.bits(bits + first // 8)
+                with code.when(code.some(is_allowed)):
+                    look_at(first, is_allowed, temperature, keys)
+
+        def look_at(first: Value, is_allowed: Value | None, temperature: Value | None, keys: list[Value]) -> None:
+            numbers, tokens = code.numbers(line + first * SIZES[element], element), code.indices() + first
+            if is_allowed:
+                numbers = code.select(is_allowed, numbers, numbers + FORBIDDEN)
+            if temperature:
+                numbers = numbers / temperature
+            numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
+            if keys:
+                numbers += _gumbel(code, keys, code.narrowed(tokens))
+            is_larger = numbers > most.value
+            most.value = code.select(is_larger, numbers, most.value)
+            best.value = code.select(is_larger, tokens, best.value)
 
         if has_temperatures:
             temperature = code.load(temperatures + row * SIZES[FLOAT32], FLOAT32, 1)

@@ -36,8 +36,8 @@ class Constraint(Protocol):
         """Nothing may follow."""
 
     @property
-    def is_broken(self) -> bool:
-        """Nobody can say what may."""
+    def is_trusted(self) -> bool:
+        """What it says by itself will do, as a rule: it may draw first, and ask afterwards."""
 
     @staticmethod
     def prepare(constraints: Sequence[Any]) -> None:
@@ -46,8 +46,8 @@ class Constraint(Protocol):
     def allowed(self) -> npt.NDArray[np.int32]:
         """A bit for each token id that may follow, 32 in each."""
 
-    def accept(self, token_id: int) -> None:
-        """It was drawn."""
+    def accept(self, token_id: int) -> bool:
+        """It was drawn. False: it may not follow, or nobody can say what may, and it is not taken."""
 
 
 @dataclass(frozen=True, slots=True)

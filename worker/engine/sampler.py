@@ -86,6 +86,11 @@ class Params:
             is_penalized=bool(sampling.presence_penalty or sampling.frequency_penalty)
             or sampling.repetition_penalty != 1)
 
+    @property
+    def is_plain(self) -> bool:
+        """One pass over the logits draws its token: the one whose logit and noise are the largest."""
+        return not (self.is_truncated or self.is_penalized or self.bias or self.sampling.min_p > 0)
+
 
 class Row(NamedTuple):
     slot: int
@@ -150,13 +155,14 @@ class Sampler:
         noise = None if self.has_kernel else _kernels(logits)
         is_constrained = any(row.allowed is not None for row in rows)
         if noise is None or (is_constrained and not noise.takes_bits(logits)) or any(
-                p.is_truncated or p.is_penalized or p.bias or p.sampling.min_p > 0 or self._is_too_short(row, p)
+                not p.is_plain or self._is_too_short(row, p)
                 for row, p in zip(rows, params, strict=True)):
             return None
         allowed = None
         if is_constrained:
             anything = np.full(-(-self.vocab_size // 32), -1, dtype=np.int32)
-            allowed = torch.from_numpy(np.stack([anything if row.allowed is None else row.allowed for row in rows]))
+            bits = np.concatenate([anything if row.allowed is None else row.allowed for row in rows])
+            allowed = torch.from_numpy(bits.reshape(len(rows), -1))
         if all(p.is_greedy for p in params):
             return cast("Wishes", noise.Wishes(allowed=allowed))
         temperatures = torch.tensor([0.0 if p.is_greedy else p.sampling.temperature for p in params])

@@ -86,6 +86,11 @@ class Sequence:
         return self.output_token_ids[beyond]
 
     @property
+    def draws_best(self) -> bool:
+        """Of all tokens. Of some it draws the same one, if that is among them."""
+        return self.params.is_plain and not self.sampling.min_tokens
+
+    @property
     def may_draft(self) -> bool:
         return self.drafter is not None and not self.drafter.is_pausing
 
