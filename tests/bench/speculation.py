@@ -13,17 +13,21 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from shared.grammar import Grammars, of_schema
 from shared.job import Sampling
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 from worker.announce import make_card
 from worker.build import build
+from worker.constraint import GrammarConstraint
 from worker.engine.engine import Engine, Request
 from worker.serve import BUILT_IN, model_folder
 from worker.tiny.skills import held_out
 
-SKILLS = {"tool_call": "copies from the prompt", "json_schema": "copies some of it", "unknown": "does not repeat",
-          "listing": "does not repeat"}
+ANY_OBJECT = of_schema({"type": "object"})
+SKILLS = [("tool_call", "copies from the prompt", ""), ("json_schema", "copies some of it", ""),
+          ("json_schema", "copies some of it, and must be JSON", ANY_OBJECT), ("unknown", "does not repeat", ""),
+          ("listing", "does not repeat", "")]
 CONCURRENCIES = (1, 4)
 
 
@@ -38,12 +42,15 @@ def main() -> None:
     table = Table(title=f"CPU time of decoding, {args.requests} requests, the best of {args.rounds} rounds")
     for column in ("skill", "", "streams", "ms/token without", "with", "ratio", "drafted", "accepted"):
         table.add_column(column, justify="right")
-    for skill, kind in SKILLS.items():
+    grammars = Grammars((model_folder(settings) / "tokenizer.json").read_text(), engine.model.vocab_size,
+                        sorted(engine.model.eos_token_ids))
+    for skill, kind, grammar in SKILLS:
         prompts = [tuple(tokenizer.encode_chat(q.messages, q.tools)) for q in held_out(skill, args.requests)]
         for streams in CONCURRENCIES:
             drafted, accepted = engine.num_draft_tokens, engine.num_accepted_tokens
             without, drafting = (min(times) for times in zip(*(
-                [decode_s(engine, prompts, streams, speculative) for speculative in (False, True)]
+                [decode_s(engine, requests(prompts, speculative, grammars, grammar), streams)
+                 for speculative in (False, True)]
                 for _ in range(args.rounds)), strict=True))
             table.add_row(skill, kind, str(streams), f"{1000 * without:.2f}", f"{1000 * drafting:.2f}",
                           f"{without / drafting:.2f}", str((engine.num_draft_tokens - drafted) // args.rounds),
@@ -51,10 +58,15 @@ def main() -> None:
     Console(width=110).print(table)
 
 
-def decode_s(engine: Engine, prompts: Sequence[tuple[int, ...]], streams: int, speculative: bool) -> float:
-    """CPU seconds for each token behind the first, in a closed loop of so many streams."""
+def requests(prompts: Sequence[tuple[int, ...]], speculative: bool, grammars: Grammars, grammar: str) -> list[Request]:
     sampling = Sampling(max_tokens=160, temperature=0.0, speculative=speculative)
-    waiting = [Request(str(i), prompt, sampling) for i, prompt in enumerate(prompts)]
+    return [Request(str(i), prompt, sampling,
+                    constraints=(GrammarConstraint.of(grammars, grammar, []),) if grammar else ())
+            for i, prompt in enumerate(prompts)]
+
+
+def decode_s(engine: Engine, waiting: list[Request], streams: int) -> float:
+    """CPU seconds for each token behind the first, in a closed loop of so many streams."""
     took_s, num_tokens = 0.0, 0
     in_prefill: set[str] = set()
     while waiting or engine.has_work:

@@ -30,6 +30,7 @@ from worker.engine.engine import Engine, Request
 from worker.engine.request import NO_WAY_ON
 from worker.model.attention import PAGE_LEN
 from worker.model.loading import load
+from worker.tiny.skills import held_out
 
 TOKENIZER = Tokenizer.from_file(str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"))
 EOS = 256
@@ -193,8 +194,8 @@ def test_who_draws_first_and_asks_afterwards_says_the_same(regex: str, sampling:
         told = [kind.of(GRAMMARS, grammar, []) for _ in numbers]
         found = run(engine, {0: [Request(str(i), PROMPT, Sampling(**{"max_tokens": 60, "seed": i} | sampling),
                                          constraints=(told[i],)) for i in numbers]})
-        answers[kind] = {key: [(o.token_ids, o.logprobs, o.finish_reason) for o in outputs]
-                         for key, outputs in found.items()}
+        answers[kind] = {key: (token_ids(outputs), [each for output in outputs for each in output.logprobs],
+                               outputs[-1].finish_reason) for key, outputs in found.items()}
         asked[kind] = sum(each.num_asked for each in told)
         num_tokens = sum(len(token_ids(outputs)) for outputs in found.values())
     assert answers[Told] == answers[Wary]
@@ -220,6 +221,23 @@ def test_who_follows_by_itself_is_never_asked() -> None:
     assert whole.startswith("1, 2, 3, 4, 5") and whole.endswith("39, 40") and told.num_asked == 0
     without, told = count("[0-8, ]{1,300}")
     assert "9" not in without and 0 < told.num_asked < len(without) / 2
+
+
+def test_who_follows_by_itself_drafts() -> None:
+    """What it must be does not keep it from copying; it says the same without drafts."""
+    schema, answers = of_schema({"type": "object"}), []
+    for num_drafted in (8, 0):
+        engine = make_engine(Path(tiny.MODEL_FOLDER), num_speculative_tokens=num_drafted)
+        tokenizer = ChatTokenizer(make_card(str(tiny.MODEL_FOLDER), engine))
+        grammars = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), sorted(engine.model.eos_token_ids))
+        requests = [Request(str(i), tuple(tokenizer.encode_chat(question.messages, question.tools)),
+                            Sampling(max_tokens=120, temperature=0.0), constraints=(Told.of(grammars, schema, []),))
+                    for i, question in enumerate(held_out("json_schema", 6))]
+        found = {key: token_ids(outputs) for key, outputs in run(engine, {0: requests}).items()}
+        answers.append(found)
+        assert all(isinstance(json.loads(text_of(ids)), dict) for ids in found.values())
+        assert bool(engine.num_accepted_tokens) == bool(num_drafted)
+    assert answers[0] == answers[1]
 
 
 @given(st.lists(st.booleans(), max_size=300))

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
-from itertools import groupby, islice, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from typing import Literal, NamedTuple
 
 import torch
@@ -110,7 +110,8 @@ class Engine:
         params = Params.of(sampling, index, eos | frozenset(sampling.stop_token_ids))
         drawn = list(request.continued_token_ids(index))
         constraint = request.constraints[index] if request.constraints else None
-        drafts = self.num_speculative_tokens and sampling.speculative and not (params.is_penalized or constraint)
+        drafts = self.num_speculative_tokens and sampling.speculative and not (
+            params.is_penalized or (constraint and self.runs_ahead))
         return Sequence(request.id, index, request.prompt_token_ids, sampling, params, drawn, constraint=constraint,
                         num_reprefilled_tokens=0 if self._replays(len(drawn)) else len(drawn),
                         drafter=Drafter(self.num_speculative_tokens) if drafts else None)
@@ -241,10 +242,8 @@ class Engine:
                  if sequence.constraint and self._asks_first(sequence))
 
     def _asks_first(self, sequence: Sequence) -> bool:
-        """What it must be, before it draws; who is trusted draws the same token, mostly, and is only asked whether it
-        may follow. Masks are made beside what a device computes, so there all ask."""
-        return sequence.constraint is not None and (
-            self.runs_ahead or not (sequence.draws_best and sequence.constraint.is_trusted))
+        """Masks are made beside what a device computes, so there all ask."""
+        return sequence.asks_first or (self.runs_ahead and sequence.constraint is not None)
 
     def _draft(self) -> None:
         """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
@@ -324,20 +323,26 @@ class Engine:
         """Reads what so many forwards have drawn, the first ones. Who has ended or left meanwhile does not listen."""
         for _ in range(num_flights):
             flight = self._flights.popleft()
-            draws = iter(self._allowed(flight))
-            for sequence, same in groupby(flight.sequences):
-                drawn = [next(draws) for _ in same]
+            drawn, places = flight.draws.read(), defaultdict[Sequence, list[int]](list)
+            for place, sequence in enumerate(flight.sequences):
+                places[sequence].append(place)
+            first = self._allowed(flight, drawn, [rows[0] for rows in places.values()])
+            for (sequence, rows), draw in zip(places.items(), first, strict=True):
                 if self._by_slot.get(sequence.slot) is sequence:
-                    self._outputs.append(self._accept(sequence, drawn))
+                    behind = (self._allowed(flight, drawn, [row])[0] for row in rows[1:])
+                    self._outputs.append(self._accept(sequence, chain([draw], behind)))
 
-    def _allowed(self, flight: Flight) -> list[Draw | None]:
-        """What was drawn; where that may not follow, what is drawn of all that may, or nothing if that may not."""
-        drawn = flight.draws.read()
-        refused = {place: constraint for place, (sequence, draw) in enumerate(zip(flight.sequences, drawn, strict=True))
-                   if (constraint := sequence.constraint) and self._by_slot.get(sequence.slot) is sequence
-                   and draw.is_valid and not constraint.accept(draw.token_id)}
-        draws = [None if place in refused else draw for place, draw in enumerate(drawn)]
-        free = {place: constraint for place, constraint in refused.items() if flight.rows[place].allowed is None}
+    def _allowed(self, flight: Flight, drawn: list[Draw], places: list[int]) -> list[Draw | None]:
+        """What was drawn in these rows; where that may not follow, what is drawn of all that may; else nothing."""
+        draws: dict[int, Draw | None] = {place: drawn[place] for place in places}
+        free: dict[int, Constraint] = {}
+        for place in places:
+            sequence, draw = flight.sequences[place], drawn[place]
+            if (sequence.constraint and self._by_slot.get(sequence.slot) is sequence and draw.is_valid
+                    and not sequence.constraint.accept(draw.token_id)):
+                draws[place] = None
+                if flight.rows[place].allowed is None:
+                    free[place] = sequence.constraint
         if free:
             assert flight.logits is not None
             _prepare(free.values())
@@ -345,9 +350,9 @@ class Engine:
             again = self.sampler.sample(flight.logits[list(free)], rows).read()
             for (place, constraint), draw in zip(free.items(), again, strict=True):
                 draws[place] = draw if constraint.accept(draw.token_id) else None
-        return draws
+        return list(draws.values())
 
-    def _accept(self, sequence: Sequence, draws: list[Draw | None]) -> Output:
+    def _accept(self, sequence: Sequence, draws: Iterable[Draw | None]) -> Output:
         """The draft as far as it is what was drawn, and one token more: what stands behind was computed in vain."""
         draft, sequence.draft_token_ids = sequence.draft_token_ids, []
         sequence.num_pending_tokens -= 1

@@ -86,17 +86,19 @@ class Sequence:
         return self.output_token_ids[beyond]
 
     @property
-    def draws_best(self) -> bool:
-        """Of all tokens. Of some it draws the same one, if that is among them."""
-        return self.params.is_plain and not self.sampling.min_tokens
+    def asks_first(self) -> bool:
+        """What may follow, before it draws. Others draw the best of all tokens, which is the best of those that may
+        follow, mostly: they are only asked whether it is one."""
+        return self.constraint is not None and not (
+            self.params.is_plain and not self.sampling.min_tokens and self.constraint.is_trusted)
 
     @property
     def may_draft(self) -> bool:
-        return self.drafter is not None and not self.drafter.is_pausing
+        return self.drafter is not None and not self.drafter.is_pausing and not self.asks_first
 
     def draft(self, most: int) -> None:
         """At most so many tokens; behind the last one that may come there is nothing to draft."""
-        if self.drafter:
+        if self.drafter and not self.asks_first:
             num_left = self.sampling.max_tokens - len(self.output_token_ids) - 1
             known = (self.prompt_token_ids, self.output_token_ids)
             self.draft_token_ids = self.drafter.propose(*known, min(most, num_left))
