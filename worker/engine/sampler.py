@@ -75,21 +75,18 @@ class Params:
     is_greedy: bool
     is_truncated: bool
     is_penalized: bool
+    is_plain: bool                  # one pass over the logits finds its token: that of the largest logit and noise
 
     @classmethod
     def of(cls, sampling: Sampling, choice: int, stop_token_ids: frozenset[int]) -> Params:
-        return cls(
-            sampling, rng.choice_key(sampling.seed, choice), sorted(stop_token_ids),
-            tuple(dict(sampling.logit_bias).items()),
-            is_greedy=sampling.temperature < MIN_TEMPERATURE,
-            is_truncated=sampling.top_p < 1 or sampling.top_k > 0,
-            is_penalized=bool(sampling.presence_penalty or sampling.frequency_penalty)
-            or sampling.repetition_penalty != 1)
-
-    @property
-    def is_plain(self) -> bool:
-        """One pass over the logits draws its token: the one whose logit and noise are the largest."""
-        return not (self.is_truncated or self.is_penalized or self.bias or self.sampling.min_p > 0)
+        bias = tuple(dict(sampling.logit_bias).items())
+        is_truncated = sampling.top_p < 1 or sampling.top_k > 0
+        is_penalized = (bool(sampling.presence_penalty or sampling.frequency_penalty)
+                        or sampling.repetition_penalty != 1)
+        return cls(sampling, rng.choice_key(sampling.seed, choice), sorted(stop_token_ids), bias,
+                   is_greedy=sampling.temperature < MIN_TEMPERATURE, is_truncated=is_truncated,
+                   is_penalized=is_penalized,
+                   is_plain=not (is_truncated or is_penalized or bias or sampling.min_p > 0))
 
 
 class Row(NamedTuple):
