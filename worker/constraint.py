@@ -21,7 +21,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from shared.grammar import Grammars
 
 BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
-MIN_WARY_TOKENS, MAX_WARY_TOKENS = 8, 128               # before which it is asked what may follow
+MIN_WARY_TOKENS, MAX_WARY_TOKENS = 8, 128               # before which a mask is made, from the refused one on
 
 
 class Masks:
@@ -61,11 +61,11 @@ def _executor() -> LLExecutor:
 
 @dataclass(slots=True)
 class Trust:
-    """In a choice that may say by itself what it must. Lost at the first token that may not follow, for longer the
-    sooner that comes again, and given back where nobody has looked."""
+    """In a choice that may say by itself what it must. Lost at a token that may not follow, for longer the sooner that
+    comes again, and given back without a look at what it would have said."""
 
     _num_wary: int = 0                                  # tokens until it is given again
-    _num_lost: int = 0                                  # how many there were the last time
+    _num_lost: int = 0                                  # at the last loss, less one for every right token since
 
     @property
     def is_given(self) -> bool:
@@ -135,20 +135,35 @@ class GrammarConstraint:
             bits[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
         return bits.view(np.int32)
 
-    def accept(self, token_id: int) -> bool:
-        is_right = not self._is_lost and self._takes(token_id)
-        self._trust.learn(is_right)
+    def may_follow(self, token_id: int) -> bool:
+        is_right = self._is_named(token_id)
+        if not is_right:
+            self._trust.learn(False)
         return is_right
+
+    def _is_named(self, token_id: int) -> bool:
+        """By the mask; where there is none, by what makes one: text that must follow comes in the tokenizer's own
+        tokens, though its grammar would take others, and an end is a matter of the mask alone."""
+        if self._after is not None:
+            return token_id not in self._eos_token_ids
+        if self._is_lost:
+            return False
+        if self._bits is not None or token_id in self._eos_token_ids:
+            return bool(int(self.allowed()[token_id // 32]) >> token_id % 32 & 1)
+        forced = self._matcher.compute_ff_tokens()
+        return (not forced or forced[0] == token_id) and self._matcher.validate_tokens([token_id]) == 1
+
+    def accept(self, token_id: int) -> bool:
+        self._trust.learn(True)
+        return self._takes(token_id)
 
     def _takes(self, token_id: int) -> bool:
         if self._after is not None:
             self._after = None if token_id == self._after else self._after
-            return token_id not in self._eos_token_ids
+            return True
         self._wait()                                    # one thread at a time
-        if not self._matcher.try_consume_tokens([token_id]):
-            return False
         self._bits = None
-        return True
+        return self._matcher.consume_token(token_id) and not self._matcher.is_error()
 
     @property
     def is_complete(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shared.grammar import Grammars, of_choice, of_grammar, of_regex, of_schema
@@ -28,6 +29,7 @@ from worker.announce import make_card
 from worker.constraint import MIN_WARY_TOKENS, GrammarConstraint, Trust
 from worker.engine.engine import Engine, Request
 from worker.engine.request import NO_WAY_ON
+from worker.engine.sampler import Draws, Row, Sampler
 from worker.model.attention import PAGE_LEN
 from worker.model.loading import load
 from worker.tiny.skills import held_out
@@ -203,9 +205,9 @@ def test_who_draws_first_and_asks_afterwards_says_the_same(regex: str, sampling:
     assert asked[Told] == num_tokens if "top_p" in sampling else 0 < asked[Told] <= num_tokens
 
 
-def test_who_follows_by_itself_is_never_asked() -> None:
-    """The built-in model counts, and nobody makes a mask; where it must count otherwise, at the places alone where it
-    would not."""
+def test_who_follows_by_itself_is_asked_at_its_end() -> None:
+    """The built-in model counts, and nobody makes a mask before it ends; where it must count otherwise, at the places
+    alone where it would not."""
     engine = make_engine(Path(tiny.MODEL_FOLDER))
     tokenizer = ChatTokenizer(make_card(str(tiny.MODEL_FOLDER), engine))
     grammars = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), sorted(engine.model.eos_token_ids))
@@ -218,7 +220,7 @@ def test_who_follows_by_itself_is_never_asked() -> None:
         return text_of(token_ids(outputs)), told
 
     whole, told = count("[0-9, ]{1,300}")
-    assert whole.startswith("1, 2, 3, 4, 5") and whole.endswith("39, 40") and told.num_asked == 0
+    assert whole.startswith("1, 2, 3, 4, 5") and whole.endswith("39, 40") and told.num_asked == 1
     without, told = count("[0-8, ]{1,300}")
     assert "9" not in without and 0 < told.num_asked < len(without) / 2
 
@@ -254,6 +256,63 @@ def test_trust_is_lost_at_once_and_given_back(follows: list[bool]) -> None:
         assert num_free <= 1 + len(follows) // (MIN_WARY_TOKENS + 1)
 
 
+def test_who_finds_no_memory_to_draw_again_says_the_same(folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+                                                         ) -> None:
+    """Nothing is taken before all is drawn; what was drawn and not read is drawn once more."""
+    requests = [request(str(i), of_regex(r"[^5]{70}"), max_tokens=60, seed=i) for i in range(4)]
+    expected = {key: token_ids(outputs) for key, outputs in run(engine, {0: requests}).items()}
+    other, sample, num_failed = make_engine(folder), Sampler.sample, 0
+
+    def starved(self: Sampler, logits: torch.Tensor, rows: Sequence[Row]) -> Draws:
+        nonlocal num_failed
+        if num_failed < 2 and all(row.allowed is not None for row in rows):
+            num_failed += 1
+            raise MemoryError
+        return sample(self, logits, rows)
+
+    monkeypatch.setattr(Sampler, "sample", starved)
+    found = run(other, {0: [request(str(i), of_regex(r"[^5]{70}"), max_tokens=60, seed=i) for i in range(4)]})
+    assert {key: token_ids(outputs) for key, outputs in found.items()} == expected
+    assert (num_failed, other.num_preempted > 0) == (2, True)
+    other.check()
+
+
+MERGED = "positive negative neutral because name tags red green null true false 0123456789"
+
+
+@pytest.fixture(scope="module")
+def merging() -> Grammars:
+    """A tokenizer of bytes and of longer tokens: many ways to write one text, of which masks want its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([json.dumps(MERGED.split())] * 9, trainer)
+    assert tokenizer.get_vocab_size() > 300
+    return Grammars(tokenizer.to_str(), tokenizer.get_vocab_size(), [0])
+
+
+@pytest.mark.parametrize("grammar", [
+    KINDS["schema"][0], of_regex("([^5]{5}positive){10}"), of_regex("(posit|negat)ive [0-9]{3,5}( because [a-z]+)?"),
+    of_choice(["positive", "negative", "neutral", "posit"]), of_grammar('start: gen "!"\ngen[stop=""]: /[a-z]*/'),
+    of_schema({"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}})])
+def test_what_may_follow_is_what_a_mask_names(grammar: str, merging: Grammars) -> None:
+    """Of every token, at every place of answers that are drawn of what may follow."""
+    for seed in range(3):
+        draw = random.Random(seed)
+        constraint, twin = (GrammarConstraint.of(merging, grammar, []) for _ in range(2))
+        for _ in range(40):
+            bits = np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")[:merging.vocab_size]
+            backwards = range(merging.vocab_size - 1, -1, -1)           # the end last: it has a mask made
+            assert [twin.may_follow(token_id) for token_id in backwards] == bits[::-1].astype(bool).tolist()
+            token_id = draw.choice(np.flatnonzero(bits).tolist())
+            assert constraint.accept(token_id)
+            assert twin.accept(token_id)
+            if constraint.is_complete or token_id == 0:
+                break
+
+
 class Stuck:
     """Its matcher gives up at the third token."""
 
@@ -268,6 +327,9 @@ class Stuck:
 
     def allowed(self) -> npt.NDArray[np.int32]:
         return np.full(-(-TOKENIZER.get_vocab_size() // 32), -1, dtype=np.int32)
+
+    def may_follow(self, token_id: int) -> bool:
+        return True
 
     def accept(self, token_id: int) -> bool:
         self.num_accepted += 1

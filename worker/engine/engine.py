@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable
-from itertools import chain, groupby, islice, zip_longest
+from itertools import groupby, islice, zip_longest
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class Flight(NamedTuple):
 
     sequences: list[Sequence]       # one for each row
     rows: list[Row]
-    logits: Tensor | None           # from which to draw again; None where a device may have others in their place
+    logits: Tensor | None           # from which to draw again; None where everybody has asked before
     draws: Draws
 
 
@@ -169,8 +169,11 @@ class Engine:
         return [sequence for group in self._running for sequence in group.computing if not sequence.is_complete]
 
     def _shrink(self) -> None:
-        """What runs gives way and replays, half as much at a time; what is kept for others goes."""
-        self._land(len(self._flights))
+        """What runs gives way and replays, half as much at a time; what is kept for others goes. What nobody has read
+        is drawn once more then, and is the same."""
+        for sequence in {sequence for flight in self._flights for sequence in flight.sequences}:
+            sequence.num_pending_tokens = 0
+        self._flights.clear()
         running = [sequence for group in sorted(self._running, key=lambda group: group.number)
                    for sequence in group.sequences.values()]
         if len(running) == 1:
@@ -314,55 +317,57 @@ class Engine:
         rows = [Row(sequence.slot, sequence.num_output_tokens + offset,
                     sequence.constraint.allowed() if sequence.constraint and self._asks_first(sequence) else None)
                 for sequence, same in groupby(sequences) for offset, _ in enumerate(same)]
-        self._flights.append(Flight(sequences, rows, None if self.runs_ahead else logits,
-                                    self.sampler.sample(logits, rows)))
+        draws_first = any(sequence.constraint and row.allowed is None
+                          for sequence, row in zip(sequences, rows, strict=True))
+        draws = self.sampler.sample(logits, rows)
+        self._flights.append(Flight(sequences, rows, logits if draws_first else None, draws))
         for sequence, _ in groupby(sequences):
             sequence.num_pending_tokens += 1            # and those of its draft that will be accepted
 
     def _land(self, num_flights: int) -> None:
         """Reads what so many forwards have drawn, the first ones. Who has ended or left meanwhile does not listen."""
         for _ in range(num_flights):
-            flight = self._flights.popleft()
-            drawn, places = flight.draws.read(), defaultdict[Sequence, list[int]](list)
-            for place, sequence in enumerate(flight.sequences):
-                places[sequence].append(place)
-            first = self._allowed(flight, drawn, [rows[0] for rows in places.values()])
-            for (sequence, rows), draw in zip(places.items(), first, strict=True):
+            flight = self._flights[0]
+            draws = iter(self._allowed(flight, flight.draws.read()))
+            self._flights.popleft()                     # from here on nothing needs memory
+            for sequence, same in groupby(flight.sequences):
+                drawn = [next(draws) for _ in same]
                 if self._by_slot.get(sequence.slot) is sequence:
-                    behind = (self._allowed(flight, drawn, [row])[0] for row in rows[1:])
-                    self._outputs.append(self._accept(sequence, chain([draw], behind)))
+                    self._outputs.append(self._accept(sequence, drawn))
 
-    def _allowed(self, flight: Flight, drawn: list[Draw], places: list[int]) -> list[Draw | None]:
-        """What was drawn in these rows; where that may not follow, what is drawn of all that may; else nothing."""
-        draws: dict[int, Draw | None] = {place: drawn[place] for place in places}
-        free: dict[int, Constraint] = {}
-        for place in places:
-            sequence, draw = flight.sequences[place], drawn[place]
-            if (sequence.constraint and self._by_slot.get(sequence.slot) is sequence and draw.is_valid
-                    and not sequence.constraint.accept(draw.token_id)):
-                draws[place] = None
-                if flight.rows[place].allowed is None:
-                    free[place] = sequence.constraint
-        if free:
+    def _allowed(self, flight: Flight, draws: list[Draw]) -> list[Draw]:
+        """Where the next token of a sequence may not follow, what is drawn of all that may."""
+        refused: dict[int, Constraint] = {}
+        for place, (sequence, row) in enumerate(zip(flight.sequences, flight.rows, strict=True)):
+            is_next = not place or flight.sequences[place - 1] is not sequence      # and not behind a draft
+            if (sequence.constraint and row.allowed is None and is_next and draws[place].is_valid
+                    and self._by_slot.get(sequence.slot) is sequence
+                    and not sequence.constraint.may_follow(draws[place].token_id)):
+                refused[place] = sequence.constraint
+        if refused:
             assert flight.logits is not None
-            _prepare(free.values())
-            rows = [flight.rows[place]._replace(allowed=constraint.allowed()) for place, constraint in free.items()]
-            again = self.sampler.sample(flight.logits[list(free)], rows).read()
-            for (place, constraint), draw in zip(free.items(), again, strict=True):
-                draws[place] = draw if constraint.accept(draw.token_id) else None
-        return list(draws.values())
+            _prepare(refused.values())
+            rows = [flight.rows[place]._replace(allowed=constraint.allowed()) for place, constraint in refused.items()]
+            again = self.sampler.sample(flight.logits[list(refused)], rows).read()
+            for place, draw in zip(refused, again, strict=True):
+                draws[place] = draw
+        return draws
 
-    def _accept(self, sequence: Sequence, draws: Iterable[Draw | None]) -> Output:
+    def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
         """The draft as far as it is what was drawn, and one token more: what stands behind was computed in vain."""
         draft, sequence.draft_token_ids = sequence.draft_token_ids, []
         sequence.num_pending_tokens -= 1
         num_before = len(sequence.output_token_ids)
         taken, reason = list[Draw](), None
         for draw, expected in zip_longest(draws, draft):
-            if draw is None:
-                return self._fail(sequence, NO_WAY_ON)
             if not draw.is_valid:
                 return self._fail(sequence, NOT_A_NUMBER)
+            if sequence.constraint:
+                if taken and not sequence.constraint.may_follow(draw.token_id):
+                    sequence.num_computed_tokens -= 1   # the last one is computed again, and draws what may follow
+                    break
+                if not sequence.constraint.accept(draw.token_id):
+                    return self._fail(sequence, NO_WAY_ON)
             taken.append(draw)
             sequence.output_token_ids.append(draw.token_id)
             reason = sequence.finish_reason

@@ -29,8 +29,8 @@ def draw(logits: Tensor, wishes: Wishes) -> Tensor:
     """The token of each row of [rows, vocab_size]: of logits / temperature + noise the largest, the lower id of two
     alike.
 
-    What is no number counts as infinite, so that it is drawn and found. What is not allowed falls below all else, and
-    where nothing is, nobody looks.
+    What is no number counts as infinite, so that it is drawn and found. What is not allowed, be it a number or not,
+    falls below all else.
     """
     num_rows, vocab_size = logits.shape
     temperatures, keys, allowed = wishes
@@ -44,7 +44,7 @@ def draw(logits: Tensor, wishes: Wishes) -> Tensor:
 
 
 def forbid(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Logits of [rows, vocab_size] in float32, those far below all others that a row's bits do not name."""
+    """Logits of [rows, vocab_size] in float32; what a row's bits do not name is far below all others."""
     out = torch.empty_like(logits)
     _forbid(logits, allowed, out, len(logits), logits.shape[1], allowed.stride(0),
             num_threads=threads_for(logits.numel()))
@@ -68,7 +68,7 @@ def _forbid(code: Code, logits: Value, allowed: Value, out: Value, num_rows: Val
         place = (row * vocab_size + token) * SIZES[FLOAT32]
         numbers = code.numbers(logits + place, FLOAT32)
         is_allowed = code.bits(allowed + row * word_stride * SIZES[INT32] + token // 8)
-        code.store(code.select(is_allowed, numbers, numbers + FORBIDDEN), out + place, FLOAT32)
+        code.store(code.select(is_allowed, numbers, code.splat(code.number(FORBIDDEN))), out + place, FLOAT32)
 
 
 @Kernel
@@ -95,7 +95,7 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
         def look_at(first: Value, is_allowed: Value | None, temperature: Value | None, keys: list[Value]) -> None:
             numbers, tokens = code.numbers(line + first * SIZES[element], element), code.indices() + first
             if is_allowed:
-                numbers = code.select(is_allowed, numbers, numbers + FORBIDDEN)
+                numbers = code.select(is_allowed, numbers, code.splat(code.number(FORBIDDEN)))
             if temperature:
                 numbers = numbers / temperature
             numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))

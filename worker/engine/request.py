@@ -46,8 +46,11 @@ class Constraint(Protocol):
     def allowed(self) -> npt.NDArray[np.int32]:
         """A bit for each token id that may follow, 32 in each."""
 
+    def may_follow(self, token_id: int) -> bool:
+        """Whether `allowed` would name it."""
+
     def accept(self, token_id: int) -> bool:
-        """It was drawn. False: it may not follow, or nobody can say what may, and it is not taken."""
+        """It was drawn. False: nobody can say what may follow."""
 
 
 @dataclass(frozen=True, slots=True)

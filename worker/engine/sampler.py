@@ -257,11 +257,12 @@ class Sampler:
         return kernels.draw(logits, temperatures, low, high, top_k, top_p, log_min_p)
 
     def _log_totals(self, logits: Tensor) -> Tensor:
-        if not self.has_kernel:
-            return torch.logsumexp(logits, dim=-1)
-        from worker.engine import kernels
+        if self.has_kernel:
+            from worker.engine import kernels
 
-        return kernels.log_totals(logits)
+            return kernels.log_totals(logits)
+        ordering = _ordering(logits)
+        return cast(Tensor, ordering.log_totals(logits)) if ordering else torch.logsumexp(logits, dim=-1)
 
     def _draw_random(self, logits: Tensor, keys: list[int], params: list[Params]) -> Tensor:
         low, high = (half.to(self.device) for half in rng.split_keys(keys))
@@ -296,7 +297,7 @@ class Sampler:
 
     def _draw_truncated(self, logits: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
         token_ids = torch.empty(len(logits), dtype=torch.long, device=self.device)
-        log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+        log_total = self._log_totals(logits)[:, None]
         pending = list(range(len(logits)))
         # top_p is a share of what top_k keeps, which must all be there
         num_candidates = max([NUM_CANDIDATES, *(s.top_k for s in sampling if s.top_p < 1)])
@@ -371,6 +372,15 @@ def _kernels(logits: Tensor) -> Any:
     return noise if noise.fits(logits) else None
 
 
+def _ordering(logits: Tensor) -> Any:
+    """That of likeliest.py, alike."""
+    if not cpu.computes(logits.dtype):
+        return None
+    from worker.engine import likeliest  # needs llvmlite
+
+    return likeliest if likeliest.fits(logits) else None
+
+
 def _rows(x: Tensor, rows: list[int]) -> Tensor:
     """Without a copy when they are all: rows are listed once each, in order."""
     return x if len(rows) == len(x) else x[send(rows, x.device)]
@@ -388,6 +398,8 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row in falling order, the lower id first where they are equal."""
     if logits.is_cuda:
         return _likeliest_by_keys(logits, count)
+    if (ordering := _ordering(logits)) and (found := ordering.likeliest(logits, count)):
+        return cast(tuple[Tensor, Tensor], found)
     values, ids = logits.topk(count, dim=-1)
     if bool((values[:, 1:] == values[:, :-1]).any()):
         ids, order = ids.sort(dim=-1)

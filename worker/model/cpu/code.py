@@ -228,6 +228,11 @@ class Code:
             kept = self.builder.fptrunc(kept, vector(stored) if isinstance(kept.type, ir.VectorType) else stored)
         self.builder.store(kept, self._pointer(address), align=SIZES[stored])
 
+    def pack(self, value: Value, condition: Value, address: Value) -> None:
+        """Of a vector of 32 bits each those where the condition holds, side by side."""
+        self.call(f"llvm.masked.compressstore.v{LANES}i32", ir.VoidType(), value.ir, self._pointer(address),
+                  condition.ir)
+
     def prefetch(self, address: Value, num_bytes: int) -> None:
         """Into the caches, ahead of being read; what is not there does no harm."""
         for begin in range(0, num_bytes, LINE_BYTES):
@@ -322,6 +327,11 @@ class Code:
     def some(self, condition: Value) -> Value:
         """Whether one of a vector of truths is true."""
         return self.cast(condition, ir.IntType(LANES)).equals(0) ^ 1
+
+    def how_many(self, condition: Value) -> Value:
+        """Of a vector of truths are true."""
+        bits = self.cast(condition, ir.IntType(LANES)).ir
+        return Value(self, self.builder.zext(self.call(f"llvm.ctpop.i{LANES}", bits.type, bits), INTEGER))
 
     def narrowed(self, value: Value) -> Value:
         """Integers in 32 bits."""

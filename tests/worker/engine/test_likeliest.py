@@ -1,0 +1,79 @@
+"""The largest of rows without a sort, against a sort."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.model import cpu
+
+if not cpu.computes(torch.float32):
+    pytest.skip("kernels of ours do not run here", allow_module_level=True)
+
+from worker.engine import likeliest
+from worker.engine.likeliest import MAX_COUNT, NUM_PARTS, ROOM
+
+MIN_VOCAB_SIZE = 2 * NUM_PARTS
+
+
+def reference(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], ids[:, :count]
+
+
+def check(logits: Tensor, count: int) -> None:
+    found = likeliest.likeliest(logits, count)
+    assert found is not None
+    for mine, expected in zip(found, reference(logits, count), strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("vocab_size", [MIN_VOCAB_SIZE, MIN_VOCAB_SIZE + 16, 32_000, 151_936])
+@pytest.mark.parametrize("count", [1, 5, 64, MAX_COUNT])
+def test_they_are_those_of_a_sort(vocab_size: int, count: int) -> None:
+    """Also where rows lie apart, where many are alike, and where most are nothing."""
+    torch.manual_seed(0)
+    check(torch.randn(7, vocab_size) * 3, count)
+    check(torch.randn(7, vocab_size + 64)[:, :vocab_size], count)
+    check((torch.randn(7, vocab_size) * 40).round(), count)
+    rare = torch.full((3, vocab_size), -math.inf)
+    rare[:, ::vocab_size // 800] = torch.randn(3, len(range(0, vocab_size, vocab_size // 800)))
+    check(rare, min(count, 64))
+
+
+def test_what_it_leaves_to_others() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4096)
+    assert likeliest.likeliest(logits, MAX_COUNT + 1) is None
+    assert likeliest.likeliest(logits[:, :-1], 5) is None, "no whole vectors"
+    assert likeliest.likeliest(logits[:, :MIN_VOCAB_SIZE - 16], 5) is None, "too few to gain anything"
+    assert likeliest.likeliest(logits.T.contiguous().T, 5) is None
+    logits[1, :ROOM + 1] = 7.0
+    assert likeliest.likeliest(logits, 5) is None, "more are alike than there is room for"
+    logits[1] = math.nan
+    assert likeliest.likeliest(logits, 5) is None
+
+
+def test_what_is_no_number_comes_first() -> None:
+    """So that it is drawn, and found."""
+    logits = torch.randn(2, MIN_VOCAB_SIZE)
+    logits[1, 600] = math.nan
+    found = likeliest.likeliest(logits, 5)
+    assert found is not None
+    assert found[0][1].isnan().tolist() == [True] + 4 * [False] and found[1][1, 0] == 600
+    assert torch.equal(found[1][0], reference(logits, 5)[1][0])
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+def test_totals_are_those_of_float64(spread: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9, 32_000) * spread
+    logits[3, 100:] = -1e30
+    totals = likeliest.log_totals(logits)
+    assert torch.allclose(totals.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-5)
+    assert torch.equal(likeliest.log_totals(logits[2:5]), totals[2:5])
+    logits[4, 77] = math.nan
+    assert likeliest.log_totals(logits).isnan().tolist() == [row == 4 for row in range(9)]

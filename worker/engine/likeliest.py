@@ -1,0 +1,102 @@
+"""The likeliest tokens of rows, and what all weigh together, for a CPU: each in two passes over a vocabulary.
+
+A row is cut into `NUM_PARTS` parts. Of as many parts as tokens are wanted, those with the largest numbers, each has one
+at least as large as the least of these largest; so whatever is as large is all that has to be ordered.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from worker.model.cpu import LANES
+from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
+from worker.model.cpu.kernel import Kernel, threads_for
+
+NUM_SPANS = 32              # of a row; every lane of a span is a part
+NUM_PARTS = NUM_SPANS * LANES
+MAX_COUNT = NUM_PARTS // 4  # above, what is as large is too much
+ROOM = 1024                 # for what is as large: more is left to torch
+
+
+def fits(logits: Tensor) -> bool:
+    """Whether rows are many whole vectors, and in one piece each."""
+    return logits.shape[1] % LANES == 0 and logits.shape[1] >= 2 * NUM_PARTS and logits.stride(1) == 1
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """The `count` largest of each row of [rows, vocab_size] in falling order, the lower id first where they are equal:
+    values and ids. None where other ways are as good, or where a row has too few numbers or too many alike."""
+    num_rows, vocab_size = logits.shape
+    if count > MAX_COUNT or not fits(logits):
+        return None
+    maxima, ids = logits.new_empty(num_rows, NUM_PARTS), torch.zeros(num_rows, ROOM, dtype=torch.int32)
+    counts = torch.empty(num_rows, dtype=torch.long)
+    threads = threads_for(logits.numel())
+    _survey(logits, maxima, num_rows, logits.stride(0), vocab_size, num_threads=threads)
+    least = maxima.topk(count, dim=-1).values[:, -1].contiguous()
+    _collect(logits, least, ids, counts, num_rows, logits.stride(0), vocab_size, num_threads=threads)
+    most = int(counts.max())
+    if most > ROOM or int(counts.min()) < count:
+        return None
+    found = ids[:, :most].long()
+    values = logits.gather(1, found).masked_fill_(torch.arange(most) >= counts[:, None], -math.inf)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], found.gather(1, order[:, :count])
+
+
+def log_totals(logits: Tensor) -> Tensor:
+    """The logarithm of what all tokens of each row of [rows, vocab_size] weigh together, [rows]."""
+    num_rows, vocab_size = logits.shape
+    largest, totals = torch.empty(num_rows), torch.empty(num_rows)
+    _weigh(logits, largest, totals, num_rows, logits.stride(0), vocab_size, num_threads=threads_for(logits.numel()))
+    return totals.log() + largest
+
+
+@Kernel
+def _survey(code: Code, logits: Value, maxima: Value, num_rows: Value, row_stride: Value, vocab_size: Value) -> None:
+    """Of every part the largest number."""
+    with code.shares(num_rows) as row, code.loop(0, NUM_SPANS) as span:
+        most = code.variable(code.splat(code.number(-math.inf)))
+        vectors = vocab_size // LANES
+        begin, end = (each * vectors // NUM_SPANS * LANES for each in (span, span + 1))
+        with code.loop(begin, end, LANES) as token:
+            most.value = code.larger(most.value, _numbers(code, logits, row * row_stride + token))
+        code.store(most.value, maxima + (row * NUM_PARTS + span * LANES) * SIZES[FLOAT32], FLOAT32)
+
+
+@Kernel
+def _collect(code: Code, logits: Value, least: Value, ids: Value, counts: Value, num_rows: Value, row_stride: Value,
+             vocab_size: Value) -> None:
+    """What is as large as a row's least, and how many there are, whether there is room or not."""
+    with code.shares(num_rows) as row:
+        border = code.splat(code.load(least + row * SIZES[FLOAT32], FLOAT32, 1))
+        count = code.variable(code.integer(0))
+        with code.loop(0, vocab_size, LANES) as token:
+            is_large = (_numbers(code, logits, row * row_stride + token) < border) ^ 1      # what is no number, too
+            with code.when(code.some(is_large)):
+                with code.when(count.value <= ROOM - LANES):
+                    place = ids + (row * ROOM + count.value) * SIZES[INT32]
+                    code.pack(code.narrowed(code.indices() + token), is_large, place)
+                count.value = count.value + code.how_many(is_large)
+        code.store(count.value, counts + row * SIZES[INTEGER], INTEGER)
+
+
+@Kernel
+def _weigh(code: Code, logits: Value, largest: Value, totals: Value, num_rows: Value, row_stride: Value,
+           vocab_size: Value) -> None:
+    with code.shares(num_rows) as row:
+        most, total = code.variable(code.splat(code.number(-math.inf))), code.variable(code.zeros())
+        with code.loop(0, vocab_size, LANES) as token:
+            most.value = code.larger(most.value, _numbers(code, logits, row * row_stride + token))
+        peak = code.largest(most.value)
+        with code.loop(0, vocab_size, LANES) as token:
+            total.value = total.value + code.exp(_numbers(code, logits, row * row_stride + token) - peak)
+        code.store(peak, largest + row * SIZES[FLOAT32], FLOAT32)
+        code.store(code.total(total.value), totals + row * SIZES[FLOAT32], FLOAT32)
+
+
+def _numbers(code: Code, logits: Value, place: Value) -> Value:
+    return code.load(logits + place * SIZES[FLOAT32], FLOAT32)
