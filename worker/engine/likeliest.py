@@ -13,7 +13,7 @@ from torch import Tensor
 
 from worker.model.cpu import LANES
 from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
-from worker.model.cpu.kernel import Kernel, threads_for
+from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
 
 NUM_SPANS = 32              # of a row; every lane of a span is a part
 NUM_PARTS = NUM_SPANS * LANES
@@ -32,12 +32,12 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     num_rows, vocab_size = logits.shape
     if count > MAX_COUNT or not fits(logits):
         return None
-    maxima, ids = logits.new_empty(num_rows, NUM_PARTS), torch.zeros(num_rows, ROOM, dtype=torch.int32)
+    maxima, ids = torch.empty(num_rows, NUM_PARTS), torch.zeros(num_rows, ROOM, dtype=torch.int32)
     counts = torch.empty(num_rows, dtype=torch.long)
-    threads = threads_for(logits.numel())
-    _survey(logits, maxima, num_rows, logits.stride(0), vocab_size, num_threads=threads)
+    threads, dtype = threads_for(logits.numel()), logits.dtype
+    _survey(logits, maxima, num_rows, logits.stride(0), vocab_size, num_threads=threads, dtype=dtype)
     least = maxima.topk(count, dim=-1).values[:, -1].contiguous()
-    _collect(logits, least, ids, counts, num_rows, logits.stride(0), vocab_size, num_threads=threads)
+    _collect(logits, least, ids, counts, num_rows, logits.stride(0), vocab_size, num_threads=threads, dtype=dtype)
     most = int(counts.max())
     if most > ROOM or int(counts.min()) < count:
         return None
@@ -47,35 +47,38 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     return values[:, :count], found.gather(1, order[:, :count])
 
 
-def log_totals(logits: Tensor) -> Tensor:
-    """The logarithm of what all tokens of each row of [rows, vocab_size] weigh together, [rows]."""
+def log_totals(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
+    """The logarithm of what all tokens of each row of [rows, vocab_size] weigh together, [rows]; of logits divided by a
+    temperature for each row, where these are given."""
     num_rows, vocab_size = logits.shape
     largest, totals = torch.empty(num_rows), torch.empty(num_rows)
-    _weigh(logits, largest, totals, num_rows, logits.stride(0), vocab_size, num_threads=threads_for(logits.numel()))
+    _weigh(logits, 0 if temperatures is None else temperatures, largest, totals, num_rows, logits.stride(0), vocab_size,
+           num_threads=threads_for(logits.numel()), dtype=logits.dtype, has_temperatures=temperatures is not None)
     return totals.log() + largest
 
 
 @Kernel
-def _survey(code: Code, logits: Value, maxima: Value, num_rows: Value, row_stride: Value, vocab_size: Value) -> None:
+def _survey(code: Code, logits: Value, maxima: Value, num_rows: Value, row_stride: Value, vocab_size: Value, *,
+            dtype: torch.dtype) -> None:
     """Of every part the largest number."""
     with code.shares(num_rows) as row, code.loop(0, NUM_SPANS) as span:
         most = code.variable(code.splat(code.number(-math.inf)))
         vectors = vocab_size // LANES
         begin, end = (each * vectors // NUM_SPANS * LANES for each in (span, span + 1))
         with code.loop(begin, end, LANES) as token:
-            most.value = code.larger(most.value, _numbers(code, logits, row * row_stride + token))
+            most.value = code.larger(most.value, _numbers(code, logits, row * row_stride + token, dtype))
         code.store(most.value, maxima + (row * NUM_PARTS + span * LANES) * SIZES[FLOAT32], FLOAT32)
 
 
 @Kernel
 def _collect(code: Code, logits: Value, least: Value, ids: Value, counts: Value, num_rows: Value, row_stride: Value,
-             vocab_size: Value) -> None:
+             vocab_size: Value, *, dtype: torch.dtype) -> None:
     """What is as large as a row's least, and how many there are, whether there is room or not."""
     with code.shares(num_rows) as row:
         border = code.splat(code.load(least + row * SIZES[FLOAT32], FLOAT32, 1))
         count = code.variable(code.integer(0))
         with code.loop(0, vocab_size, LANES) as token:
-            is_large = (_numbers(code, logits, row * row_stride + token) < border) ^ 1      # what is no number, too
+            is_large = (_numbers(code, logits, row * row_stride + token, dtype) < border) ^ 1   # or no number
             with code.when(code.some(is_large)):
                 with code.when(count.value <= ROOM - LANES):
                     place = ids + (row * ROOM + count.value) * SIZES[INT32]
@@ -85,18 +88,25 @@ def _collect(code: Code, logits: Value, least: Value, ids: Value, counts: Value,
 
 
 @Kernel
-def _weigh(code: Code, logits: Value, largest: Value, totals: Value, num_rows: Value, row_stride: Value,
-           vocab_size: Value) -> None:
+def _weigh(code: Code, logits: Value, temperatures: Value, largest: Value, totals: Value, num_rows: Value,
+           row_stride: Value, vocab_size: Value, *, dtype: torch.dtype, has_temperatures: bool) -> None:
     with code.shares(num_rows) as row:
+        temperature = code.load(temperatures + row * SIZES[FLOAT32], FLOAT32, 1) if has_temperatures else None
+
+        def scaled(token: Value) -> Value:
+            numbers = _numbers(code, logits, row * row_stride + token, dtype)
+            return numbers / temperature if temperature else numbers
+
         most, total = code.variable(code.splat(code.number(-math.inf))), code.variable(code.zeros())
         with code.loop(0, vocab_size, LANES) as token:
-            most.value = code.larger(most.value, _numbers(code, logits, row * row_stride + token))
+            most.value = code.larger(most.value, scaled(token))
         peak = code.largest(most.value)
         with code.loop(0, vocab_size, LANES) as token:
-            total.value = total.value + code.exp(_numbers(code, logits, row * row_stride + token) - peak)
+            total.value = total.value + code.exp(scaled(token) - peak)
         code.store(peak, largest + row * SIZES[FLOAT32], FLOAT32)
         code.store(code.total(total.value), totals + row * SIZES[FLOAT32], FLOAT32)
 
 
-def _numbers(code: Code, logits: Value, place: Value) -> Value:
-    return code.load(logits + place * SIZES[FLOAT32], FLOAT32)
+def _numbers(code: Code, logits: Value, place: Value, dtype: torch.dtype) -> Value:
+    element = ELEMENTS[dtype]
+    return code.numbers(logits + place * SIZES[element], element)

@@ -137,7 +137,7 @@ class Sampler:
         params = [self._params(row.slot) for row in rows]
         wishes = self._wishes(logits, rows, params)
         if wishes is None:
-            logits = logits.float()
+            logits = logits.float() if self.has_kernel else logits
             token_ids = self._draw(self._adjusted(logits, rows, params), rows, params)
         else:
             token_ids = cast(Tensor, _kernels(logits).draw(logits, wishes))
@@ -183,7 +183,7 @@ class Sampler:
         too_short = [i for i, p in enumerate(params) if self._is_too_short(rows[i], p)]
         if not (penalized or biased or too_short or constrained):
             return raw
-        logits = raw.clone() if penalized or biased or too_short or len(constrained) < len(rows) else raw
+        logits = raw.to(torch.float32, copy=bool(penalized or biased or too_short or len(constrained) < len(rows)))
         for i in biased:
             token_ids, values = self._bias[rows[i].slot]
             logits[i, token_ids] += values
@@ -240,9 +240,9 @@ class Sampler:
         greedy = [i for i, p in enumerate(params) if p.is_greedy]
         if greedy:
             token_ids[greedy] = self._largest(_rows(logits, greedy))
-        scaled = _rows(logits, random) / _column([params[i].sampling.temperature for i in random], self.device)
+        temperatures = torch.tensor([params[i].sampling.temperature for i in random])
         keys = [rng.row_key(params[i].key, rows[i].position) for i in random]
-        token_ids[random] = self._draw_random(scaled, keys, [params[i] for i in random])
+        token_ids[random] = self._draw_random(_rows(logits, random), temperatures, keys, [params[i] for i in random])
         return token_ids
 
     def _draw_at_once(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
@@ -256,38 +256,42 @@ class Sampler:
             [_log(p.sampling.min_p) for p in params]]), self.device, torch.float32)
         return kernels.draw(logits, temperatures, low, high, top_k, top_p, log_min_p)
 
-    def _log_totals(self, logits: Tensor) -> Tensor:
+    def _log_totals(self, logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
+        """Of logits that are divided by temperatures, where those are given."""
         if self.has_kernel:
             from worker.engine import kernels
 
             return kernels.log_totals(logits)
-        ordering = _ordering(logits)
-        return cast(Tensor, ordering.log_totals(logits)) if ordering else torch.logsumexp(logits, dim=-1)
+        if ordering := _ordering(logits):
+            return cast(Tensor, ordering.log_totals(logits, temperatures))
+        return torch.logsumexp(_scaled(logits, temperatures), dim=-1)
 
-    def _draw_random(self, logits: Tensor, keys: list[int], params: list[Params]) -> Tensor:
-        low, high = (half.to(self.device) for half in rng.split_keys(keys))
+    def _draw_random(self, logits: Tensor, temperatures: Tensor, keys: list[int], params: list[Params]) -> Tensor:
+        low, high = rng.split_keys(keys)
         truncated = [i for i, p in enumerate(params) if p.is_truncated]
         whole = [i for i, p in enumerate(params) if not p.is_truncated]
-        token_ids = torch.empty(len(params), dtype=torch.long, device=self.device)
-        if truncated:
-            token_ids[truncated] = self._draw_truncated(
-                _rows(logits, truncated), _rows(low, truncated), _rows(high, truncated),
-                [params[i].sampling for i in truncated])
-        if whole:
-            logits, low, high = (_rows(x, whole) for x in (logits, low, high))
-            if any(params[i].sampling.min_p > 0 for i in whole):
-                logits = _at_least(logits, logits.amax(dim=-1, keepdim=True), [params[i].sampling for i in whole])
-            token_ids[whole] = self._draw_whole(logits, low, high)
+        token_ids = torch.empty(len(params), dtype=torch.long)
+        for places, draw in ((truncated, self._draw_truncated), (whole, self._draw_whole)):
+            if places:
+                token_ids[places] = draw(_rows(logits, places), temperatures[places], low[places], high[places],
+                                         [params[i].sampling for i in places])
         return token_ids
 
     def _largest(self, logits: Tensor) -> Tensor:
         noise = _kernels(logits)
         return cast(Tensor, noise.draw(logits, noise.Wishes())) if noise else logits.argmax(dim=-1)
 
-    def _draw_whole(self, logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        if noise := _kernels(logits):
-            return cast(Tensor, noise.draw(logits, noise.Wishes(keys=(low, high))))
-        return torch.cat([noisy.argmax(dim=-1) for noisy in self._with_noise(logits, low, high)])
+    def _draw_whole(self, logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]
+                    ) -> Tensor:
+        noise, has_min_p = _kernels(logits), any(s.min_p > 0 for s in sampling)
+        if noise and not has_min_p:
+            return cast(Tensor, noise.draw(logits, noise.Wishes(temperatures, (low, high))))
+        scaled = _scaled(logits, temperatures)
+        if has_min_p:
+            scaled = _at_least(scaled, scaled.amax(dim=-1, keepdim=True), sampling)
+        if noise := _kernels(scaled):
+            return cast(Tensor, noise.draw(scaled, noise.Wishes(keys=(low, high))))
+        return torch.cat([noisy.argmax(dim=-1) for noisy in self._with_noise(scaled, low, high)])
 
     def _with_noise(self, logits: Tensor, low: Tensor, high: Tensor) -> Iterator[Tensor]:
         """Some rows at a time, so that they stay in the processor's cache."""
@@ -295,9 +299,10 @@ class Sampler:
         parts = zip(logits.split(num_rows), low.split(num_rows), high.split(num_rows), strict=True)
         return (rng.gumbel(lows, highs, self._token_ids).add_(part) for part, lows, highs in parts)
 
-    def _draw_truncated(self, logits: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
-        token_ids = torch.empty(len(logits), dtype=torch.long, device=self.device)
-        log_total = self._log_totals(logits)[:, None]
+    def _draw_truncated(self, logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]
+                        ) -> Tensor:
+        token_ids = torch.empty(len(logits), dtype=torch.long)
+        log_total = self._log_totals(logits, temperatures)[:, None]
         pending = list(range(len(logits)))
         # top_p is a share of what top_k keeps, which must all be there
         num_candidates = max([NUM_CANDIDATES, *(s.top_k for s in sampling if s.top_p < 1)])
@@ -305,6 +310,7 @@ class Sampler:
             num_candidates = min(num_candidates, self.vocab_size)
             here = [sampling[i] for i in pending]
             values, ids = _likeliest(_rows(logits, pending), num_candidates)
+            values = _scaled(values, temperatures[pending])
             keep = _kept(values, log_total[pending], here)
             # the cut must lie above the last candidate: others as likely as that one may be missing
             is_cut = ~(keep & (values == values[:, -1:])).any(dim=-1) | (num_candidates == self.vocab_size)
@@ -314,7 +320,8 @@ class Sampler:
             pending = [i for i, is_drawn in zip(pending, is_cut.tolist(), strict=True) if not is_drawn]
             wide = [i for i in pending if not sampling[i].top_k]
             if wide:
-                token_ids[wide] = self._draw_nucleus(logits[wide], low[wide], high[wide], [sampling[i] for i in wide])
+                token_ids[wide] = self._draw_nucleus(_scaled(logits[wide], temperatures[wide]), low[wide], high[wide],
+                                                     [sampling[i] for i in wide])
             pending = [i for i in pending if sampling[i].top_k]
             num_candidates *= 8
         return token_ids
@@ -356,10 +363,11 @@ class Sampler:
         asked = [i for i, p in enumerate(params) if p.sampling.num_logprobs is not None]
         if not asked:
             return ()
-        of_asked, of_drawn = _rows(raw, asked).float(), _rows(chosen, asked).float()
+        of_asked, of_drawn = _rows(raw, asked), _rows(chosen, asked).float()
         log_total = self._log_totals(of_asked)
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
         values, ids = _likeliest(of_asked, max(1, most))
+        values = values.float()
         return of_drawn - log_total, ids, values - log_total[:, None]
 
 
@@ -386,6 +394,10 @@ def _rows(x: Tensor, rows: list[int]) -> Tensor:
     return x if len(rows) == len(x) else x[send(rows, x.device)]
 
 
+def _scaled(logits: Tensor, temperatures: Tensor | None) -> Tensor:
+    return logits.float() if temperatures is None else logits.float() / temperatures[:, None]
+
+
 def _column(values: list[float], device: torch.device) -> Tensor:
     return send(values, device, torch.float32)[:, None]
 
@@ -400,7 +412,7 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return _likeliest_by_keys(logits, count)
     if (ordering := _ordering(logits)) and (found := ordering.likeliest(logits, count)):
         return cast(tuple[Tensor, Tensor], found)
-    values, ids = logits.topk(count, dim=-1)
+    values, ids = logits.float().topk(count, dim=-1)
     if bool((values[:, 1:] == values[:, :-1]).any()):
         ids, order = ids.sort(dim=-1)
         values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)

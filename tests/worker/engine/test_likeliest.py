@@ -39,6 +39,8 @@ def test_they_are_those_of_a_sort(vocab_size: int, count: int) -> None:
     check(torch.randn(7, vocab_size) * 3, count)
     check(torch.randn(7, vocab_size + 64)[:, :vocab_size], count)
     check((torch.randn(7, vocab_size) * 40).round(), count)
+    if cpu.computes(torch.bfloat16):
+        check(torch.randn(7, vocab_size).bfloat16(), min(count, 64))
     rare = torch.full((3, vocab_size), -math.inf)
     rare[:, ::vocab_size // 800] = torch.randn(3, len(range(0, vocab_size, vocab_size // 800)))
     check(rare, min(count, 64))
@@ -75,5 +77,8 @@ def test_totals_are_those_of_float64(spread: float) -> None:
     totals = likeliest.log_totals(logits)
     assert torch.allclose(totals.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-5)
     assert torch.equal(likeliest.log_totals(logits[2:5]), totals[2:5])
+    temperatures = torch.linspace(0.2, 3, 9)
+    by_temperature = likeliest.log_totals(logits, temperatures)
+    assert torch.equal(by_temperature, likeliest.log_totals(logits / temperatures[:, None]))
     logits[4, 77] = math.nan
     assert likeliest.log_totals(logits).isnan().tolist() == [row == 4 for row in range(9)]
