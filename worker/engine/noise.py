@@ -23,6 +23,7 @@ class Wishes(NamedTuple):
     temperatures: Tensor | None = None      # of float32; 0: the largest, without noise
     keys: tuple[Tensor, Tensor] | None = None       # of the noise, halves as rng.py has them
     allowed: Tensor | None = None           # [rows, words]: a bit for each token that may be drawn, in int32 words
+    floors: Tensor | None = None            # of float32; less than that, divided by the temperature, is not drawn
 
 
 def draw(logits: Tensor, wishes: Wishes) -> Tensor:
@@ -33,13 +34,14 @@ def draw(logits: Tensor, wishes: Wishes) -> Tensor:
     falls below all else.
     """
     num_rows, vocab_size = logits.shape
-    temperatures, keys, allowed = wishes
+    temperatures, keys, allowed, floors = wishes
     low, high = (half.contiguous() for half in keys) if keys else (0, 0)
     token_ids = torch.empty(num_rows, dtype=torch.long)
-    _draw(logits, 0 if temperatures is None else temperatures, low, high, 0 if allowed is None else allowed, token_ids,
-          num_rows, logits.stride(0), vocab_size, 0 if allowed is None else allowed.stride(0),
-          num_threads=threads_for(logits.numel() * WORK), dtype=logits.dtype, has_temperatures=temperatures is not None,
-          has_noise=keys is not None, has_bits=allowed is not None)
+    _draw(logits, 0 if temperatures is None else temperatures, low, high, 0 if allowed is None else allowed,
+          0 if floors is None else floors, token_ids, num_rows, logits.stride(0), vocab_size,
+          0 if allowed is None else allowed.stride(0), num_threads=threads_for(logits.numel() * WORK),
+          dtype=logits.dtype, has_temperatures=temperatures is not None, has_noise=keys is not None,
+          has_bits=allowed is not None, has_floors=floors is not None)
     return token_ids
 
 
@@ -72,13 +74,14 @@ def _forbid(code: Code, logits: Value, allowed: Value, out: Value, num_rows: Val
 
 
 @Kernel
-def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Value, allowed: Value, token_ids: Value,
-          num_rows: Value, row_stride: Value, vocab_size: Value, word_stride: Value, *, dtype: torch.dtype,
-          has_temperatures: bool, has_noise: bool, has_bits: bool) -> None:
+def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Value, allowed: Value, floors: Value,
+          token_ids: Value, num_rows: Value, row_stride: Value, vocab_size: Value, word_stride: Value, *,
+          dtype: torch.dtype, has_temperatures: bool, has_noise: bool, has_bits: bool, has_floors: bool) -> None:
     element = ELEMENTS[dtype]
     with code.shares(num_rows) as row:
         line, bits = logits + row * row_stride * SIZES[element], allowed + row * word_stride * SIZES[INT32]
         keys = [code.splat(code.load(half + row * SIZES[INT32], INT32, 1)) for half in (low, high) if has_noise]
+        floor = code.load(floors + row * SIZES[FLOAT32], FLOAT32, 1) if has_floors else None
         most = code.variable(code.splat(code.number(-math.inf)))
         best = code.variable(code.indices())
 
@@ -98,6 +101,8 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
                 numbers = code.select(is_allowed, numbers, code.splat(code.number(FORBIDDEN)))
             if temperature:
                 numbers = numbers / temperature
+            if floor:
+                numbers = code.select(numbers < floor, FORBIDDEN, numbers)
             numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
             if keys:
                 numbers += _gumbel(code, keys, code.narrowed(tokens))

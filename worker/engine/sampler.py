@@ -6,8 +6,8 @@ not on its neighbours, nor on where in the batch it lies. It knows slots and ids
 
 No vocabulary is sorted. Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens when those are
 enough; the others hash noise for every token, and a flat row with top_p takes the best one that is in its nucleus. On a
-GPU one kernel draws for all rows (kernels.py), and nothing here waits for it; on a CPU one goes through the noise
-(noise.py).
+GPU one kernel draws for all rows (kernels.py), and nothing here waits for it; on a CPU there is one for the noise
+(noise.py), one for the likeliest (likeliest.py) and one for penalties (penalties.py).
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class Sampler:
     _counts: Tensor | None = field(init=False, default=None)    # [slots, vocab]: how often each token was generated
     _seen: Tensor | None = field(init=False, default=None)      # [slots, vocab]: in the prompt or generated
     _bias: dict[int, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)      # slot → token ids, values
+    _copy: Tensor | None = field(init=False, default=None)      # [rows, vocab] in float32, of logits that are adjusted
     _token_ids: Tensor = field(init=False)
     last_token_ids: Tensor = field(init=False)                  # [slots]: what each has drawn last
 
@@ -183,13 +184,12 @@ class Sampler:
         too_short = [i for i, p in enumerate(params) if self._is_too_short(rows[i], p)]
         if not (penalized or biased or too_short or constrained):
             return raw
-        logits = raw.to(torch.float32, copy=bool(penalized or biased or too_short or len(constrained) < len(rows)))
+        logits = self._copied(raw) if penalized or biased or too_short or len(constrained) < len(rows) else raw.float()
         for i in biased:
             token_ids, values = self._bias[rows[i].slot]
             logits[i, token_ids] += values
         if penalized:
-            logits[send(penalized, self.device)] = self._penalized(
-                _rows(logits, penalized), [rows[i].slot for i in penalized])
+            self._penalize(logits, penalized, [rows[i].slot for i in penalized])
         for i in too_short:
             logits[i, send(params[i].stop_token_ids, self.device)] = float("-inf")
         if constrained:
@@ -216,19 +216,29 @@ class Sampler:
         places = torch.arange(32, dtype=torch.int32, device=self.device)
         return (words >> places & 1).bool().flatten(1)[:, :self.vocab_size]
 
-    def _penalized(self, logits: Tensor, slots: list[int]) -> Tensor:
+    def _copied(self, raw: Tensor) -> Tensor:
+        """In float32, to be changed; on a CPU always in the same place, for a large one is given back and cleared."""
+        if self.has_kernel:
+            return raw.to(torch.float32, copy=True)
+        if self._copy is None or len(self._copy) < len(raw):
+            self._copy = torch.empty(max(len(raw), self.num_slots), self.vocab_size)
+        return self._copy[:len(raw)].copy_(raw)
+
+    def _penalize(self, logits: Tensor, places: list[int], slots: list[int]) -> None:
         assert self._counts is not None and self._seen is not None
         sampling = [self._params(slot).sampling for slot in slots]
-        places = send(slots, self.device)
-        if any(s.repetition_penalty != 1 for s in sampling):
-            repetition = _column([s.repetition_penalty for s in sampling], self.device)
-            scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-            logits = torch.where(self._seen[places], scaled, logits)
-        if any(s.frequency_penalty or s.presence_penalty for s in sampling):
-            counts = self._counts[places]
-            logits = logits - counts * _column([s.frequency_penalty for s in sampling], self.device)
-            logits -= counts.clamp_(max=1) * _column([s.presence_penalty for s in sampling], self.device)
-        return logits
+        penalties = send(np.array([[s.repetition_penalty for s in sampling], [s.frequency_penalty for s in sampling],
+                                   [s.presence_penalty for s in sampling]]), self.device, torch.float32)
+        at, of = send(places, self.device), send(slots, self.device)
+        kernel = None if self.has_kernel else _penalties(logits)
+        if kernel:
+            kernel.penalize(logits, at, of, self._seen, self._counts, penalties)
+            return
+        repetition, frequency, presence = penalties[:, :, None]
+        penalized, counts = logits[at], self._counts[of]
+        scaled = torch.where(penalized > 0, penalized / repetition, penalized * repetition)
+        penalized = torch.where(self._seen[of], scaled, penalized) - counts * frequency
+        logits[at] = penalized - counts.clamp_(max=1) * presence
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
         if self.has_kernel:
@@ -283,14 +293,14 @@ class Sampler:
 
     def _draw_whole(self, logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]
                     ) -> Tensor:
-        noise, has_min_p = _kernels(logits), any(s.min_p > 0 for s in sampling)
-        if noise and not has_min_p:
-            return cast(Tensor, noise.draw(logits, noise.Wishes(temperatures, (low, high))))
+        floors = None
+        if any(s.min_p > 0 for s in sampling):
+            floors = logits.amax(dim=-1) / temperatures + torch.tensor([_log(s.min_p) for s in sampling])
+        if noise := _kernels(logits):
+            return cast(Tensor, noise.draw(logits, noise.Wishes(temperatures, (low, high), floors=floors)))
         scaled = _scaled(logits, temperatures)
-        if has_min_p:
-            scaled = _at_least(scaled, scaled.amax(dim=-1, keepdim=True), sampling)
-        if noise := _kernels(scaled):
-            return cast(Tensor, noise.draw(scaled, noise.Wishes(keys=(low, high))))
+        if floors is not None:
+            scaled = scaled.masked_fill(scaled < floors[:, None], float("-inf"))
         return torch.cat([noisy.argmax(dim=-1) for noisy in self._with_noise(scaled, low, high)])
 
     def _with_noise(self, logits: Tensor, low: Tensor, high: Tensor) -> Iterator[Tensor]:
@@ -392,6 +402,15 @@ def _ordering(logits: Tensor) -> Any:
 def _rows(x: Tensor, rows: list[int]) -> Tensor:
     """Without a copy when they are all: rows are listed once each, in order."""
     return x if len(rows) == len(x) else x[send(rows, x.device)]
+
+
+def _penalties(logits: Tensor) -> Any:
+    """That of penalties.py, alike."""
+    if not cpu.computes(logits.dtype):
+        return None
+    from worker.engine import penalties  # needs llvmlite
+
+    return penalties if penalties.fits(logits) else None
 
 
 def _scaled(logits: Tensor, temperatures: Tensor | None) -> Tensor:

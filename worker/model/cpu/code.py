@@ -38,8 +38,8 @@ class _BFloat(ir.Type):
 
 
 INTEGER, FLOAT32, BFLOAT16 = ir.IntType(64), ir.FloatType(), _BFloat()
-INT32, POINTER = ir.IntType(32), ir.PointerType()
-SIZES = {INTEGER: 8, INT32: 4, FLOAT32: 4, BFLOAT16: 2}     # bytes
+INT32, INT8, POINTER = ir.IntType(32), ir.IntType(8), ir.PointerType()
+SIZES = {INTEGER: 8, INT32: 4, INT8: 1, FLOAT32: 4, BFLOAT16: 2}        # bytes
 
 
 def vector(element: Any, length: int = LANES) -> Any:
