@@ -17,6 +17,7 @@ from worker.model import cpu
 if not cpu.computes(torch.float32):
     pytest.skip("kernels of ours do not run here", allow_module_level=True)
 
+from worker.engine import likeliest, noise, penalties
 from worker.model.cpu import attention, kernel, linear, pointwise
 from worker.model.cpu.code import FLOAT32, Code, Value
 from worker.model.cpu.kernel import Kernel, Processor
@@ -39,7 +40,7 @@ def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a cache of what was compiled before for the processor that is here."""
     monkeypatch.setattr(kernel, "processor", lambda: OLD)
     monkeypatch.setattr(linear, "processor", lambda: OLD)
-    for module in (attention, linear, pointwise):
+    for module in (attention, linear, pointwise, likeliest, noise, penalties):
         for name, value in list(vars(module).items()):
             if isinstance(value, Kernel):
                 monkeypatch.setattr(module, name, Kernel(value._write))
@@ -138,6 +139,20 @@ def test_an_older_processor_computes_the_same_in_float32(old: None) -> None:
                            softcap=None, sinks=None)
     shares = (query[0].double() @ keys[:100].double().T * 0.125).softmax(-1)
     assert is_near(out[0], shares @ values[:100].double(), 100)
+
+
+def test_an_older_processor_draws_the_same(old: None) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2048)
+    found = likeliest.likeliest(logits, 20)
+    assert found is not None and torch.equal(found[0], logits.topk(20).values)
+    assert is_near(likeliest.log_totals(logits), logits.double().logsumexp(-1), 100)
+    assert torch.equal(noise.draw(logits, noise.Wishes()), logits.argmax(-1))
+    seen, counts = torch.zeros(1, 2048, dtype=torch.bool), torch.zeros(1, 2048)
+    seen[0, 5], counts[0, 5], expected = True, 2.0, logits.clone()
+    expected[1, 5] -= 2 * 0.5 + 1.5
+    penalties.penalize(logits, torch.tensor([1]), torch.tensor([0]), seen, counts, torch.tensor([[1.0], [0.5], [1.5]]))
+    assert torch.allclose(logits, expected) and logits[1, 5] < -1
 
 
 @Kernel
