@@ -18,7 +18,7 @@ from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
 NUM_SPANS = 32              # of a row; every lane of a span is a part
 NUM_PARTS = NUM_SPANS * LANES
 MAX_COUNT = NUM_PARTS // 4  # above, what is as large is too much
-ROOM = 1024                 # for what is as large: more is left to torch
+ROOM = 1024                 # for what is as large: where a vector more would not find any, it is left to torch
 
 
 def fits(logits: Tensor) -> bool:
@@ -39,7 +39,7 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     least = maxima.topk(count, dim=-1).values[:, -1].contiguous()
     _collect(logits, least, ids, counts, num_rows, logits.stride(0), vocab_size, num_threads=threads, dtype=dtype)
     most = int(counts.max())
-    if most > ROOM or int(counts.min()) < count:
+    if most > ROOM - LANES or int(counts.min()) < count:
         return None
     found = ids[:, :most].long()
     values = logits.gather(1, found).masked_fill_(torch.arange(most) >= counts[:, None], -math.inf)

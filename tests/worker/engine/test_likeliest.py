@@ -15,6 +15,7 @@ if not cpu.computes(torch.float32):
 
 from worker.engine import likeliest
 from worker.engine.likeliest import MAX_COUNT, NUM_PARTS, ROOM
+from worker.model.cpu import LANES
 
 MIN_VOCAB_SIZE = 2 * NUM_PARTS
 
@@ -57,6 +58,18 @@ def test_what_it_leaves_to_others() -> None:
     assert likeliest.likeliest(logits, 5) is None, "more are alike than there is room for"
     logits[1] = math.nan
     assert likeliest.likeliest(logits, 5) is None
+
+
+@pytest.mark.parametrize("num_alike", range(ROOM - 2 * LANES, ROOM + 3, 3))
+def test_none_is_forgotten_where_room_ends(num_alike: int) -> None:
+    """The largest are the last that are found: behind so many alike, in vectors that all have some."""
+    logits = torch.full((1, LANES * (ROOM + 8)), -9.0)
+    places = torch.arange(num_alike)
+    logits[0, places * LANES + places % LANES] = 1.0
+    logits[0, -3:] = torch.tensor([4.0, 6.0, 5.0])
+    found = likeliest.likeliest(logits, 64)
+    assert found is None or torch.equal(found[1], reference(logits, 64)[1])
+    assert (found is None) == (num_alike + 3 > ROOM - LANES)
 
 
 def test_what_is_no_number_comes_first() -> None:
