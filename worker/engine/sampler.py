@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import islice
 from math import log
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +142,7 @@ class Sampler:
             logits = logits.float() if self.has_kernel else logits
             token_ids = self._draw(self._adjusted(logits, rows, params), rows, params)
         else:
-            token_ids = cast(Tensor, _kernels(logits).draw(logits, wishes))
+            token_ids = cast(Tensor, _kernels("noise", logits).draw(logits, wishes))
         self._count(rows, params, token_ids)
         self.last_token_ids[send([row.slot for row in rows], self.device)] = token_ids
         chosen = logits.gather(1, token_ids[:, None])[:, 0]
@@ -150,7 +151,7 @@ class Sampler:
 
     def _wishes(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Wishes | None:
         """For one pass over logits as they come; None where some row wants more than that."""
-        noise = None if self.has_kernel else _kernels(logits)
+        noise = None if self.has_kernel else _kernels("noise", logits)
         is_constrained = any(row.allowed is not None for row in rows)
         if noise is None or (is_constrained and not noise.takes_bits(logits)) or any(
                 not p.is_plain or self._is_too_short(row, p)
@@ -204,7 +205,7 @@ class Sampler:
         """A sum takes a third of the time of a masked fill: on a CPU what is forbidden falls below whatever is not."""
         if self.device.type != "cpu":
             return logits.masked_fill(self._forbidden(allowed), float("-inf"))
-        noise = _kernels(logits)
+        noise = _kernels("noise", logits)
         if noise and noise.takes_bits(logits):
             return cast(Tensor, noise.forbid(logits, torch.from_numpy(allowed)))
         bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
@@ -230,9 +231,9 @@ class Sampler:
         penalties = send(np.array([[s.repetition_penalty for s in sampling], [s.frequency_penalty for s in sampling],
                                    [s.presence_penalty for s in sampling]]), self.device, torch.float32)
         at, of = send(places, self.device), send(slots, self.device)
-        kernel = None if self.has_kernel else _penalties(logits)
-        if kernel:
-            kernel.penalize(logits, at, of, self._seen, self._counts, penalties)
+        kernels = None if self.has_kernel else _kernels("penalties", logits)
+        if kernels:
+            kernels.penalize(logits, at, of, self._seen, self._counts, penalties)
             return
         repetition, frequency, presence = penalties[:, :, None]
         penalized, counts = logits[at], self._counts[of]
@@ -272,7 +273,7 @@ class Sampler:
             from worker.engine import kernels
 
             return kernels.log_totals(logits)
-        if ordering := _ordering(logits):
+        if ordering := _kernels("likeliest", logits):
             return cast(Tensor, ordering.log_totals(logits, temperatures))
         return torch.logsumexp(_scaled(logits, temperatures), dim=-1)
 
@@ -288,7 +289,7 @@ class Sampler:
         return token_ids
 
     def _largest(self, logits: Tensor) -> Tensor:
-        noise = _kernels(logits)
+        noise = _kernels("noise", logits)
         return cast(Tensor, noise.draw(logits, noise.Wishes())) if noise else logits.argmax(dim=-1)
 
     def _draw_whole(self, logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]
@@ -296,7 +297,7 @@ class Sampler:
         floors = None
         if any(s.min_p > 0 for s in sampling):
             floors = logits.amax(dim=-1) / temperatures + torch.tensor([_log(s.min_p) for s in sampling])
-        if noise := _kernels(logits):
+        if noise := _kernels("noise", logits):
             return cast(Tensor, noise.draw(logits, noise.Wishes(temperatures, (low, high), floors=floors)))
         scaled = _scaled(logits, temperatures)
         if floors is not None:
@@ -381,36 +382,17 @@ class Sampler:
         return of_drawn - log_total, ids, values - log_total[:, None]
 
 
-def _kernels(logits: Tensor) -> Any:
-    """Those of noise.py, where they run and a vocabulary is long enough for them; else none."""
+def _kernels(name: Literal["noise", "likeliest", "penalties"], logits: Tensor) -> Any:
+    """Those of a module beside this one, where they run and the rows suit them; else none."""
     if not cpu.computes(logits.dtype):
         return None
-    from worker.engine import noise  # needs llvmlite
-
-    return noise if noise.fits(logits) else None
-
-
-def _ordering(logits: Tensor) -> Any:
-    """That of likeliest.py, alike."""
-    if not cpu.computes(logits.dtype):
-        return None
-    from worker.engine import likeliest  # needs llvmlite
-
-    return likeliest if likeliest.fits(logits) else None
+    module = import_module(f"worker.engine.{name}")     # needs llvmlite
+    return module if module.fits(logits) else None
 
 
 def _rows(x: Tensor, rows: list[int]) -> Tensor:
     """Without a copy when they are all: rows are listed once each, in order."""
     return x if len(rows) == len(x) else x[send(rows, x.device)]
-
-
-def _penalties(logits: Tensor) -> Any:
-    """That of penalties.py, alike."""
-    if not cpu.computes(logits.dtype):
-        return None
-    from worker.engine import penalties  # needs llvmlite
-
-    return penalties if penalties.fits(logits) else None
 
 
 def _scaled(logits: Tensor, temperatures: Tensor | None) -> Tensor:
@@ -429,7 +411,7 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row in falling order, the lower id first where they are equal."""
     if logits.is_cuda:
         return _likeliest_by_keys(logits, count)
-    if (ordering := _ordering(logits)) and (found := ordering.likeliest(logits, count)):
+    if (ordering := _kernels("likeliest", logits)) and (found := ordering.likeliest(logits, count)):
         return cast(tuple[Tensor, Tensor], found)
     values, ids = logits.float().topk(count, dim=-1)
     if bool((values[:, 1:] == values[:, :-1]).any()):

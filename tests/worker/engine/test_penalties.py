@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,8 +13,9 @@ from worker.engine.sampler import Params, Row, Sampler
 from worker.model import cpu
 
 VOCAB_SIZE = 4096
-KINDS = [{"presence_penalty": 1.5}, {"frequency_penalty": -0.3, "presence_penalty": 0.2}, {"repetition_penalty": 1.3},
-         {"repetition_penalty": 0.8, "frequency_penalty": 2.0, "logit_bias": ((7, 3.0),)}, {}]
+KINDS: list[dict[str, Any]] = [
+    {"presence_penalty": 1.5}, {"frequency_penalty": -0.3, "presence_penalty": 0.2}, {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.8, "frequency_penalty": 2.0, "logit_bias": ((7, 3.0),)}, {}]
 
 
 @pytest.mark.skipif(not cpu.computes(torch.float32), reason="kernels of ours do not run here")
@@ -26,8 +29,7 @@ def test_they_are_those_of_torch(dtype: torch.dtype) -> None:
             sampler = Sampler(len(KINDS), VOCAB_SIZE)
             for slot, kind in enumerate(KINDS):
                 prompt, drawn = (torch.randint(VOCAB_SIZE, (500,)).tolist() for _ in range(2))
-                sampler.join(slot, Params.of(Sampling(9, seed=slot, **kind), 0, frozenset()),  # type: ignore[arg-type]
-                             prompt, drawn)
+                sampler.join(slot, Params.of(Sampling(9, seed=slot, **kind), 0, frozenset()), prompt, drawn)
             logits = (torch.randn(len(KINDS), VOCAB_SIZE) * 3).to(dtype)
             before = logits.clone()
             rows = [Row(slot, 500) for slot in reversed(range(len(KINDS)))]
