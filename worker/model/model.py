@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from worker.model import memory
 from worker.model.attention import Context, InSlots, KVShape, Together
 from worker.model.transfer import send
 
@@ -38,6 +39,7 @@ class Model:
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
     program: Forwards | None = None     # of forwards, on a CPU and of a model that allows it
+    row_sizes: tuple[int, ...] = ()     # of decode forwards on a GPU whose rows round as in the largest
     max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart
     numerics_id: str = ""               # equal ids promise equal bits
 
@@ -85,7 +87,7 @@ class Model:
     @property
     def has_fixed_rows(self) -> bool:
         """Whether forwards have fixed shapes (worker/engine/fixed.py)."""
-        return self.min_rows == self.max_rows
+        return memory.is_paged(self.device)
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ from tests.worker.engine.driver import alone, greedy, run, seeded, token_ids
 from tests.worker.families import VOCAB_SIZE, computing_by, save
 from worker.engine.engine import Engine, Output, Request
 from worker.engine.request import NOT_A_NUMBER
+from worker.model import check
 from worker.model.loading import load
 
 CHUNK = 32
@@ -43,6 +44,21 @@ def make_engines(family: str, dtype: Any, tmp_path_factory: pytest.TempPathFacto
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     draw = random.Random(f"{seed}/{length}")
     return tuple(draw.randrange(2, VOCAB_SIZE) for _ in range(length))
+
+
+def test_where_only_one_number_of_rows_is_exact_all_forwards_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                     ) -> None:
+    """As some processors have it, and not for that a GPU."""
+    folder = save("mixtral", tmp_path, torch.float32)
+    with computing_by("torch"):
+        monkeypatch.setattr(check, "probe_row_limit", lambda model, num_seqs: (8, 8))
+        engine = Engine(load(str(folder), dtype="float32"), max_num_seqs=12, prefill_chunk=CHUNK)
+    assert (engine.model.min_rows, engine.model.max_rows) == (8, 8)
+    requests = [Request(str(number), prompt(5 + number), greedy(4)) for number in range(9)]
+    together = run(engine, {0: requests})
+    for request in requests:
+        outputs = run(engine, {0: [request]})[request.id, 0]
+        assert token_ids(outputs) == token_ids(together[request.id, 0])
 
 
 PENALTIES: dict[str, Any] = {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
