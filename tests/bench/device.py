@@ -9,6 +9,7 @@ no kernel; between the kernels of one graph there is a microsecond or so.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -61,6 +62,7 @@ def main() -> None:
                         help="numerics:rows:prompt tokens:sampling")
     parser.add_argument("--prompts", nargs="*", type=int, default=[512, 2048], help="chunks of a prompt, in tokens")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="that the model is made for")
     parser.add_argument("--quantization", choices=["none", "int8"], default="none")
     parser.add_argument("--kernels", action="store_true", help="also what each kernel takes")
     args = parser.parse_args()
@@ -68,8 +70,9 @@ def main() -> None:
     print(f"{device_name(args.device)}: copies {ceiling.bytes_per_s / 1e12:.2f} TB/s, multiplies "
           f"{ceiling.flop_per_s / 1e12:.0f} TFLOP/s", flush=True)
     began_s = time.perf_counter()
-    model = make_model(args.shape, args.device, args.quantization)
+    model = make_model(args.shape, args.device, args.quantization, args.max_num_seqs)
     print(f"{model!r}: made and proved in {time.perf_counter() - began_s:.1f} s", flush=True)
+    gc.freeze()                                         # as a worker does
     for point in args.points:
         decode(model, point, ceiling, args.kernels)
     for chunk in args.prompts:
@@ -111,7 +114,8 @@ def wait(device: str | torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def make_model(shape: str, device: str, quantization: Literal["none", "int8"] = "none") -> Model:
+def make_model(shape: str, device: str, quantization: Literal["none", "int8"] = "none", max_num_seqs: int = 64
+               ) -> Model:
     """As `load` makes one of a folder."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=None,
                          eos_token_id=None, dtype="bfloat16")
@@ -119,7 +123,8 @@ def make_model(shape: str, device: str, quantization: Literal["none", "int8"] = 
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
     with tempfile.TemporaryDirectory() as folder:
-        return prove(module.eval().requires_grad_(False), config, Path(folder), quantization=quantization)
+        return prove(module.eval().requires_grad_(False), config, Path(folder), max_num_seqs=max_num_seqs,
+                     quantization=quantization)
 
 
 def decode(model: Model, point: Point, ceiling: Ceiling, shows_kernels: bool) -> None:
@@ -214,12 +219,16 @@ def prefill(model: Model, chunk: int, ceiling: Ceiling) -> None:
 
 def num_weights(model: Model) -> int:
     """That every step reads: the embedding is looked up."""
-    total: int = sum(weight.numel() for weight in model.module.parameters())
-    return total - model.vocab_size * int(model.config.hidden_size)
+    return sum(weight.numel() for weight in read_weights(model))
 
 
 def weight_bytes(model: Model) -> int:
-    return num_weights(model) * model.dtype.itemsize
+    return sum(weight.nbytes for weight in read_weights(model))
+
+
+def read_weights(model: Model) -> list[torch.Tensor]:
+    embedding = model.module.get_input_embeddings().weight
+    return [weight for weight in model.module.parameters() if weight is not embedding]
 
 
 if __name__ == "__main__":

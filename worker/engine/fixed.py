@@ -1,11 +1,11 @@
 """Forwards of fixed shapes, as a GPU wants them: each is recorded once as a CUDA graph, hundreds of kernels that the
 processor launches with one call.
 
-Rows that are none fill a forward up. Where answers are exact all forwards of a kind have as many rows, so a row's bits
-cannot depend on how many there are: cuBLAS has a kernel of its own for nearly every number. Decode rows come in
-forwards of few rows, made for a number of pages that a row may reach: programs for pages that no row has end at once,
-but not for nothing. Long chunks of prompts come in a forward of many rows, in tiles. A graph that does not say at once
-what the forward itself says is not used; then the same forward is launched kernel by kernel.
+Rows that are none fill a forward up. Decode rows come in forwards of few rows, in one of few sizes, where answers are
+exact of those that were found to say the same, and made for a number of pages that a row may reach: programs for pages
+that no row has end at once, but not for nothing. Long chunks of prompts come in a forward of many rows, in tiles. A
+graph that does not say at once what the forward itself says is not used; then the same forward is launched kernel by
+kernel.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from torch import Tensor
 
 from worker.engine.sequence import PENDING
 from worker.model.attention import NOBODY, TILE_LEN
-from worker.model.check import random_token_ids
+from worker.model.check import FEW_ROWS, random_token_ids
 from worker.model.model import Model
 from worker.model.paged import PAGE_LEN, PagedMemory, PagedRows, PagedTiles, pages, tiled
-from worker.model.transfer import send
+from worker.model.transfer import send_into
 
 log = logging.getLogger(__name__)
 
 WARM_UPS = 3                                            # forwards before a capture, as torch asks for
 MIN_WIDTH = 1024 // PAGE_LEN                            # pages that rows of the smallest graph may reach
 WIDTH_FACTOR = 4                                        # from one graph to the next
-FEW_ROWS = (16, 64)                                     # sizes where answers need not be exact, beside the full one
 
 
 def widths(num_pages: int) -> list[int]:
@@ -115,7 +114,7 @@ class FixedForward:
         """Logits of the rows `kept`, [len(kept), vocab_size], to be read before the next run."""
         piece = np.zeros(len(self._piece), dtype=np.int32)
         Inputs.of(piece, self.num_rows, self.num_tables).fill(token_ids, slots, positions, kept, table)
-        self._piece.copy_(send(piece, self._piece.device, torch.int32))
+        send_into(piece, self._piece)
         if self._replay is None:
             return self.compute()[:len(kept)]
         self._replay()
@@ -139,7 +138,8 @@ class FixedForwards:
                  is_exact: bool):
         self.memory = memory
         self.max_rows = model.max_rows
-        sizes = [*(size for size in FEW_ROWS if size < self.max_rows and not is_exact), self.max_rows]
+        few = [size for size in FEW_ROWS if size < self.max_rows]
+        sizes = model.row_sizes if is_exact else [*few, self.max_rows]
         num_pages = memory.table.shape[1]
         self.rows = [FixedForward(model, memory, last_token_ids, size, width)
                      for size in sizes for width in widths(num_pages)]

@@ -8,6 +8,10 @@ in FlashInfer's sampling, Ye et al. 2025; noise as in rng.py.) It knows rows and
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -17,24 +21,40 @@ BLOCK_TOKENS = 8192         # of the vocabulary at a time
 NUM_WARPS = 32
 
 
-def draw(logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, top_k: Tensor, top_p: Tensor,
-         log_min_p: Tensor) -> Tensor:
-    """Token ids, int64 [rows], of float32 logits [rows, vocab_size].
+class Wishes(NamedTuple):
+    """Of [rows] each, int32 or float32."""
 
-    Of [rows] each: `temperatures` (0: greedy, no noise), the halves of the rows' keys, int32; `top_k` (0: off), int32;
-    `top_p` (1: off) and `log_min_p` (-inf: off), float32. Where a logit is no number, it or an infinite one is drawn.
+    low: npt.ArrayLike              # halves of the rows' keys
+    high: npt.ArrayLike
+    top_k: npt.ArrayLike            # 0: off
+    slots: npt.ArrayLike
+    temperatures: npt.ArrayLike     # 0: greedy, no noise
+    top_p: npt.ArrayLike            # 1: off
+    log_min_p: npt.ArrayLike        # -inf: off
+
+    def packed(self) -> npt.NDArray[np.int32]:
+        """[7, rows], so that they travel at once."""
+        return np.stack([*(np.asarray(x, dtype=np.int32) for x in self[:4]),
+                         *(np.asarray(x, dtype=np.float32).view(np.int32) for x in self[4:])])
+
+
+def draw(logits: Tensor, raw: Tensor, wishes: Tensor, last_token_ids: Tensor) -> Tensor:
+    """Token ids of logits [rows, vocab_size], and whether they are numbers in the `raw` ones: int64 [2, rows].
+
+    `wishes`: packed, on the device. What a row has drawn is its slot's in `last_token_ids`, int64 [slots]. Where a
+    logit is no number, it or an infinite one is drawn.
     """
     num_rows, vocab_size = logits.shape
-    per_row = (temperatures, low, high, top_k, top_p, log_min_p)
-    assert logits.stride(1) == 1 and all(values.is_contiguous() for values in per_row)
-    out = torch.empty(num_rows, dtype=torch.long, device=logits.device)
-    _draw[(num_rows,)](logits, out, *per_row, logits.stride(0), vocab_size,
-                       BLOCK=min(BLOCK_TOKENS, triton.next_power_of_2(vocab_size)), num_warps=NUM_WARPS)
+    assert logits.stride(1) == raw.stride(1) == 1 and wishes.is_contiguous() and wishes.shape == (7, num_rows)
+    out = torch.empty(2, num_rows, dtype=torch.long, device=logits.device)
+    _draw[(num_rows,)](logits, raw, out, *wishes[:4], *wishes[4:].view(torch.float32), last_token_ids, logits.stride(0),
+                       raw.stride(0), vocab_size, BLOCK=min(BLOCK_TOKENS, triton.next_power_of_2(vocab_size)),
+                       num_warps=NUM_WARPS)
     return out
 
 
 def log_totals(logits: Tensor) -> Tensor:
-    """log Σ exp of float32 logits [rows, vocab_size], [rows]: torch's has other bits beside other rows."""
+    """log Σ exp of logits [rows, vocab_size], float32 [rows]: torch's has other bits beside other rows."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
     out = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
@@ -77,7 +97,7 @@ def _noise(token_ids, low, high):
 @triton.jit
 def _scaled(logits, tokens, vocab_size, temperature):
     """What is no number counts as infinite, so that it is drawn and found."""
-    x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")) / temperature
+    x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32) / temperature
     return tl.where(x != x, float("inf"), x)
 
 
@@ -108,10 +128,11 @@ def _kth(logits, vocab_size, temperature, k, peak, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _draw(logits, out, temperatures, lows, highs, top_ks, top_ps, log_min_ps, row_stride, vocab_size,
-          BLOCK: tl.constexpr):
+def _draw(logits, raw, out, lows, highs, top_ks, slots, temperatures, top_ps, log_min_ps, last_token_ids, row_stride,
+          raw_stride, vocab_size, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
+    raw += row.to(tl.int64) * raw_stride
     temperature, top_k, top_p = tl.load(temperatures + row), tl.load(top_ks + row), tl.load(top_ps + row)
     low, high = tl.load(lows + row).to(tl.uint32), tl.load(highs + row).to(tl.uint32)
     log_min_p = tl.load(log_min_ps + row)
@@ -168,7 +189,7 @@ def _draw(logits, out, temperatures, lows, highs, top_ks, top_ps, log_min_ps, ro
         drawn = tl.minimum(tl.min(tl.where(best == largest, best_ids, 2147483647)), vocab_size - 1)
         pending = tl.full([], False, tl.int1)
         if is_random & ((top_k > 0) | (top_p < 1.0)):
-            value = tl.load(logits + drawn) / temperature
+            value = tl.load(logits + drawn).to(tl.float32) / temperature
             masses = tl.zeros([BLOCK], tl.float32)
             num_likelier = tl.zeros([BLOCK], tl.int32)
             for start in range(0, vocab_size, BLOCK):
@@ -183,3 +204,6 @@ def _draw(logits, out, temperatures, lows, highs, top_ks, top_ps, log_min_ps, ro
             pending = not is_inside
             bound, bound_id, is_bound = value, drawn, tl.full([], True, tl.int1)
     tl.store(out + row, drawn.to(tl.int64))
+    tl.store(last_token_ids + tl.load(slots + row), drawn.to(tl.int64))
+    chosen = tl.load(raw + drawn).to(tl.float32)
+    tl.store(out + tl.num_programs(0) + row, (tl.abs(chosen) < float("inf")).to(tl.int64))

@@ -52,10 +52,10 @@ class Draws:
     """Of one forward, row by row."""
 
     num_logprobs: list[int | None]
-    transfer: Transfer
+    transfer: Transfer          # token ids and whether they are valid, [2, rows]; log probabilities of rows that ask
 
     def read(self) -> list[Draw]:
-        token_ids, is_valid, *of_asked = (tensor.tolist() for tensor in self.transfer.wait())
+        (token_ids, is_valid), *of_asked = (tensor.tolist() for tensor in self.transfer.wait())
         asked = iter(zip(*of_asked, strict=True))
         return [Draw(token_id, None if count is None else _logprobs(token_id, count, *next(asked)), valid)
                 for token_id, count, valid in zip(token_ids, self.num_logprobs, is_valid, strict=True)]
@@ -137,21 +137,34 @@ class Sampler:
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> Draws:
         params = [self._params(row.slot) for row in rows]
-        wishes = self._wishes(logits, rows, params)
-        if wishes is None:
-            logits = logits.float() if self.has_kernel else logits
-            token_ids = self._draw(self._adjusted(logits, rows, params), rows, params)
-        else:
-            token_ids = cast(Tensor, _kernels("noise", logits).draw(logits, wishes))
-        self._count(rows, params, token_ids)
-        self.last_token_ids[send([row.slot for row in rows], self.device)] = token_ids
-        chosen = logits.gather(1, token_ids[:, None])[:, 0]
+        drawn = (self._draw_there if self.has_kernel else self._draw_here)(logits, rows, params)
+        self._count(rows, params, drawn[0])
         return Draws([p.sampling.num_logprobs for p in params],
-                     Transfer(token_ids, chosen.isfinite(), *self._logprobs(logits, chosen, params)))
+                     Transfer(drawn, *self._logprobs(logits, drawn[0], params)))
+
+    def _draw_there(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
+        """On a GPU, at once: [2, rows]."""
+        from worker.engine import kernels  # needs Triton
+
+        low, high = rng.split_keys([rng.row_key(p.key, row.position) for p, row in zip(params, rows, strict=True)])
+        wishes = kernels.Wishes(
+            low[:, 0].numpy(), high[:, 0].numpy(), [p.sampling.top_k for p in params], [row.slot for row in rows],
+            [0 if p.is_greedy else p.sampling.temperature for p in params], [p.sampling.top_p for p in params],
+            [_log(p.sampling.min_p) for p in params])
+        return kernels.draw(self._adjusted(logits, rows, params), logits,
+                            send(wishes.packed(), self.device, torch.int32), self.last_token_ids)
+
+    def _draw_here(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
+        """[2, rows]"""
+        wishes = self._wishes(logits, rows, params)
+        token_ids = (self._draw(self._adjusted(logits, rows, params), rows, params) if wishes is None
+                     else cast(Tensor, _kernels("noise", logits).draw(logits, wishes)))
+        self.last_token_ids[torch.tensor([row.slot for row in rows])] = token_ids
+        return torch.stack((token_ids, logits.gather(1, token_ids[:, None])[:, 0].isfinite()))
 
     def _wishes(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Wishes | None:
         """For one pass over logits as they come; None where some row wants more than that."""
-        noise = None if self.has_kernel else _kernels("noise", logits)
+        noise = _kernels("noise", logits)
         is_constrained = any(row.allowed is not None for row in rows)
         if noise is None or (is_constrained and not noise.takes_bits(logits)) or any(
                 not p.is_plain or self._is_too_short(row, p)
@@ -242,8 +255,6 @@ class Sampler:
         logits[at] = penalized - counts.clamp_(max=1) * presence
 
     def _draw(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
-        if self.has_kernel:
-            return self._draw_at_once(logits, rows, params)
         random = [i for i, p in enumerate(params) if not p.is_greedy]
         if not random:
             return self._largest(logits)
@@ -255,17 +266,6 @@ class Sampler:
         keys = [rng.row_key(params[i].key, rows[i].position) for i in random]
         token_ids[random] = self._draw_random(_rows(logits, random), temperatures, keys, [params[i] for i in random])
         return token_ids
-
-    def _draw_at_once(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
-        from worker.engine import kernels  # needs Triton
-
-        keys = rng.split_keys([rng.row_key(p.key, row.position) for p, row in zip(params, rows, strict=True)])
-        low, high, top_k = send(np.stack([*(half[:, 0].numpy() for half in keys), [p.sampling.top_k for p in params]]),
-                                self.device, torch.int32)
-        temperatures, top_p, log_min_p = send(np.array([
-            [0 if p.is_greedy else p.sampling.temperature for p in params], [p.sampling.top_p for p in params],
-            [_log(p.sampling.min_p) for p in params]]), self.device, torch.float32)
-        return kernels.draw(logits, temperatures, low, high, top_k, top_p, log_min_p)
 
     def _log_totals(self, logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
         """Of logits that are divided by temperatures, where those are given."""
@@ -369,12 +369,14 @@ class Sampler:
             self._counts[slots, drawn] += 1
             self._seen[slots, drawn] = True
 
-    def _logprobs(self, raw: Tensor, chosen: Tensor, params: Sequence[Params]) -> tuple[Tensor, ...]:
+    def _logprobs(self, raw: Tensor, token_ids: Tensor, params: Sequence[Params]) -> tuple[Tensor, ...]:
         """Of the rows that ask: of their drawn token, and the ids and log probabilities of the likeliest."""
         asked = [i for i, p in enumerate(params) if p.sampling.num_logprobs is not None]
         if not asked:
             return ()
-        of_asked, of_drawn = _rows(raw, asked), _rows(chosen, asked).float()
+        of_asked = _rows(raw, asked)
+        of_asked = of_asked.float() if self.has_kernel else of_asked
+        of_drawn = of_asked.gather(1, _rows(token_ids, asked)[:, None])[:, 0].float()
         log_total = self._log_totals(of_asked)
         most = max(params[i].sampling.num_logprobs or 0 for i in asked)
         values, ids = _likeliest(of_asked, max(1, most))

@@ -26,7 +26,8 @@ MAX_QUANTIZED_ERROR = 0.25
 MIN_ROWS, MAX_ROWS = 1, 32
 UNIFORM_ROWS = 1, 2, 5, 16                                          # in forwards of so many, NUM_TOKENS together
 MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
-DEVICE_ROWS = (16, 128, 256)    # of every forward on a GPU, where so few cost what one costs: reading the weights
+FEW_ROWS = (16, 64)             # of a forward on a GPU that has not as many as there may be
+DEVICE_ROWS = (16, 128, 256)    # that there may be: so few cost little more than one costs, reading the weights
 
 
 def random_token_ids(vocab_size: int, count: int) -> list[int]:
@@ -83,8 +84,8 @@ def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
     """The least and the most rows of a decode forward whose logits do not depend on how many they are.
 
     Small and large products reduce in another order than those between. In bfloat16 that shows in so few places that a
-    probe may miss it: one row, a matrix-vector product, is the known case and never taken. On a GPU nearly every number
-    of rows has a kernel of its own, so there all forwards have the same, as many as hold `num_seqs` rows, or the most.
+    probe may miss it: one row, a matrix-vector product, is the known case and never taken. On a GPU all forwards have
+    as many as hold `num_seqs` rows, or the most, or one of the few sizes that say the same (`probe_row_sizes`).
     """
     if memory.is_paged(model.device):
         num_rows = next((num for num in DEVICE_ROWS if num >= num_seqs), DEVICE_ROWS[-1])
@@ -107,6 +108,24 @@ def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
     fewer = list(takewhile(is_usual, range(num_usual - 1, MIN_ROWS - 1, -1)))
     more = list(takewhile(is_usual, (12, 16, 24, MAX_ROWS - 1, MAX_ROWS)))
     return min(fewer, default=num_usual), max(more, default=num_usual)
+
+
+def probe_row_sizes(model: Model) -> tuple[int, ...]:
+    """Numbers of rows of a forward on a GPU, up to the most, each of which gives all rows the bits that the most gives.
+
+    Products of ours do (products.py); cuBLAS has a kernel of its own for nearly every number.
+    """
+    most = model.max_rows
+    token_ids = random_token_ids(model.vocab_size, most)
+    trial = memory.scratch(model.kv_shapes, most, 1, model.dtype, model.device)
+
+    def logits(num_rows: int) -> Tensor:
+        return torch.cat([model.forward(token_ids[begin:begin + num_rows], (0,) * num_rows,
+                                        trial.rows(range(begin, begin + num_rows), (0,) * num_rows), range(num_rows))
+                          for begin in range(0, most, num_rows)])
+
+    usual = logits(most)
+    return *(size for size in FEW_ROWS if size < most and torch.equal(logits(size), usual)), most
 
 
 def says_the_same(model: Model, program: Forwards) -> bool:

@@ -9,6 +9,7 @@ pointwise.py on a GPU and of cpu/pointwise.py on a CPU that has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,6 +40,9 @@ class FusedMLP(nn.Module):
         self.pointwise = _pointwise(mlp.down_proj.weight, mlp.down_proj.in_features) if is_silu else None
 
     def forward(self, x: Tensor) -> Tensor:
+        by_product = getattr(self.gate_up_proj, "silu_and_multiply", None)
+        if self.pointwise and by_product:
+            return cast(Tensor, self.down_proj(by_product(x)))
         gate_up = self.gate_up_proj(x)
         if self.pointwise:
             return cast(Tensor, self.down_proj(self.pointwise.silu_and_multiply(gate_up)))
@@ -73,9 +77,14 @@ class FusedAttention(nn.Module):
         query_key, value = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query_key = self._normed(query_key, self.q_norm, self.k_norm)
-        query, key = self._rotated(query_key, *position_embeddings).split([self.num_heads, self.num_kv_heads], dim=1)
+        angles = {}
+        if hasattr(context, "turns_heads"):
+            angles["angles"] = tuple(x[0] for x in position_embeddings)
+        else:
+            query_key = self._rotated(query_key, *position_embeddings)
+        query, key = query_key.split([self.num_heads, self.num_kv_heads], dim=1)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-        out = context.attend(self.layer_idx, query, key, value, self.scores).reshape(1, num_rows, -1)
+        out = context.attend(self.layer_idx, query, key, value, self.scores, **angles).reshape(1, num_rows, -1)
         return self.o_proj(keep(out) if keep else out), None
 
     def _normed(self, query_key: Tensor, *norms: Any) -> Tensor:
@@ -94,6 +103,23 @@ class FusedAttention(nn.Module):
         return x * cos[0, :, None] + torch.cat((-second, first), dim=-1) * sin[0, :, None]
 
 
+class Handover:
+    """From a layer to who follows it: the sum that goes out, and its norm, which are one call."""
+
+    def __init__(self, norm: Any):
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self._handed: tuple[Tensor, Tensor] | None = None
+
+    def add(self, pointwise: Any, x: Tensor, added: Tensor) -> Tensor:
+        self._handed = pointwise.add_and_norm(x, added, self.weight, self.eps)
+        return self._handed[0]
+
+    def norm_of(self, x: Tensor) -> Tensor | None:
+        """If this is the sum."""
+        handed, self._handed = self._handed, None
+        return handed[1] if handed and handed[0] is x else None
+
+
 class FusedLayer(nn.Module):
     """Attention and MLP, each behind a root mean square norm and added to what came in. Its parts may be fused."""
 
@@ -106,18 +132,25 @@ class FusedLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
         self.pointwise = _pointwise(layer.input_layernorm.weight, len(layer.input_layernorm.weight))
+        self.from_before: Handover | None = None
+        self.to_next: Handover | None = None
         if hasattr(layer, "attention_type"):            # some models choose a mask by it
             self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return self._add(*self.apart(hidden_states, None, **kwargs))
+        hidden_states, added = self.apart(hidden_states, None, **kwargs)
+        if self.to_next and self.pointwise:
+            return self.to_next.add(self.pointwise, hidden_states, added)
+        return self._add(hidden_states, added)
 
     def apart(self, hidden_states: Tensor, added: Tensor | None, keep: Keep | None = None, **kwargs: Any
               ) -> tuple[Tensor, Tensor]:
         """Of what comes in as a sum, the two whose sum goes out: who is next adds them while it reads them. Of the
         rows to keep, if not of all: from the others only keys and values are wanted in a last layer."""
         before, after = self.eps
-        hidden_states, normed = self._add_and_norm(hidden_states, added, self.input_layernorm.weight, before)
+        normed = self.from_before.norm_of(hidden_states) if self.from_before else None
+        if normed is None:
+            hidden_states, normed = self._add_and_norm(hidden_states, added, self.input_layernorm.weight, before)
         attended, _ = self.self_attn(hidden_states=normed, **({"keep": keep} if keep else {}), **kwargs)
         if keep:
             hidden_states = keep(hidden_states)
@@ -140,22 +173,37 @@ class FusedNorm(nn.Module):
     def __init__(self, norm: Any, pointwise: Any):
         super().__init__()
         self.weight, self.variance_epsilon, self.pointwise = norm.weight, norm.variance_epsilon, pointwise
+        self.from_before: Handover | None = None
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        normed = self.from_before.norm_of(x) if self.from_before else None
+        if normed is not None:
+            return normed
         _, normed = self.pointwise.add_and_norm(x.contiguous(), added, self.weight, self.variance_epsilon)
         return cast(Tensor, normed)
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """On a CPU it replaces those of the common kind that stand between other blocks."""
+    """Replaces those of the common kind that stand between other blocks."""
     dtype = next(module.parameters()).dtype
     for parent in list(module.modules()):
         norms = {name: child for name, child in parent.named_children() if _is_plain_norm(child)}
         for name, norm in {} if isinstance(parent, Fused) else norms.items():
             weight = cast(Tensor, norm.weight)
             pointwise = _pointwise(weight, len(weight))
-            if pointwise and not weight.is_cuda and weight.dtype == dtype:
+            if pointwise and weight.dtype == dtype:
                 setattr(parent, name, FusedNorm(norm, pointwise))
+
+
+def hand_over(module: nn.Module) -> None:
+    """Where another layer of ours, or a norm, is declared behind one. Whoever gets anything else computes by itself."""
+    for parent in module.modules():
+        blocks = [block for child in parent.children()
+                  for block in (child if isinstance(child, nn.ModuleList) else [child])]
+        for before, block in pairwise(blocks):
+            if isinstance(before, FusedLayer) and isinstance(block, FusedLayer | FusedNorm):
+                norm = block if isinstance(block, FusedNorm) else block.input_layernorm
+                before.to_next = block.from_before = Handover(norm)
 
 
 def _is_plain_norm(norm: Any) -> bool:

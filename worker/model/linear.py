@@ -1,8 +1,8 @@
-"""Linear layers with their weights packed once for the CPU, instead of re-ordered at every call.
+"""Linear layers as their device computes them best: on a CPU with weights packed once, instead of at every call.
 
-By kernels of ours where they compute (worker/model/cpu), else by oneDNN's operators. Those are private to torch: a
-layer whose packed product differs from the plain one stays as it was. So does a small one in float32, where oneDNN's
-call costs more than packing saves.
+There by kernels of ours where they compute (worker/model/cpu), else by oneDNN's operators. Those are private to torch:
+a layer whose packed product differs from the plain one stays as it was. So does a small one in float32, where oneDNN's
+call costs more than packing saves. On a GPU weights stay as they are, and products of few rows are ours (products.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from worker.model import cpu
+from worker.model import cpu, memory
 
 MIN_FLOAT32_WEIGHTS = 1 << 18           # 1 MiB, which stays in a core's cache: a plain call is up to 3 × faster
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -58,7 +58,7 @@ def _pack(layer: Any) -> nn.Module | None:
         weight = layer.weight.T
     else:
         return None
-    if weight.dtype not in MAX_RELATIVE_ERROR or weight.device.type != "cpu":
+    if weight.dtype not in MAX_RELATIVE_ERROR:
         return None
     try:
         packed = _packed(weight, layer.bias)
@@ -68,6 +68,10 @@ def _pack(layer: Any) -> nn.Module | None:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+    if memory.is_paged(weight.device):
+        from worker.model.products import RowLinear, takes  # needs Triton
+
+        return RowLinear(weight, bias) if takes(weight) else None
     if cpu.computes(weight.dtype):
         from worker.model.cpu.linear import PanelLinear, holds
 
@@ -79,7 +83,7 @@ def _packed(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
 
 def _agree(plain: nn.Module, packed: nn.Module, weight: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight.dtype)
+    x = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight)
     return agree(packed(x), plain(x))
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from worker.model import attention, check, cpu, experts, identity, memory
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
-from worker.model.fused import fuse_blocks
+from worker.model.fused import fuse_blocks, hand_over
 from worker.model.linear import pack_linears
 from worker.model.model import MAX_SHARED_ROWS, Model
 
@@ -52,8 +52,9 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     expected, recorder = try_plain(module, token_ids)
     kv_shapes = tuple(recorder.shapes[layer] for layer in range(len(recorder.shapes)))
     fuse_blocks(module, token_ids, kv_shapes, recorder.scores)
-    if not memory.is_paged(module.device):
-        pack_linears(module)
+    if memory.is_paged(module.device):
+        hand_over(module)
+    pack_linears(module)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=choose_max_model_len(text_config, max_model_len),
@@ -66,6 +67,8 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     probe(model, expected, max_num_seqs)
     if quantization == "int8":
         quantize(model, expected)
+    if model.has_fixed_rows:
+        model.row_sizes = check.probe_row_sizes(model)
     return model
 
 

@@ -8,7 +8,8 @@ requests, sampling or schedules, nor of who owns a page.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 
 from worker.model import kernels
 from worker.model.attention import NOBODY, TILE_LEN, KVLayer, KVShape, Scores
+from worker.model.kernels import Angles
 from worker.model.transfer import send
 
 PAGE_LEN = 16               # tokens: what a sequence wastes at its end, and what sequences may share
@@ -57,15 +59,22 @@ class PagedMemory:
 
 @dataclass(slots=True)
 class PagedRows:
+    turns_heads: ClassVar = True
     layers: list[KVLayer]
     table: Tensor                                       # int32, [rows, pages]
     positions: Tensor                                   # int32, [rows]
+    _arrived: Tensor = field(init=False)                # of the splits of each row and head of keys
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    def __post_init__(self) -> None:
+        num_kv_heads = max(keys.shape[1] for keys, _ in self.layers)
+        self._arrived = torch.zeros(len(self.positions) * num_kv_heads, dtype=torch.int32, device=self.table.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores,
+               angles: Angles | None = None) -> Tensor:
         num_rows = len(self.positions)
-        kernels.store(*self.layers[layer], key[0, :, :num_rows].transpose(0, 1), value[0, :, :num_rows].transpose(0, 1),
-                      self.table, self.positions)
-        out = kernels.attend(query[0, :, :num_rows].transpose(0, 1), *self.layers[layer], self.table, self.positions,
+        rows, new_keys, new_values = (x[0, :, :num_rows].transpose(0, 1) for x in (query, key, value))
+        kernels.store(*self.layers[layer], rows, new_keys, new_values, self.table, self.positions, angles)
+        out = kernels.attend(rows, *self.layers[layer], self.table, self.positions, self._arrived,
                              scaling=scores.scaling, window=scores.sliding_window, softcap=scores.softcap,
                              sinks=scores.sinks)
         num_filling = query.shape[2] - num_rows
@@ -76,15 +85,18 @@ class PagedRows:
 class PagedTiles:
     """Prompts' tokens: tiles of `TILE_LEN` rows, each of one sequence. A forward may lack the last rows of the last."""
 
+    turns_heads: ClassVar = True
     layers: list[KVLayer]
     table: Tensor                                       # int32, [tiles, pages]
     positions: Tensor                                   # int32, [tiles · TILE_LEN]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores,
+               angles: Angles | None = None) -> Tensor:
         num_rows = query.shape[2]
-        kernels.store(*self.layers[layer], key[0].transpose(0, 1), value[0].transpose(0, 1), self.table,
-                      self.positions, tile_len=TILE_LEN)
-        rows = pad(query[0].transpose(0, 1), (0, 0, 0, 0, 0, len(self.positions) - num_rows))
+        rows, new_keys, new_values = (x[0].transpose(0, 1) for x in (query, key, value))
+        kernels.store(*self.layers[layer], rows, new_keys, new_values, self.table, self.positions, angles,
+                      tile_len=TILE_LEN)
+        rows = pad(rows, (0, 0, 0, 0, 0, len(self.positions) - num_rows))
         out = kernels.attend_tiles(rows, *self.layers[layer], self.table, self.positions, scaling=scores.scaling,
                                    window=scores.sliding_window, softcap=scores.softcap, sinks=scores.sinks)
         return out[None, :num_rows]

@@ -12,19 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.model.chain import chained, follow, lead
+
 BLOCK_GATE = 1024           # elements of a gate that one program computes
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[rows, heads, head_dim] in place, by the angles of [rows, head_dim]: halves turn against each other."""
-    num_rows, num_heads, head_dim = x.shape
-    if cos.shape != (num_rows, head_dim) or head_dim % 2:
-        raise RuntimeError(f"angles of {tuple(cos.shape)} do not turn heads of {tuple(x.shape)}")
-    assert x.stride(2) == cos.stride(1) == sin.stride(1) == 1
-    _rotate[(num_rows,)](x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0), NUM_HEADS=num_heads,
-                         BLOCK_HEADS=triton.next_power_of_2(num_heads), HALF=head_dim // 2,
-                         BLOCK_HALF=triton.next_power_of_2(head_dim // 2))
-    return x
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
@@ -50,28 +40,9 @@ def add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) ->
     out = torch.empty_like(rows)
     assert rows.is_contiguous() and others.is_contiguous()
     _add_and_norm[(len(rows),)](rows, others, weight, total, out, eps, WIDTH=rows.shape[1],
-                                BLOCK=triton.next_power_of_2(rows.shape[1]), HAS_ADDED=added is not None, num_warps=8)
+                                BLOCK=triton.next_power_of_2(rows.shape[1]), HAS_ADDED=added is not None, num_warps=8,
+                                **chained(x.device))
     return total.view(shape), out.view(shape)
-
-
-@triton.jit
-def _rotate(x, cos, sin, row_stride, head_stride, cos_stride, sin_stride, NUM_HEADS: tl.constexpr,
-            BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    heads, dims = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
-    is_dim = dims < HALF
-    is_there = (heads < NUM_HEADS) & is_dim
-    places = x + row * row_stride + heads * head_stride + dims
-    first = tl.load(places, mask=is_there, other=0.0).to(tl.float32)
-    second = tl.load(places + HALF, mask=is_there, other=0.0).to(tl.float32)
-    angles = row * cos_stride + dims
-    first_cos = tl.load(cos + angles, mask=is_dim, other=0.0).to(tl.float32)
-    second_cos = tl.load(cos + angles + HALF, mask=is_dim, other=0.0).to(tl.float32)
-    angles = row * sin_stride + dims
-    first_sin = tl.load(sin + angles, mask=is_dim, other=0.0).to(tl.float32)
-    second_sin = tl.load(sin + angles + HALF, mask=is_dim, other=0.0).to(tl.float32)
-    tl.store(places, (first * first_cos - second * first_sin).to(x.dtype.element_ty), mask=is_there)
-    tl.store(places + HALF, (second * second_cos + first * second_sin).to(x.dtype.element_ty), mask=is_there)
 
 
 @triton.jit
@@ -86,8 +57,10 @@ def _silu_and_multiply(gate_up, out, row_stride, WIDTH: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _add_and_norm(x, added, weight, total, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                  HAS_ADDED: tl.constexpr):
+                  HAS_ADDED: tl.constexpr, IS_CHAINED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    follow(IS_CHAINED)
+    lead(IS_CHAINED)
     columns = tl.arange(0, BLOCK)
     is_there = columns < WIDTH
     places = row * WIDTH + columns

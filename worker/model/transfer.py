@@ -16,9 +16,16 @@ from torch import Tensor
 def send(values: Sequence[int] | Sequence[float] | npt.NDArray[Any], device: torch.device,
          dtype: torch.dtype = torch.long) -> Tensor:
     here = torch.as_tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return here
-    return torch.empty_like(here, pin_memory=True).copy_(here).to(device, non_blocking=True)
+    return _pinned(here).to(device, non_blocking=True) if device.type == "cuda" else here
+
+
+def send_into(values: npt.NDArray[Any], target: Tensor) -> None:
+    here = torch.as_tensor(values, dtype=target.dtype)
+    target.copy_(_pinned(here) if target.is_cuda else here, non_blocking=True)
+
+
+def _pinned(here: Tensor) -> Tensor:
+    return torch.empty_like(here, pin_memory=True).copy_(here)
 
 
 class Transfer:

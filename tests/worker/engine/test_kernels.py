@@ -11,6 +11,7 @@ from shared.job import Sampling
 from tests.tools import require_package
 from worker.engine import rng
 from worker.engine.sampler import Params, Row, Sampler, _likeliest_by_keys
+from worker.model.transfer import send
 
 require_package("triton")
 from worker.engine import kernels
@@ -62,10 +63,12 @@ def test_noise_is_that_of_the_processor() -> None:
     logits = torch.zeros(64, 2000)
     low, high = (half.contiguous() for half in rng.split_keys([rng.row_key(key, 3) for key in range(64)]))
     noise = rng.gumbel(low, high, torch.arange(2000, dtype=torch.int32))
-    ones, none = torch.ones(64, device=DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    found = kernels.draw(logits.to(DEVICE), ones, low[:, 0].to(DEVICE), high[:, 0].to(DEVICE), none, ones,
-                         torch.full((64,), float("-inf"), device=DEVICE))
-    assert found.tolist() == noise.argmax(dim=-1).tolist()
+    wishes = kernels.Wishes(low[:, 0].numpy(), high[:, 0].numpy(), [0] * 64, range(63, -1, -1), [1] * 64, [1] * 64,
+                            [float("-inf")] * 64)
+    last, there = torch.zeros(64, dtype=torch.long, device=DEVICE), logits.to(DEVICE)
+    found = kernels.draw(there, there, send(wishes.packed(), DEVICE, torch.int32), last)
+    assert found.tolist() == [noise.argmax(dim=-1).tolist(), [1] * 64]
+    assert torch.equal(last.flip(0), found[0])
 
 
 def test_log_totals_are_those_of_torch() -> None:

@@ -154,6 +154,7 @@ def paged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows, so that some chunks are long, and the interpreter has little to do."""
     monkeypatch.setattr(memory, "is_paged", lambda device: True)
     monkeypatch.setattr(check, "DEVICE_ROWS", (8,))
+    monkeypatch.setattr(check, "FEW_ROWS", (4,))
 
 
 ARRIVALS = {0: MIXED[:2], 7: MIXED[2:]}
@@ -176,7 +177,9 @@ def test_the_engine_says_over_pages_what_it_says_over_slots(family: str, tmp_pat
     expected = answers(make_engine(folder))
     request.getfixturevalue("paged")
     engine = make_engine(folder)
-    assert isinstance(engine.kv, KVPages)
+    assert isinstance(engine.kv, KVPages) and engine.runner.fixed
+    assert engine.model.row_sizes == (4, 8)
+    assert {forward.num_rows for forward in engine.runner.fixed.rows} == {4, 8}
     assert answers(engine) == expected
     assert any(num_cached for _, num_cached in expected.values())
     assert engine.num_accepted_tokens

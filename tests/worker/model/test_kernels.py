@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 from transformers import AutoModelForCausalLM
 
 from tests.system import REPOSITORY
@@ -18,9 +18,12 @@ from tests.tools import require_package
 from tests.worker.families import FAMILIES, MORE_FAMILIES
 
 require_package("triton")
-from worker.model import experts, int8, kernels, pointwise
+from worker.model import experts, kernels, pointwise, products
 from worker.model.attention import TILE_LEN, KVLayer, Scores
+from worker.model.int8 import Int8Linear
+from worker.model.linear import agree
 from worker.model.paged import PagedMemory
+from worker.model.products import RowLinear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE_LEN = 16
@@ -77,15 +80,17 @@ def test_rows_over_pages_are_what_plain_attention_is(shape: str) -> None:
     sinks = torch.linspace(-1, 1, num_heads, device=DEVICE) if has_sinks else None
     positions = torch.tensor(POSITIONS, dtype=torch.int32, device=DEVICE)
     scores = {"scaling": head_dim ** -0.5, "window": window, "softcap": softcap, "sinks": sinks}
-    out = kernels.attend(query, pool.keys, pool.values, pool.rows(len(POSITIONS)), positions, **scores)
+    arrived = torch.zeros(len(POSITIONS) * num_kv_heads, dtype=torch.int32, device=DEVICE)
+    out = kernels.attend(query, pool.keys, pool.values, pool.rows(len(POSITIONS)), positions, arrived, **scores)
     for row, position in enumerate(POSITIONS):
         expected = torch.zeros(num_heads, head_dim, dtype=torch.float64, device=DEVICE)
         if position >= 0:
             expected = plain(query[row], pool, position, window, softcap, sinks)
         torch.testing.assert_close(out[row].double(), expected, rtol=0, atol=1e-5)
     narrow = pool.rows(2)[:, :1]                        # another table, fewer neighbours, another place in the batch
-    again = kernels.attend(query[:2].flip(0), pool.keys, pool.values, narrow, positions[:2].flip(0), **scores)
+    again = kernels.attend(query[:2].flip(0), pool.keys, pool.values, narrow, positions[:2].flip(0), arrived, **scores)
     assert torch.equal(again.flip(0), out[:2]), "bits do not depend on neighbours"
+    assert not arrived.any()
 
 
 @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(2, 16), (3, 80)])
@@ -98,8 +103,8 @@ def test_what_is_written_lies_at_its_place_and_nothing_else_changes(num_kv_heads
         for cache, rows in zip(expected, new, strict=True):
             if position >= 0:
                 cache[int(pool.table[position // PAGE_LEN]), :, position % PAGE_LEN] = rows[row]
-    kernels.store(pool.keys, pool.values, new[0], new[1], pool.rows(len(positions)),
-                  torch.tensor(positions, dtype=torch.int32, device=DEVICE))
+    at = torch.tensor(positions, dtype=torch.int32, device=DEVICE)
+    kernels.store(pool.keys, pool.values, new[0], new[0], new[1], pool.rows(len(positions)), at, None)
     for cache, wanted in zip((pool.keys, pool.values), expected, strict=True):
         torch.testing.assert_close(cache, wanted, rtol=0, atol=0, equal_nan=True)
 
@@ -108,17 +113,27 @@ def close(got: Tensor, expected: Tensor) -> bool:
     return torch.allclose(got.float(), expected.float(), rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(5, 16), (3, 80)])
-def test_heads_are_turned_in_place(num_heads: int, head_dim: int) -> None:
-    wide = torch.randn(3, num_heads + 2, head_dim).to(DEVICE)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(5, 5, 16), (9, 3, 80)])
+def test_queries_are_turned_in_place_and_keys_on_their_way(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    pool, positions = Pool(num_kv_heads, head_dim), (3, -1, 17)
+    qkv = torch.randn(3, num_heads + 2 * num_kv_heads, head_dim).to(DEVICE)
     cos, sin = torch.randn(2, 3, head_dim).to(DEVICE)
-    before, x = wide.clone(), wide[:, :num_heads]
-    first, second = before[:, :num_heads].chunk(2, dim=-1)
-    expected = before[:, :num_heads] * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-    assert close(pointwise.rotate(x, cos, sin), expected)
-    assert close(x, expected) and torch.equal(wide[:, num_heads:], before[:, num_heads:])
+    before, (query, key, value) = qkv.clone(), qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    first, second = before.chunk(2, dim=-1)
+    turned = before * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    rest = pool.rows(3), torch.tensor(positions, dtype=torch.int32, device=DEVICE)
+    kernels.store(pool.keys, pool.values, query, key, value, *rest, (cos, sin))
+    for row, position in enumerate(positions):
+        if position < 0:
+            assert torch.equal(qkv[row], before[row])
+            continue
+        place = int(pool.table[position // PAGE_LEN]), slice(None), position % PAGE_LEN
+        assert close(query[row], turned[row, :num_heads])
+        assert close(pool.keys[place], turned[row, num_heads:num_heads + num_kv_heads])
+        assert torch.equal(pool.values[place], value[row])
+    assert torch.equal(qkv[:, num_heads:], before[:, num_heads:])
     with pytest.raises(RuntimeError, match="angles"):
-        pointwise.rotate(x, cos[:, :head_dim // 2], sin[:, :head_dim // 2])
+        kernels.store(pool.keys, pool.values, query, key, value, *rest, (cos[:, :head_dim // 2], sin))
 
 
 @pytest.mark.parametrize("width", [96, 1100])
@@ -131,17 +146,48 @@ def test_what_stands_between_products(width: int) -> None:
         assert close(total, expected) and close(normed, rms_norm(expected, (width,), weight, 1e-5))
 
 
-@pytest.mark.parametrize(("num_rows", "num_in", "num_out"), [(3, 200, 300), (140, 1100, 130)])
-def test_a_product_with_int8_weights(num_rows: int, num_in: int, num_out: int) -> None:
-    """Whatever does not fill a block; in splits, whose bits do not depend on other rows."""
-    x, plain = torch.randn(num_rows, num_in).to(DEVICE), torch.randn(num_out, num_in).to(DEVICE)
-    weight, scales = int8.quantize(plain)
-    widened = weight.double() * scales[:, None].double()
-    assert (widened - plain.double()).abs().max() <= 0.51 * scales.max()
-    out = int8.multiply(x, weight, scales)
-    torch.testing.assert_close(out.double(), x.double() @ widened.T, rtol=1e-5, atol=1e-4)
-    again = int8.multiply(torch.cat([x[:2], -x[:1]]), weight, scales)[:2]
-    assert torch.equal(again, int8.multiply(x[:3], weight, scales)[:2])
+@pytest.mark.parametrize(("num_rows", "num_in", "num_out"), [(3, 200, 300), (40, 2048, 64), (140, 1100, 130)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_of_few_rows(num_rows: int, num_in: int, num_out: int, has_bias: bool) -> None:
+    """Whatever does not fill a tile; in splits, whose sum is begun anew each time; of weights in eight bits too."""
+    x, weight = torch.randn(1, num_rows, num_in).to(DEVICE), torch.randn(num_out, num_in).to(DEVICE) / num_in ** 0.5
+    bias = torch.randn(num_out).to(DEVICE) if has_bias else None
+    plain = RowLinear(weight, bias)
+    quantized = Int8Linear(plain)
+    assert plain.num_splits == quantized.num_splits == {200: 1, 1100: 2, 2048: 4}[num_in]
+    assert quantized.scales is not None
+    widened = quantized.weight.double() * quantized.scales[:, None].double()
+    assert (widened - weight.double()).abs().max() <= 0.51 * quantized.scales.max()
+    for layer, weights in ((plain, weight.double()), (quantized, widened)):
+        expected = linear(x.double(), weights, None if bias is None else bias.double())
+        gate, up = expected.chunk(2, dim=-1)
+        for _ in range(2):
+            torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(layer.silu_and_multiply(x).double(), silu(gate) * up, rtol=1e-4, atol=1e-3)
+        few = torch.cat([x[:, :2], -x[:, :1]], dim=1)
+        assert torch.equal(layer(few)[:, :2], layer(x[:, :3])[:, :2])
+        assert not layer.arrived.any()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+@pytest.mark.parametrize(("num_in", "num_out"), [(4096, 6144), (4096, 4096), (14_336, 4096), (896, 1152), (1100, 130)])
+def test_the_bits_of_a_product_do_not_depend_on_how_many_rows_there_are(num_in: int, num_out: int) -> None:
+    """Of every tile; nor on what stands in the others."""
+    layer = RowLinear((torch.randn(num_out, num_in) / num_in ** 0.5).to(DEVICE, torch.bfloat16), None)
+    x = torch.randn(products.MAX_ROWS, num_in).to(DEVICE, torch.bfloat16)
+    expected, gated = layer(x), layer.silu_and_multiply(x)
+    assert agree(expected, linear(x, layer.weight))
+    for num_rows in (1, 2, 16, 17, 64, 100, 128, 200, products.MAX_ROWS):
+        rows = torch.cat([x[:num_rows - 1], x[-1:]])
+        assert torch.equal(layer(rows), torch.cat([expected[:num_rows - 1], expected[-1:]]))
+        assert torch.equal(layer.silu_and_multiply(rows), torch.cat([gated[:num_rows - 1], gated[-1:]]))
+
+
+def test_how_a_layer_is_cut() -> None:
+    """Into splits where outputs are few; stages fit into what a multiprocessor has."""
+    assert [products.num_splits(num_tiles, num_in, 128) for num_tiles, num_in in (
+        (448, 4096), (64, 14_336), (32, 2048), (1, 100_000), (1, 600))] == [1, 2, 4, 8, 1]
+    assert products.Tile(64, 64, 4, 5).within(100_000, 30_000).num_stages == 3
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe"])
@@ -203,29 +249,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from worker.engine import kernels as drawing
-from worker.model import grouped, int8, kernels, pointwise
-SIZES = {"BLOCK": 1024, "BLOCK_ROWS": 128, "BLOCK_PAIRS": 32, "BLOCK_OUT": 128, "BLOCK_IN": 64, "HALF": 40,
-         "BLOCK_HALF": 64, "WIDTH": 720, "PAGE_LEN": 16, "NUM_HEADS": 6, "BLOCK_HEADS": 8, "HEAD_DIM": 80,
+from worker.model import grouped, kernels, pointwise, products
+SIZES = {"BLOCK": 1024, "BLOCK_ROWS": 16, "BLOCK_PAIRS": 32, "BLOCK_OUT": 64, "BLOCK_IN": 64, "HALF": 40,
+         "BLOCK_HALF": 64, "WIDTH": 720, "PAGE_LEN": 16, "NUM_HEADS": 6, "BLOCK_HEADS": 8, "NUM_QUERY_HEADS": 6,
+         "BLOCK_QUERY_HEADS": 8, "HEAD_DIM": 80,
          "BLOCK_DIM": 128, "GROUP": 4, "BLOCK_GROUP": 16, "SPLIT_LEN": kernels.SPLIT_LEN, "TILE_LEN": 64,
-         "BLOCK_LEN": kernels.BLOCK_LEN}
-KERNELS = (kernels._store, kernels._attend_split, kernels._sum_splits, kernels._attend_tile, pointwise._rotate,
-           pointwise._silu_and_multiply, pointwise._add_and_norm, int8._multiply, grouped._project,
+         "BLOCK_LEN": kernels.BLOCK_LEN, "NUM_SPLITS": 2}
+KERNELS = (kernels._store, kernels._attend_split, kernels._attend_tile,
+           pointwise._silu_and_multiply, pointwise._add_and_norm, products._multiply, grouped._project,
            drawing._draw, drawing._log_totals)
-DRAWING = {"logits": "*fp32", "temperatures": "*fp32", "lows": "*i32", "highs": "*i32", "top_ks": "*i32",
-           "top_ps": "*fp32", "log_min_ps": "*fp32"}
+DRAWING = {"temperatures": "*fp32", "lows": "*i32", "highs": "*i32", "top_ks": "*i32", "slots": "*i32",
+           "top_ps": "*fp32", "log_min_ps": "*fp32", "last_token_ids": "*i64"}
 POINTERS = {"table": "*i32", "positions": "*i32", "parts": "*fp32", "peaks": "*fp32", "sums": "*fp32", "sinks": "*fp32",
-            "order": "*i64", "bounds": "*i64"}
+            "order": "*i64", "bounds": "*i64", "arrived": "*i32"}
 for capability, has, dtype in (80, True, "*bf16"), (90, False, "*bf16"), (90, True, "*fp32"):
     tensors = dict.fromkeys(("keys", "values", "new_keys", "new_values", "query", "out", "x", "cos", "sin", "gate_up",
                              "added", "weight", "total", "bias"), dtype) | POINTERS
-    flags = dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS", "HAS_ADDED", "HAS_BIAS"), has)
+    flags = dict.fromkeys(("HAS_ANGLES", "HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS", "HAS_ADDED", "HAS_BIAS",
+                           "HAS_SCALES", "IS_EVEN"), has)
+    flags |= {"IS_GATED": not has, "IS_CHAINED": capability == 90}
     for kernel in KERNELS:
         constants = {name: value for name, value in (SIZES | flags).items() if name in kernel.arg_names}
         kinds = dict.fromkeys(kernel.arg_names, "i32") | {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"} | tensors
-        if kernel is int8._multiply:
-            kinds |= {"weight": "*i8", "scales": "*fp32"}
+        if kernel is products._multiply:
+            kinds |= {"weight": "*i8", "scales": "*fp32"} if has else {"scales": dtype}
         if kernel in (drawing._draw, drawing._log_totals):
-            kinds |= DRAWING | {"out": "*i64" if kernel is drawing._draw else "*fp32"}
+            kinds |= DRAWING | {"logits": dtype, "raw": dtype, "out": "*i64" if kernel is drawing._draw else "*fp32"}
         signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

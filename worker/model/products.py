@@ -1,0 +1,176 @@
+"""Products of few rows on a GPU: what a step of decode rows waits for is that their weights are read.
+
+Weights come first in the product, so that a few rows fill the other side of a tensor core. Where outputs alone would
+not fill a GPU the inputs are cut into splits, and who is the last to be done with one sums them all, in order. How many
+splits there are depends on the layer alone, so a row's bits depend neither on other rows nor on how many there are;
+that is tried at every start (check.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from worker.model import pointwise
+from worker.model.chain import chained, follow, lead
+
+MAX_ROWS = 256              # beyond: cuBLAS, which multiplies faster where it is no longer memory that counts
+MAX_SPLITS = 8
+MIN_SPLIT_LEN = 512         # inputs
+SPLIT_UNIT = 128            # inputs: of every tile a multiple
+DTYPES = (torch.bfloat16, torch.float16)                # float32 has no tensor cores that keep its precision
+
+
+class Tile(NamedTuple):
+    """What a program multiplies at a time."""
+
+    num_out: int
+    num_in: int
+    num_warps: int
+    num_stages: int
+
+    def within(self, num_bytes: int, stage_bytes: int) -> Tile:
+        """With as many stages as fit into a multiprocessor's shared memory."""
+        return self._replace(num_stages=max(1, min(self.num_stages, num_bytes // stage_bytes)))
+
+
+Tiles = dict[int, Tile]                                 # of up to so many rows
+PLAIN: Tiles = {16: Tile(64, 128, 4, 5), 64: Tile(64, 128, 4, 4), 128: Tile(64, 64, 4, 5), 256: Tile(128, 64, 8, 4)}
+GATED: Tiles = {16: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 5), 128: Tile(64, 64, 4, 3)}
+INT8: Tiles = {32: Tile(128, 128, 8, 3), 128: Tile(128, 64, 4, 4)}
+
+
+class RowLinear(nn.Module):
+    """x · weightᵀ + bias, for a weight of [num_out, num_in]; `scales` of [num_out] where weights are whole numbers."""
+
+    tiles = PLAIN
+    min_tile_len = 64           # outputs
+    num_programs = 128          # for so many there are splits: one for each multiprocessor of a large GPU
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None):
+        super().__init__()
+        is_whole = isinstance(weight, nn.Parameter) and weight.is_contiguous()          # and maybe an embedding's too
+        self.weight = weight if is_whole else nn.Parameter(weight.contiguous(), requires_grad=False)
+        self.bias, self.scales = None if bias is None else bias.detach(), scales
+        num_tiles = triton.cdiv(len(weight), self.min_tile_len)
+        self.num_splits = num_splits(num_tiles, weight.shape[1], self.num_programs)
+        self.arrived = torch.zeros(num_tiles, dtype=torch.int32, device=weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.scales is None and len(rows) > MAX_ROWS:
+            return linear(x, self.weight, self.bias)
+        out = multiply(rows, self.weight, self.tiles, bias=self.bias, scales=self.scales, arrived=self.arrived,
+                       num_splits=self.num_splits)
+        return out.view(*x.shape[:-1], -1)
+
+    def silu_and_multiply(self, x: Tensor) -> Tensor:
+        """silu(gate) · up of the outputs, gates first."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.scales is not None or self.bias is not None or len(rows) > max(GATED):
+            return pointwise.silu_and_multiply(self(x))
+        return multiply(rows, self.weight, GATED, is_gated=True).view(*x.shape[:-1], -1)
+
+
+def takes(weight: Tensor) -> bool:
+    """Triton's interpreter knows float32 alone."""
+    return weight.dtype in DTYPES if weight.is_cuda else weight.dtype == torch.float32
+
+
+def num_splits(num_tiles: int, num_in: int, num_programs: int) -> int:
+    """So that there are nearly so many programs, if not more."""
+    return max(1, min(MAX_SPLITS, num_programs // num_tiles, num_in // MIN_SPLIT_LEN))
+
+
+def multiply(x: Tensor, weight: Tensor, tiles: Tiles, *, bias: Tensor | None = None, scales: Tensor | None = None,
+             arrived: Tensor | None = None, num_splits: int = 1, is_gated: bool = False) -> Tensor:
+    """[rows, num_in] by [num_out, num_in]ᵀ: [rows, num_out], or half of them where gates are multiplied.
+
+    `arrived`: int32 zeros, as many as there are tiles of outputs, which are zeros again when it has ended. Splits are
+    taken where one tile holds all rows.
+    """
+    (num_rows, num_in), num_out = x.shape, len(weight) // 2 if is_gated else len(weight)
+    assert x.stride(1) == 1 and weight.is_contiguous()
+    block_rows = min(max(tiles), max(16, triton.next_power_of_2(num_rows)))
+    if num_rows > block_rows:
+        num_splits = 1                                  # there are programs enough
+    tile = next(tile for most, tile in tiles.items() if most >= block_rows)
+    stage_bytes = tile.num_in * (x.itemsize * block_rows + (1 + is_gated) * weight.itemsize * tile.num_out)
+    tile = tile.within(_shared_bytes(x.device), stage_bytes)
+    split_len = triton.cdiv(triton.cdiv(num_in, num_splits), SPLIT_UNIT) * SPLIT_UNIT
+    out = torch.empty(num_rows, num_out, dtype=x.dtype, device=x.device)
+    parts = torch.empty(num_splits, num_rows, num_out, dtype=torch.float32, device=x.device) if num_splits > 1 else out
+    assert num_splits == 1 or arrived is not None
+    _multiply[(triton.cdiv(num_rows, block_rows), triton.cdiv(num_out, tile.num_out), num_splits)](
+        x, weight, out if scales is None else scales, out if bias is None else bias, out, parts,
+        out if arrived is None else arrived, x.stride(0), num_rows, num_out, num_in, split_len, BLOCK_ROWS=block_rows,
+        BLOCK_OUT=tile.num_out, BLOCK_IN=tile.num_in, NUM_SPLITS=num_splits, IS_GATED=is_gated,
+        IS_EVEN=num_in == split_len * num_splits, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **chained(x.device))
+    return out
+
+
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1 << 30
+    gpu: Any = torch.cuda.get_device_properties(device)
+    return int(gpu.shared_memory_per_block_optin)
+
+
+@triton.jit
+def _read(places, at, num_in, IS_EVEN: tl.constexpr, EVICTION: tl.constexpr):
+    if IS_EVEN:
+        return tl.load(places + at[None, :], eviction_policy=EVICTION)
+    return tl.load(places + at[None, :], mask=(at < num_in)[None, :], other=0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _multiply(x, weight, scales, bias, out, parts, arrived, row_stride, num_rows, num_out, num_in, split_len,
+              BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, NUM_SPLITS: tl.constexpr,
+              IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+              IS_CHAINED: tl.constexpr):
+    """What lies beyond the last row or output is computed of others, and not kept."""
+    tile, split = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    weights = weight + (outs % num_out).to(tl.int64)[:, None] * num_in
+    inputs = x + (rows % num_rows)[:, None] * row_stride
+    total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    ups = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    follow(IS_CHAINED)
+    for start in range(split * split_len, tl.minimum((split + 1) * split_len, num_in), BLOCK_IN):
+        at = start + tl.arange(0, BLOCK_IN)
+        v = tl.trans(_read(inputs, at, num_in, IS_EVEN, "evict_last"))
+        w = _read(weights, at, num_in, IS_EVEN, "evict_first")
+        total = tl.dot(w.to(v.dtype), v, total, input_precision="ieee")
+        if IS_GATED:
+            w = _read(weights + num_out.to(tl.int64) * num_in, at, num_in, IS_EVEN, "evict_first")
+            ups = tl.dot(w.to(v.dtype), v, ups, input_precision="ieee")
+    lead(IS_CHAINED)
+    places = rows.to(tl.int64)[None, :] * num_out + outs[:, None]
+    is_there = (rows < num_rows)[None, :] & (outs < num_out)[:, None]
+    is_last = True
+    if NUM_SPLITS > 1:
+        tl.store(parts + split * num_rows * num_out + places, total, mask=is_there)
+        tl.debug_barrier()
+        is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == NUM_SPLITS - 1
+        if is_last:
+            tl.store(arrived + tile, 0)
+            total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+            for each in tl.static_range(NUM_SPLITS):
+                total += tl.load(parts + each * num_rows * num_out + places, mask=is_there, other=0.0,
+                                 cache_modifier=".cg")
+    if is_last:
+        if HAS_SCALES:
+            total *= tl.load(scales + outs, mask=outs < num_out, other=0.0)[:, None]
+        if HAS_BIAS:
+            total += tl.load(bias + outs, mask=outs < num_out, other=0.0).to(tl.float32)[:, None]
+        if IS_GATED:                                    # each product is rounded, as by itself
+            gate, up = total.to(out.dtype.element_ty).to(tl.float32), ups.to(out.dtype.element_ty).to(tl.float32)
+            total = gate * tl.sigmoid(gate) * up
+        tl.store(out + places, total.to(out.dtype.element_ty), mask=is_there)
