@@ -16,7 +16,8 @@ from rich.table import Table
 
 from shared.job import Sampling
 from shared.threads import most_threads
-from worker.engine.sampler import Params, Row, Sampler
+from worker.engine.params import Params
+from worker.engine.sampler import Row, Sampler
 
 VOCAB_SIZES = 32_000, 151_936                           # of Llama 2 and of Qwen 2.5
 STEEPNESS = 2.5

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from shared.prefix import prefix_names
 from worker.engine.draft import Drafter
+from worker.engine.params import Params
 from worker.engine.prefix import PrefixCache
 from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Constraint, Output, Request, validate
 from worker.engine.runner import Runner
-from worker.engine.sampler import Draw, Draws, Params, Row, Sampler
+from worker.engine.sampler import Draw, Draws, Row, Sampler
 from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Forward, Progress, Span, pack, schedule, share
 from worker.engine.sequence import WAITING, Group, Sequence
 from worker.engine.store import make_store

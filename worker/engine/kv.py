@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import Counter
 
 from worker.engine.slots import Slots
-from worker.model.attention import PAGE_LEN, KVLayer, SlotMemory, give_back, places, tokens
+from worker.model.attention import PAGE_LEN, KVLayer
+from worker.model.slots import SlotMemory, give_back, places, tokens
 
 Block = tuple[int, int]                                 # page, slot
 

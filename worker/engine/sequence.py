@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from worker.engine.draft import Drafter
-from worker.engine.sampler import Params
+from worker.engine.params import Params
 
 if TYPE_CHECKING:
     from shared.job import Sampling

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from worker.engine.kv import KVSlots
 from worker.model import memory
-from worker.model.attention import PAGE_LEN, allocate
+from worker.model.attention import PAGE_LEN
 from worker.model.model import Model
+from worker.model.slots import allocate
 
 if TYPE_CHECKING:
     from worker.engine.paged import KVPages

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from worker.model import memory
-from worker.model.attention import NAME, Recorder, Together
+from worker.model.attention import NAME, Recorder
 from worker.model.linear import packed_linears
 from worker.model.model import MAX_SHARED_ROWS, SHARED_UNIT, Model
+from worker.model.slots import Together
 
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards

@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from worker.model.attention import Context, KVLayer, KVShape, SlotMemory, allocate
+from worker.model.attention import Context, KVLayer, KVShape
+from worker.model.slots import SlotMemory, allocate
 
 FREE_SHARE = 0.85           # the rest is for activations and graphs
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from worker.model import memory
-from worker.model.attention import Context, InSlots, KVShape, Together
+from worker.model.attention import Context, KVShape
+from worker.model.slots import InSlots, Together
 from worker.model.transfer import send
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ import torch
 from shared.job import Sampling
 from tests.tools import require_package
 from worker.engine import rng
-from worker.engine.sampler import Params, Row, Sampler, _likeliest_by_keys
+from worker.engine.drawing import _likeliest_by_keys
+from worker.engine.params import Params
+from worker.engine.sampler import Row, Sampler
 from worker.model.transfer import send
 
 require_package("triton")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.worker.families import computing_by
 from worker.engine.kv import KVSlots
-from worker.model.attention import PAGE_LEN, DecodeRows, KVShape, PrefillChunk, Scores, allocate
+from worker.model.attention import PAGE_LEN, KVShape, Scores
+from worker.model.slots import DecodeRows, PrefillChunk, allocate
 
 SHAPES = [KVShape(num_kv_heads=2, head_dim=4, num_query_heads=4),
           KVShape(num_kv_heads=1, head_dim=8, num_query_heads=4)]

@@ -15,8 +15,8 @@ from tests.worker.engine.driver import alone, greedy, run, seeded, token_ids
 from tests.worker.families import VOCAB_SIZE, save
 from worker.engine.engine import Engine, Request
 from worker.engine.request import OUT_OF_MEMORY
-from worker.model.attention import DecodeRows, PrefillChunk, Together
 from worker.model.loading import load
+from worker.model.slots import DecodeRows, PrefillChunk, Together
 
 NUM_SEQS, ROOM = 8, 3
 TOO_MANY_BYTES = 1 << 55

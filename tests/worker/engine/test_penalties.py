@@ -9,7 +9,8 @@ import torch
 
 from shared.job import Sampling
 from tests.worker.families import computing_by
-from worker.engine.sampler import Params, Row, Sampler
+from worker.engine.params import Params
+from worker.engine.sampler import Row, Sampler
 from worker.model import cpu
 
 VOCAB_SIZE = 4096

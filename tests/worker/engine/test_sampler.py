@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shared.job import Sampling
 from worker.engine import rng
-from worker.engine.sampler import Params, Row, Sampler
+from worker.engine.params import Params
+from worker.engine.sampler import Row, Sampler
 
 VOCAB_SIZE = 500
 PINNED_KEY = 8764810008325594656

@@ -14,17 +14,9 @@ from torch import Tensor
 
 from tests.worker.families import computing_by
 from worker.model import cpu
-from worker.model.attention import (
-    MAX_SPREAD,
-    PAGE_LEN,
-    Context,
-    DecodeRows,
-    KVShape,
-    PrefillChunk,
-    Scores,
-    allocate,
-    reaches,
-)
+from worker.model.attention import PAGE_LEN, Context, KVShape, Scores
+from worker.model.slots import DecodeRows, PrefillChunk, allocate
+from worker.model.weighing import MAX_SPREAD, reaches
 
 NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
 SHAPE = KVShape(NUM_KV_HEADS, HEAD_DIM, NUM_KV_HEADS * GROUP)

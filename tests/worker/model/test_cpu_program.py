@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from worker.model import cpu, memory
-from worker.model.attention import Context, Together
+from worker.model.attention import Context
 from worker.model.loading import load
 from worker.model.model import MAX_SHARED_ROWS, Model
+from worker.model.slots import Together
 
 if not cpu.computes(torch.float32):
     pytest.skip("kernels of ours do not run here", allow_module_level=True)

@@ -15,17 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from worker.model.attention import (
-    DecodeRows,
-    InSlots,
-    KVLayer,
-    KVShape,
-    PrefillChunk,
-    Scores,
-    Together,
-    allocate,
-    attend_by_kernels,
-)
+from worker.model.attention import KVLayer, KVShape, Scores
 from worker.model.cpu.attention import Rows, Runs, most_queries
 from worker.model.cpu.kernel import MIN_SHARED_PRODUCTS, empty, threads_for
 from worker.model.cpu.linear import PanelLinear
@@ -33,6 +23,7 @@ from worker.model.cpu.pointwise import gather
 from worker.model.cpu.program import Arena, Program, Recording, Unexplained, recorded
 from worker.model.fused import FusedLayer, FusedNorm
 from worker.model.linear import packed_linears
+from worker.model.slots import DecodeRows, InSlots, PrefillChunk, Together, allocate, attend_by_kernels
 
 log = logging.getLogger(__name__)
 
