@@ -41,8 +41,8 @@ class Wishes(NamedTuple):
 def draw(logits: Tensor, raw: Tensor, wishes: Tensor, last_token_ids: Tensor) -> Tensor:
     """Token ids of logits [rows, vocab_size], and whether they are numbers in the `raw` ones: int64 [2, rows].
 
-    `wishes`: packed, on the device. What a row has drawn is its slot's in `last_token_ids`, int64 [slots]. Where a
-    logit is no number, it or an infinite one is drawn.
+    `wishes`: packed, on the device. What a row has drawn is its slot's in `last_token_ids`, int64 [slots]; of several
+    rows of one slot, what any of them has. Where a logit is no number, it or an infinite one is drawn.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == raw.stride(1) == 1 and wishes.is_contiguous() and wishes.shape == (7, num_rows)

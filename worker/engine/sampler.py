@@ -114,9 +114,9 @@ class Sampler:
 
         low, high = rng.split_keys(_keys(rows, params))
         wishes = kernels.Wishes(
-            low[:, 0].numpy(), high[:, 0].numpy(), [p.sampling.top_k for p in params], [row.slot for row in rows],
-            [0 if p.is_greedy else p.sampling.temperature for p in params], [p.sampling.top_p for p in params],
-            [log_of(p.sampling.min_p) for p in params])
+            low[:, 0].numpy(), high[:, 0].numpy(), [min(p.sampling.top_k, self.vocab_size) for p in params],
+            [row.slot for row in rows], [0 if p.is_greedy else p.sampling.temperature for p in params],
+            [p.sampling.top_p for p in params], [log_of(p.sampling.min_p) for p in params])
         return kernels.draw(self._adjusted(logits, rows, params), logits,
                             send(wishes.packed(), self.device, torch.int32), self.last_token_ids)
 

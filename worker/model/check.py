@@ -6,16 +6,18 @@ It computes on random tokens in slots of its own, which it gives back.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from worker.model import memory
 from worker.model.attention import NAME, Recorder
 from worker.model.linear import packed_linears
 from worker.model.model import MAX_SHARED_ROWS, SHARED_UNIT, Model
 from worker.model.slots import Together
+from worker.model.transfer import send
 
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
@@ -27,7 +29,7 @@ MAX_QUANTIZED_ERROR = 0.25
 MIN_ROWS, MAX_ROWS = 1, 32
 UNIFORM_ROWS = 1, 2, 5, 16                                          # in forwards of so many, NUM_TOKENS together
 MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
-FEW_ROWS = (16, 64)             # of a forward on a GPU that has not as many as there may be
+FEW_ROWS = (16, 64, 128)        # of a forward on a GPU that has not as many as there may be
 DEVICE_ROWS = (16, 128, 256)    # that there may be: so few cost little more than one costs, reading the weights
 
 
@@ -114,19 +116,38 @@ def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
 def probe_row_sizes(model: Model) -> tuple[int, ...]:
     """Numbers of rows of a forward on a GPU, up to the most, each of which gives all rows the bits that the most gives.
 
-    Products of ours do (products.py); cuBLAS has a kernel of its own for nearly every number.
+    Products of ours do (products.py). cuBLAS has a kernel of its own for nearly every number, which may round otherwise
+    in so few places that a trial misses it: where it multiplies, as for who routes to experts, there is one number.
     """
     most = model.max_rows
-    token_ids = random_token_ids(model.vocab_size, most)
+    token_ids = send(random_token_ids(model.vocab_size, most), model.device)
     trial = memory.scratch(model.kv_shapes, most, 1, model.dtype, model.device)
 
     def logits(num_rows: int) -> Tensor:
-        return torch.cat([model.forward(token_ids[begin:begin + num_rows], (0,) * num_rows,
-                                        trial.rows(range(begin, begin + num_rows), (0,) * num_rows), range(num_rows))
-                          for begin in range(0, most, num_rows)])
+        first, rows = send([0] * num_rows, model.device), send(range(num_rows), model.device)
+        return torch.cat([model.forward_tensors(token_ids[None, begin:begin + num_rows], first[None], trial.rows(
+            range(begin, begin + num_rows), (0,) * num_rows), rows) for begin in range(0, most, num_rows)])
 
-    usual = logits(most)
+    with _Products() as products:
+        usual = logits(most)
+    if products.were_there:
+        return (most,)
     return *(size for size in FEW_ROWS if size < most and torch.equal(logits(size), usual)), most
+
+
+class _Products(TorchDispatchMode):     # type: ignore[misc]
+    """Whether torch has multiplied and summed; with angles it only multiplies."""
+
+    MULTIPLIED: ClassVar = {"mm": 0, "bmm": 0, "matmul": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # which argument is
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.were_there = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = self.MULTIPLIED.get(func.overloadpacket.__name__)
+        self.were_there |= place is not None and args[place].shape[-1] > 1
+        return func(*args, **kwargs or {})
 
 
 def says_the_same(model: Model, program: Forwards) -> bool:

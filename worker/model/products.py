@@ -2,8 +2,8 @@
 
 Weights come first in the product, so that a few rows fill the other side of a tensor core. Where outputs alone would
 not fill a GPU the inputs are cut into splits, and who is the last to be done with one sums them all, in order. How many
-splits there are depends on the layer alone, so a row's bits depend neither on other rows nor on how many there are;
-that is tried at every start (check.py).
+splits there are depends on the layer alone, up to `MAX_ROWS`, so a row's bits depend neither on other rows nor on how
+many there are; that is tried at every start (check.py).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class RowLinear(nn.Module):
         self.bias, self.scales = None if bias is None else bias.detach(), scales
         num_tiles = triton.cdiv(len(weight), self.min_tile_len)
         self.num_splits = num_splits(num_tiles, weight.shape[1], self.num_programs)
-        self.arrived = torch.zeros(num_tiles, dtype=torch.int32, device=weight.device)
+        num_row_tiles = MAX_ROWS // max(self.tiles)
+        self.arrived = torch.zeros(num_row_tiles * num_tiles, dtype=torch.int32, device=weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -72,9 +73,13 @@ class RowLinear(nn.Module):
     def silu_and_multiply(self, x: Tensor) -> Tensor:
         """silu(gate) · up of the outputs, gates first."""
         rows = x.reshape(-1, x.shape[-1])
-        if self.scales is not None or self.bias is not None or len(rows) > max(GATED):
+        if self.scales is not None or self.bias is not None or len(rows) > MAX_ROWS:
             return pointwise.silu_and_multiply(self(x))
-        return multiply(rows, self.weight, GATED, is_gated=True).view(*x.shape[:-1], -1)
+        if len(rows) > max(GATED):
+            out = pointwise.silu_and_multiply(multiply(rows, self.weight, self.tiles))      # summed as below
+        else:
+            out = multiply(rows, self.weight, GATED, is_gated=True)
+        return out.view(*x.shape[:-1], -1)
 
 
 def takes(weight: Tensor) -> bool:
@@ -91,14 +96,13 @@ def multiply(x: Tensor, weight: Tensor, tiles: Tiles, *, bias: Tensor | None = N
              arrived: Tensor | None = None, num_splits: int = 1, is_gated: bool = False) -> Tensor:
     """[rows, num_in] by [num_out, num_in]ᵀ: [rows, num_out], or half of them where gates are multiplied.
 
-    `arrived`: int32 zeros, as many as there are tiles of outputs, which are zeros again when it has ended. Splits are
-    taken where one tile holds all rows.
+    `arrived`: int32 zeros, one for each tile of rows and outputs, which are zeros again when it has ended. Of more than
+    `MAX_ROWS` rows there are programs enough without splits.
     """
     (num_rows, num_in), num_out = x.shape, len(weight) // 2 if is_gated else len(weight)
     assert x.stride(1) == 1 and weight.is_contiguous()
     block_rows = min(max(tiles), max(16, triton.next_power_of_2(num_rows)))
-    if num_rows > block_rows:
-        num_splits = 1                                  # there are programs enough
+    num_splits = num_splits if num_rows <= MAX_ROWS else 1
     tile = next(tile for most, tile in tiles.items() if most >= block_rows)
     stage_bytes = tile.num_in * (x.itemsize * block_rows + (1 + is_gated) * weight.itemsize * tile.num_out)
     tile = tile.within(_shared_bytes(x.device), stage_bytes)
@@ -158,9 +162,10 @@ def _multiply(x, weight, scales, bias, out, parts, arrived, row_stride, num_rows
     if NUM_SPLITS > 1:
         tl.store(parts + split * num_rows * num_out + places, total, mask=is_there)
         tl.debug_barrier()
-        is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == NUM_SPLITS - 1
+        arrived += tl.program_id(0) * tl.num_programs(1) + tile
+        is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == NUM_SPLITS - 1
         if is_last:
-            tl.store(arrived + tile, 0)
+            tl.store(arrived, 0)
             total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
             for each in tl.static_range(NUM_SPLITS):
                 total += tl.load(parts + each * num_rows * num_out + places, mask=is_there, other=0.0,

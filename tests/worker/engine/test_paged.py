@@ -170,20 +170,34 @@ def make_engine(folder: Path, num_bytes: int = 1 << 20, **options: Any) -> Engin
                   **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_the_engine_says_over_pages_what_it_says_over_slots(family: str, tmp_path: Path, request: Any) -> None:
-    """Prompts in chunks, found beginnings, choices, drafts; windows and sinks."""
+@pytest.mark.parametrize(("family", "sizes"), [("llama", (4, 8)), ("gpt_oss", (8,))])
+def test_the_engine_says_over_pages_what_it_says_over_slots(family: str, sizes: tuple[int, ...], tmp_path: Path,
+                                                            request: Any) -> None:
+    """Prompts in chunks, found beginnings, choices, drafts; windows and sinks. All forwards of rows have as many where
+    torch multiplies, as for who routes to experts."""
     folder = save(family, tmp_path)
     expected = answers(make_engine(folder))
     request.getfixturevalue("paged")
     engine = make_engine(folder)
     assert isinstance(engine.kv, KVPages) and engine.runner.fixed
-    assert engine.model.row_sizes == (4, 8)
-    assert {forward.num_rows for forward in engine.runner.fixed.rows} == {4, 8}
+    assert engine.model.row_sizes == sizes
+    assert {forward.num_rows for forward in engine.runner.fixed.rows} == set(sizes)
     assert answers(engine) == expected
     assert any(num_cached for _, num_cached in expected.values())
     assert engine.num_accepted_tokens
     assert engine.kv.num_owned_pages == 0
+
+
+def test_all_of_a_forward_is_tried_with_few_rows(tmp_path: Path, paged: None) -> None:
+    """The head too; and who rounds otherwise with few rows has as many always."""
+    model = load(str(save("llama", tmp_path)), dtype="float32")
+    assert model.row_sizes == (4, 8)
+    head, seen = model.module.lm_head, set[int]()
+    head.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[-2]))
+    assert check.probe_row_sizes(model) == (4, 8)
+    assert seen == {4, 8}
+    head.register_forward_hook(lambda _, args, out: out + 1e-6 * (out.shape[-2] < 8))
+    assert check.probe_row_sizes(model) == (8,)
 
 
 def test_weights_of_eight_bits_say_nearly_the_same(tmp_path: Path, paged: None, monkeypatch: pytest.MonkeyPatch
