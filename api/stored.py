@@ -13,13 +13,16 @@ from typing import Any
 from redis.asyncio import Redis
 
 from shared.connection import refusals
+from shared.errors import StorageFull
 from shared.job import Language
 from shared.keys import shard_of, tenant_key
+from shared.queue import LUA
 from shared.settings import Settings
 
 MAX_STORED = 10_000                                     # chat completions that a tenant can list; the oldest leave
 MAX_SCANNED = 2_000                                     # of them, looked at for one page
 SCAN = 100                                              # of them, in one round trip
+FULL = "Your stored requests take too much room with this one. Delete some, do not store it, or wait until they expire."
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +44,14 @@ class Store:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis = redis
         self._lifetime_ms = round((settings.request_deadline_s + settings.store_s) * 1000)
+        self._max_bytes = settings.max_tenant_stored_bytes
+        self._shelve = redis.register_script((LUA / "shelve.lua").read_text())
 
     async def put(self, tenant: str, record: Record) -> None:
-        """Before its job is submitted: a record without a job is found by nobody."""
+        """Before its job is submitted: a record without a job is found by nobody. Raises StorageFull."""
         with refusals():
-            await self._redis.set(_key(tenant, record.id), json.dumps(asdict(record)), px=self._lifetime_ms)
+            if not await self._place(tenant, record.id, json.dumps(asdict(record))):
+                raise StorageFull(FULL)
             if record.language == "chat":
                 index = tenant_key(tenant, "completions")
                 async with self._redis.pipeline(transaction=False) as pipe:
@@ -59,14 +65,19 @@ class Store:
         return _decode(await self._redis.get(_key(tenant, completion_id))) if shard_of(completion_id) else None
 
     async def update(self, tenant: str, record: Record, metadata: dict[str, str]) -> Record:
+        """Metadata are bounded by themselves: what they take more is not counted."""
         changed = replace(record, metadata=metadata)
         with refusals():
             await self._redis.set(_key(tenant, record.id), json.dumps(asdict(changed)), xx=True, keepttl=True)
         return changed
 
     async def remove(self, tenant: str, completion_id: str) -> None:
-        await self._redis.delete(_key(tenant, completion_id))
+        await self._place(tenant, completion_id, "")
         await self._redis.zrem(tenant_key(tenant, "completions"), completion_id)
+
+    async def _place(self, tenant: str, completion_id: str, record: str) -> bool:
+        keys = [_key(tenant, completion_id), tenant_key(tenant, "stored"), tenant_key(tenant, "stored_bytes")]
+        return bool(await self._shelve(keys, [completion_id, record, self._lifetime_ms, self._max_bytes]))
 
     async def page(self, tenant: str, *, after: str | None, limit: int, newest_first: bool,
                    suits: Callable[[Record], bool]) -> tuple[list[Record], bool]:

@@ -93,7 +93,7 @@ class ContextTooLong(BadRequest):
 
 
 class StorageFull(BadRequest):
-    """The files of one key together, or their number."""
+    """The files of one key together, or their number, or its stored requests."""
 
     code = "storage_limit_exceeded"
     text = "Your files take too much room with this one. Delete some, or wait until they expire."

@@ -43,7 +43,9 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
 
 TENANT_KEYS: dict[str, tuple[str, str, str]] = {
     # What spans models lies under the tenant's own tag, `{t.<tenant>}`.
-    "stored:<id>": ("string", "api", "what was asked, of an answer to be stored, JSON; `request_deadline_s + store_s`"),
+    "stored:<id>": ("string", "scripts", "asked of an answer to be stored, JSON; `request_deadline_s + store_s`"),
+    "stored": ("zset", "scripts", "answers to be stored → the ms of Redis time at which what was asked expires"),
+    "stored_bytes": ("hash", "scripts", "answer to be stored → the bytes of what was asked; field '': of all of them"),
     "completions": ("zset", "api", "chat completions that are stored → the ms at which they were asked for"),
     "idempotency:<hash>": ("string", "api", "what an Idempotency-Key stands for; `request_deadline_s + retain_s`"),
     "files": ("hash", "scripts", "file → its bytes, the ms of Redis time at which it expires, and JSON of the rest"),

@@ -19,8 +19,8 @@ from shared.errors import BrokenEnvironment
 API_ONLY = frozenset({
     "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "tool_dialect", "heartbeat_s",
     "max_pending_entries", "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices",
-    "max_redis_fraction", "request_deadline_s", "store_s", "max_file_bytes", "max_tenant_file_bytes", "file_s",
-    "batch_s"})
+    "max_redis_fraction", "request_deadline_s", "store_s", "max_tenant_stored_bytes", "max_file_bytes",
+    "max_tenant_file_bytes", "file_s", "batch_s"})
 WORKER_ONLY = frozenset({
     "model", "revision", "served_model_name", "shard", "max_model_len", "max_num_seqs", "kv_cache_bytes",
     "prefill_chunk_tokens", "enable_prefix_caching", "exact_replay_max_tokens", "flush_s", "device", "dtype",
@@ -67,6 +67,8 @@ class Settings(BaseSettings):
     request_deadline_s: float = Field(3600.0, gt=0, description="what a request may take, waiting included")
     retain_s: float = Field(600.0, gt=0, description="how long the log of a finished answer is kept")
     store_s: float = Field(86_400.0, gt=0, description="how long, where the answer is to be stored")
+    max_tenant_stored_bytes: int = Field(
+        512 << 20, gt=0, description="what one API key asked in requests that are stored, before more are refused")
 
     # ── files and batches ──
     max_file_bytes: int = Field(100 << 20, gt=0, description="largest file")

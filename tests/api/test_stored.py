@@ -8,7 +8,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from redis.asyncio import Redis
 
+from api.stored import Record, Store
+from shared.errors import StorageFull
+from shared.keys import tenant_key
+from shared.settings import Settings
 from tests.api.conftest import KEYS, client
 from tests.api.scripted import WAIT_S, ScriptedWorker, ask, error_of
 from tests.system import System
@@ -27,6 +32,39 @@ async def listed(pod: httpx.AsyncClient, **params: str) -> dict[str, Any]:
     response = await pod.get(ADDRESS, params=params)
     assert response.status_code == 200, response.text
     return dict(response.json())
+
+
+def record(number: int, num_bytes: int) -> Record:
+    return Record(f"chatcmpl-0123456789-0-{number}", "chat", "m", number, asked={"content": "x" * num_bytes})
+
+
+async def test_what_a_key_stores_is_bounded(each_redis: Redis) -> None:
+    """All together, whoever else stores; what is asked again counts once, and what is forgotten or over does not."""
+    brief = Store(each_redis, Settings(request_deadline_s=0.2, store_s=0.2, max_tenant_stored_bytes=2300))
+    lasting = Store(each_redis, Settings(max_tenant_stored_bytes=2300))
+    await brief.put("a", record(1, 700))
+    await lasting.put("a", record(2, 700))
+    await lasting.put("a", record(2, 600))
+    with pytest.raises(StorageFull, match="stored requests"):
+        await lasting.put("a", record(3, 700))
+    assert await lasting.get("a", record(3, 0).id) is None
+    await lasting.put("b", record(3, 700))
+    found = await lasting.get("b", record(3, 0).id)
+    assert found and found.asked == record(3, 700).asked
+    await asyncio.sleep(0.45)
+    await lasting.put("a", record(3, 700))
+    with pytest.raises(StorageFull):
+        await lasting.put("a", record(4, 700))
+    await lasting.remove("a", record(2, 0).id)
+    await lasting.remove("a", record(2, 0).id)
+    await lasting.put("a", record(4, 700))
+    sizes = await each_redis.hgetall(tenant_key("a", "stored_bytes"))
+    assert {*sizes} == {b"", *(record(number, 0).id.encode() for number in (3, 4))}
+    assert int(sizes.pop(b"")) == sum(map(int, sizes.values()))
+    for number in (3, 4):
+        await lasting.remove("a", record(number, 0).id)
+    assert await each_redis.hgetall(tenant_key("a", "stored_bytes")) == {b"": b"0"}
+    assert await each_redis.zcard(tenant_key("a", "stored")) == 0
 
 
 async def test_what_is_stored_is_found_on_any_pod(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
