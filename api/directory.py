@@ -39,13 +39,15 @@ class Served:
 
 
 class Directory:
-    """What this pod knows of models: at most `announce_s` old, or as of the last unknown name."""
+    """What this pod knows of models: at most `announce_s` old, or as of the last unknown name. A worker's last word is
+    believed as long as it asked for, also where Redis has lost it."""
 
     def __init__(self, redis: Redis, settings: Settings, hear: Callable[[Shard], Awaitable[None]]) -> None:
         self._redis = redis
         self._hear = hear                               # the relay's: subscribes to a shard
         self._settings = settings
         self._names: dict[str, list[Served]] = {}
+        self._heard: list[Announcement] = []            # the last word of each shard
         self._known: set[str] = set()                   # also models that nobody serves at the moment
         self._tokenizers: dict[str, Tokenizer] = {}     # by card hash
         self._queues: dict[str, Queue] = {}             # by shard id
@@ -107,8 +109,11 @@ class Directory:
 
     async def _adopt(self, announcements: list[Announcement], now_ms: int) -> None:
         names: dict[str, list[Served]] = {}
-        for announcement in announcements:
-            if announcement.expires_ms <= now_ms or not (tokenizer := await self._tokenizer(announcement)):
+        there = {word.shard for word in announcements}
+        words = [*announcements, *(word for word in self._heard if word.shard not in there)]
+        self._heard = [word for word in words if word.expires_ms > now_ms]
+        for announcement in self._heard:
+            if not (tokenizer := await self._tokenizer(announcement)):
                 continue
             await self._hear(Shard(announcement.shard))
             served = Served(self.queue(Shard(announcement.shard)), tokenizer, announcement)
@@ -116,7 +121,7 @@ class Directory:
                 names.setdefault(name, []).append(served)
         self._names = names
         self._known |= {name for announcement in announcements for name in announcement.names}
-        in_use = {announcement.card_hash for announcement in announcements}
+        in_use = {word.card_hash for word in words}
         self._tokenizers = {card: tokenizer for card, tokenizer in self._tokenizers.items() if card in in_use}
 
     async def _tokenizer(self, announcement: Announcement) -> Tokenizer | None:
