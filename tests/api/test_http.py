@@ -432,22 +432,6 @@ async def test_a_model_without_a_worker_is_a_503(http: httpx.AsyncClient, worker
     assert int(response.headers["retry-after"]) >= 1
 
 
-async def test_a_word_that_redis_has_lost_is_believed_as_long_as_it_asked_for(http: httpx.AsyncClient,
-                                                                              worker: ScriptedWorker) -> None:
-    other = ScriptedWorker(worker.queue.redis)
-    await other.announce(ttl_s=6)
-    await until_known(http, other)
-    await other.queue.redis.hdel(DIRECTORY, other.queue.shard.id)
-    loop = asyncio.get_running_loop()
-    lost_s = loop.time()
-    while loop.time() < lost_s + 2:                     # the pod looks every second
-        assert (await http.get(f"/v1/models/{other.model}")).status_code == 200
-        await asyncio.sleep(0.1)
-    async with asyncio.timeout(WAIT_S):
-        while (await http.get(f"/v1/models/{other.model}")).status_code != 404:
-            await asyncio.sleep(0.05)
-
-
 async def test_a_word_that_is_not_understood_hides_no_model(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     """An announcement of another version, and a card that is none, stand beside a good one."""
     redis = worker.queue.redis

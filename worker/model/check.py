@@ -135,7 +135,7 @@ def probe_row_sizes(model: Model) -> tuple[int, ...]:
     return *(size for size in FEW_ROWS if size < most and torch.equal(logits(size), usual)), most
 
 
-class _Products(TorchDispatchMode):     # type: ignore[misc]
+class _Products(TorchDispatchMode):     # type: ignore[misc]    # of no type that torch declares
     """Whether torch has multiplied and summed; with angles it only multiplies."""
 
     MULTIPLIED: ClassVar = {"mm": 0, "bmm": 0, "matmul": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # which argument is
