@@ -88,12 +88,26 @@ MORE_FAMILIES: dict[str, Any] = {
 
 
 @contextmanager
-def computing_by(kernels: Literal["ours", "torch"]) -> Iterator[None]:
-    """What is loaded and run in it computes by kernels of ours, where the processor has them, or by torch's."""
+def computing_by(kernels: Literal["ours", "vectors", "torch"]) -> Iterator[None]:
+    """What is loaded and run in it computes by kernels of ours, where the processor has them, or by torch's.
+
+    "vectors" are ours as where there are no matrix registers.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if kernels == "torch":
             patch.setattr(cpu, "computes", lambda dtype: False)
+        elif kernels == "vectors":
+            patch.setattr("worker.model.cpu.amx.is_there", lambda: False)
         yield
+
+
+def kinds_of_ours() -> list[Literal["ours", "vectors"]]:
+    """That differ on this machine."""
+    if not cpu.computes(torch.bfloat16):
+        return ["ours"]
+    from worker.model.cpu import amx
+
+    return ["ours", "vectors"] if amx.is_there() else ["ours"]
 
 
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -269,11 +269,11 @@ def make_runs(slots: Tensor, positions: Tensor, lens: list[int]) -> Runs:
 def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
                       ) -> Tensor:
     """As `Context.attend`."""
-    from worker.model.cpu.attention import attend, write
+    from worker.model.cpu.attention import attend, most_queries, write
 
     keys, values = context.layers[layer]
     num_kv_heads, head_dim = key.shape[1], key.shape[3]
-    rows = context.runs.rows(query.shape[1] // num_kv_heads, head_dim)
+    rows = context.runs.rows(query.shape[1] // num_kv_heads, most_queries(query.dtype, head_dim))
     num_rows, num_padded_rows = len(rows.slots), query.shape[2]
     query, key, value = (_dense(tensor[0, :, :num_rows].transpose(0, 1)) for tensor in (query, key, value))
     write(keys, values, key, value, rows.slots, rows.positions)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.worker.families import computing_by
+from tests.worker.families import computing_by, kinds_of_ours
 from worker.model import cpu
 from worker.model.attention import PAGE_LEN, Context, KVShape, Scores
 from worker.model.slots import DecodeRows, PrefillChunk, allocate
@@ -43,7 +43,7 @@ def plain(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor
     return torch.einsum("ht,htd->hd", logits.softmax(-1)[:, :keys.shape[1]], values)
 
 
-@pytest.fixture(params=["ours", "torch"], autouse=True)
+@pytest.fixture(params=[*kinds_of_ours(), "torch"], autouse=True)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     with computing_by(request.param):
         yield request.param

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from tests.worker.families import computing_by, kinds_of_ours
 from worker.model import cpu
 
 if not cpu.computes(torch.float32):
     pytest.skip("kernels of ours do not run here", allow_module_level=True)
 
+from llvmlite.ir import VoidType
+
 from worker.engine import likeliest, noise, penalties
-from worker.model.cpu import attention, kernel, linear, pointwise
+from worker.model.cpu import amx, attention, kernel, linear, pointwise
 from worker.model.cpu.code import FLOAT32, Code, Value
 from worker.model.cpu.kernel import Kernel, Processor
 from worker.model.cpu.linear import PanelLinear
@@ -52,24 +55,46 @@ def is_near(got: Tensor, expected: Tensor, num_sums: int = 1) -> bool:
     return bool(error <= ROUNDING[got.dtype] + num_sums * 2**-24)
 
 
+@pytest.mark.parametrize("kernels", kinds_of_ours())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_outputs", "num_columns"), [(1, 2), (31, 66), (97, 64), (320, 1030), (33, 8192)])
-def test_products_are_products_and_a_row_has_its_own_bits(num_outputs: int, num_columns: int, dtype: torch.dtype
-                                                          ) -> None:
+@pytest.mark.parametrize(("num_outputs", "num_columns"), [(1, 2), (31, 66), (97, 64), (320, 1030), (40, 288),
+                                                          (33, 8192)])
+def test_products_are_products_and_a_row_has_its_own_bits(
+        num_outputs: int, num_columns: int, dtype: torch.dtype, kernels: Literal["ours", "vectors"]) -> None:
     """In any number of rows, one after the other or apart in memory, on one thread or two."""
     torch.manual_seed(0)
     weight, bias = torch.randn(num_outputs, num_columns).to(dtype), torch.randn(num_outputs).to(dtype)
-    x = torch.randn(70, num_columns + 3).to(dtype)[:, :num_columns]
-    layer = PanelLinear(weight, bias)
+    x = torch.randn(300, num_columns + 3).to(dtype)[:, :num_columns]
+    with computing_by(kernels):
+        layer = PanelLinear(weight, bias)
+        assert is_near(PanelLinear(weight, None)(x[None]), x.double()[None] @ weight.double().T, num_columns)
     torch.set_num_threads(2)
     whole = layer(x)
     assert is_near(whole, nn.functional.linear(x.double(), weight.double(), bias.double()), num_columns)
-    assert is_near(PanelLinear(weight, None)(x[None]), x.double()[None] @ weight.double().T, num_columns)
     torch.set_num_threads(1)
-    for begin, end in ((0, 1), (1, 3), (3, 14), (14, 37), (0, 70)):
+    for begin, end in ((0, 1), (1, 3), (3, 14), (14, 37), (37, 53), (53, 86), (100, 229), (0, 300)):
         assert torch.equal(layer(x[begin:end].contiguous()), whole[begin:end])
     assert layer(x[:0]).shape == (0, num_outputs)
     assert torch.equal(layer(x.T.contiguous().T), whole)
+
+
+@Kernel
+def shapes(code: Code, out: Value) -> None:
+    """How many rows registers have: within others that had another shape, behind those, and behind all."""
+    with amx.registers(code, code.integer(20)):
+        with amx.registers(code, code.integer(5)):
+            code.call("llvm.x86.sttilecfg", VoidType(), code.pointer(out))
+        code.call("llvm.x86.sttilecfg", VoidType(), code.pointer(out + 64))
+    code.call("llvm.x86.sttilecfg", VoidType(), code.pointer(out + 128))
+
+
+@pytest.mark.skipif(len(kinds_of_ours()) < 2, reason="no matrix registers")
+def test_matrix_registers_are_left_as_others_had_shaped_them() -> None:
+    """oneDNN shapes them too, on the same threads."""
+    out = torch.zeros(3, 64, dtype=torch.uint8)
+    shapes(out, num_threads=1)
+    assert out[:, amx.ROWS_PLACE:amx.ROWS_PLACE + 8].tolist() == [
+        [5, 5, 5, 5, 5, 5, 16, 16], [16, 16, 4, 4, 16, 4, 16, 16], [0] * 8]
 
 
 def test_weights_that_bfloat16_holds_are_kept_in_half_the_memory() -> None:
@@ -227,10 +252,17 @@ def test_where_kernels_cannot_run_torch_computes(missing: str, monkeypatch: pyte
     assert not computes(torch.float32) and not computes(torch.bfloat16)
 
 
-def test_matrix_registers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    computes: Any = cpu.computes.__wrapped__
-    features = {"fma": True, "avx512f": True, "avx512bf16": True}
-    monkeypatch.setattr(kernel, "processor", lambda: Processor("some", features))
-    assert computes(torch.bfloat16) and computes(torch.float32)
-    features["amx-bf16"] = True
-    assert not computes(torch.bfloat16) and computes(torch.float32)
+@pytest.mark.skipif(len(kinds_of_ours()) < 2, reason="no matrix registers")
+def test_where_the_system_keeps_matrix_registers_vectors_compute_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a worker's numerics say."""
+    assert "AMX" in cpu.arithmetic(torch.bfloat16) and "AMX" not in cpu.arithmetic(torch.float32)
+    torch.manual_seed(0)
+    weight, x = torch.randn(1024, 512).bfloat16(), torch.randn(64, 512).bfloat16()
+    expected = PanelLinear(weight, None)(x)
+    monkeypatch.setattr(amx, "REQUEST_PERMISSION", -1)
+    amx.is_there.cache_clear()
+    monkeypatch.setattr(amx, "is_there", amx.is_there.__wrapped__)
+    assert not amx.is_there() and "AMX" not in cpu.arithmetic(torch.bfloat16)
+    out = PanelLinear(weight, None)(x)
+    assert cpu.computes(torch.bfloat16) and torch.allclose(out, expected, rtol=0.02, atol=0.1)
+    assert not torch.equal(out, expected)

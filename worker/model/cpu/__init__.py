@@ -15,18 +15,19 @@ import torch
 
 LANES = 16                  # numbers of a vector; a processor with shorter ones takes several
 WORD_BYTES = 4              # of a lane: a number, or two that are multiplied together
+LOWEST = -1e30              # below all logits, and a number: what is not met yet weighs nothing
 
 
 @cache
 def computes(dtype: torch.dtype) -> bool:
-    """Whether kernels of ours do: an x86 with vectors, and none that has matrix registers for oneDNN to use."""
+    """Whether kernels of ours do: an x86 with vectors."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or find_spec("llvmlite") is None:
         return False
     from worker.model.cpu.kernel import has_threads, processor
 
     has = processor().has
     if dtype == torch.bfloat16:
-        return has_threads() and has("avx512bf16") and not has("amx-bf16")
+        return has_threads() and has("avx512bf16")
     return has_threads() and dtype == torch.float32 and has("fma")
 
 
@@ -39,6 +40,7 @@ def arithmetic(dtype: torch.dtype) -> list[str]:
     """What its results depend on, beside the processor."""
     if not computes(dtype):
         return []
+    from worker.model.cpu import amx
     from worker.model.cpu.kernel import COMPILER
 
-    return [COMPILER]
+    return [COMPILER, "AMX"] if dtype == torch.bfloat16 and amx.is_there() else [COMPILER]

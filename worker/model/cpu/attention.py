@@ -11,19 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from worker.model.cpu import LANES, WORD_BYTES
+from worker.model.cpu import LANES, LOWEST, WORD_BYTES, amx, amx_attention
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, INTEGER, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, threads_for
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
 NUM_SUMS = 24               # vectors in registers: what the queries of a tile have met, of all their dimensions
 MAX_CHAINS = 4              # of additions to one product, side by side: one waits for what came before it
-LOWEST = -1e30              # below all logits, and a number: what is not met yet weighs nothing
 
 
 class Rows(NamedTuple):
@@ -49,32 +49,32 @@ class Runs:
     _rows: dict[tuple[int, int], Rows] = field(init=False, default_factory=dict)
 
     @classmethod
-    def placed(cls, rows: Rows, group: int, head_dim: int) -> Runs:
+    def placed(cls, rows: Rows, group: int, most: int) -> Runs:
         """Of rows as they are."""
         runs = cls(rows.slots, rows.positions, [])
-        runs._rows[group, head_dim] = rows
+        runs._rows[group, most] = rows
         return runs
 
-    def rows(self, group: int, head_dim: int) -> Rows:
-        """For layers where so many query heads share a head of keys."""
-        if (group, head_dim) not in self._rows:
-            self._rows[group, head_dim] = Rows(self.slots, self.positions, *tiles(self.lens, group, head_dim))
-        return self._rows[group, head_dim]
+    def rows(self, group: int, most: int) -> Rows:
+        """For layers where so many query heads share a head of keys, and a tile has room for so many queries."""
+        if (group, most) not in self._rows:
+            self._rows[group, most] = Rows(self.slots, self.positions, *in_tiles(self.lens, group, most))
+        return self._rows[group, most]
 
 
-def most_queries(head_dim: int) -> int:
+def most_queries(dtype: torch.dtype, head_dim: int) -> int:
     """That a tile has room for."""
-    return max(1, NUM_SUMS * LANES // head_dim)
+    return amx_attention.MOST_QUERIES if amx.computes(dtype, head_dim) else max(1, NUM_SUMS * LANES // head_dim)
 
 
-def queries_of_single(group: int, head_dim: int) -> int:
+def queries_of_single(group: int, most: int) -> int:
     """That a tile of one row has: a group of heads in as few parts as have room, all alike."""
-    return -(-group // -(-group // most_queries(head_dim)))
+    return -(-group // -(-group // most))
 
 
-def tiles(lens: Sequence[int], group: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def in_tiles(lens: Sequence[int], group: int, most: int) -> tuple[Tensor, Tensor]:
     """Of single rows and of runs that fill a tile, as in `Rows`; `group` query heads share a head of keys."""
-    most, single = most_queries(head_dim), queries_of_single(group, head_dim)
+    single = queries_of_single(group, most)
     of_singles, of_runs, row = [], [], 0
     for run_len in lens:
         if run_len > 1 and run_len * group >= most:     # the last tile may say some twice
@@ -100,13 +100,15 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: 
     _, num_slots, num_kv_heads, page_len, _ = values.shape
     group = num_heads // num_kv_heads
     out = empty(num_rows, num_heads * head_dim, query.dtype).view(num_rows, num_heads, head_dim)
-    for begins, tile, is_single in ((rows.single_tiles, queries_of_single(group, head_dim), True),
-                                    (rows.shared_tiles, most_queries(head_dim), False)):
+    most = most_queries(query.dtype, head_dim)
+    kernel = amx_attention.attend if amx.computes(query.dtype, head_dim) else partial(_attend, dtype=query.dtype)
+    for begins, tile, is_single in ((rows.single_tiles, queries_of_single(group, most), True),
+                                    (rows.shared_tiles, most, False)):
         if len(begins):
-            _attend(query, keys, values, rows.slots, rows.positions, begins, out,
+            kernel(query, keys, values, rows.slots, rows.positions, begins, out,
                     0 if sinks is None else sinks.float(), len(begins), num_slots, num_kv_heads, group, query.stride(0),
                     query.stride(1), window or NO_WINDOW, float(scaling), float(softcap or 1),
-                    num_threads=threads_for(query.numel() * LANES), dtype=query.dtype, head_dim=head_dim,
+                    num_threads=threads_for(query.numel() * LANES), head_dim=head_dim,
                     page_len=page_len, tile=tile, is_single=is_single, has_softcap=softcap is not None,
                     has_sinks=sinks is not None)
     return out
@@ -173,7 +175,7 @@ def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, 
             logits = [code.variable(scaling * product) for product in _products(queries, keys + offset)]
             if has_softcap:
                 for some in logits:
-                    some.value = softcap * _tanh(code, some.value / softcap)
+                    some.value = softcap * code.tanh(some.value / softcap)
             is_inside = (token > queries[-1].first - 1) & (token + LANES <= queries[0].position + 1)
             with code.when(is_inside.equals(0)):
                 for each, some in zip(queries, logits, strict=True):
@@ -272,7 +274,3 @@ def _add(queries: list[_Query], values: Value, count: Value) -> None:
             weight = query.weight_of(i)
             for total, each in zip(query.sums, columns, strict=True):
                 total.value = multiply(weight, each, total.value)
-
-
-def _tanh(code: Code, x: Value) -> Value:
-    return code.splat(code.number(1.0)) - code.splat(code.number(2.0)) / (code.exp(x * 2.0) + 1.0)

@@ -17,6 +17,7 @@ from llvmlite import ir
 from worker.model.cpu import LANES
 
 NUM_TERMS = 8               # of the series of exp2, beyond which float32 sees no more
+NUM_WEIGHT_TERMS = 6        # of it, where bfloat16 sees no more: an error of 2e-6
 NUM_LOG_TERMS = 6           # of the series of log, alike
 HALF_ROOT = 0x3F3504F3 - (127 << 23)        # bits of √½, counted from those of the smallest number
 ROUNDING = 1.5 * 2.0**23    # what is added to it is rounded to an integer, which its lowest bits are then
@@ -152,7 +153,7 @@ class Code:
     # what runs how often
 
     @contextmanager
-    def loop(self, begin: Operand, end: Operand, step: int = 1) -> Iterator[Value]:
+    def loop(self, begin: Operand, end: Operand, step: Operand = 1) -> Iterator[Value]:
         b, start, stop = self.builder, self._lifted(begin), self._lifted(end)
         before, body, after = b.block, b.append_basic_block(), b.append_basic_block()
         b.cbranch((start < stop).ir, body, after)
@@ -175,7 +176,7 @@ class Code:
         with self.loop(0, num_threads) as others:
             whose = (me + others) % num_threads
             begin, end = (stop * each // num_threads for each in (whose, whose + 1))
-            counter = self._pointer(self._counters + whose * LINE_BYTES)
+            counter = self.pointer(self._counters + whose * LINE_BYTES)
             take, body, after = (b.append_basic_block() for _ in range(3))
             b.branch(take)
             b.position_at_end(take)
@@ -199,20 +200,20 @@ class Code:
         with self.builder.goto_entry_block():
             return self.builder.alloca(kind)
 
-    def scratch(self) -> Value:
-        """The address of a vector's room."""
-        return Value(self, self.builder.ptrtoint(self.reserve(vector(FLOAT32)), INTEGER))
+    def scratch(self, num_vectors: int = 1) -> Value:
+        """The address of room for vectors."""
+        return Value(self, self.builder.ptrtoint(self.reserve(ir.ArrayType(vector(FLOAT32), num_vectors)), INTEGER))
 
     # memory
 
     def load(self, address: Value, stored: Any, length: int = LANES) -> Value:
         """As it is stored; a single one where the length is 1."""
         kind = stored if length == 1 else vector(stored, length)
-        return Value(self, self.builder.load(self._pointer(address), typ=kind, align=SIZES[stored]))
+        return Value(self, self.builder.load(self.pointer(address), typ=kind, align=SIZES[stored]))
 
     def bits(self, address: Value) -> Value:
         """A truth for each bit, the lowest first."""
-        loaded = self.builder.load(self._pointer(address), typ=ir.IntType(LANES), align=1)
+        loaded = self.builder.load(self.pointer(address), typ=ir.IntType(LANES), align=1)
         return Value(self, self.builder.bitcast(loaded, vector(ir.IntType(1))))
 
     def numbers(self, address: Value, stored: Any, length: int = LANES) -> Value:
@@ -226,19 +227,19 @@ class Code:
         kept = value.ir
         if stored is not value.element:
             kept = self.builder.fptrunc(kept, vector(stored) if isinstance(kept.type, ir.VectorType) else stored)
-        self.builder.store(kept, self._pointer(address), align=SIZES[stored])
+        self.builder.store(kept, self.pointer(address), align=SIZES[stored])
 
     def pack(self, value: Value, condition: Value, address: Value) -> None:
         """Of a vector of 32 bits each those where the condition holds, side by side."""
-        self.call(f"llvm.masked.compressstore.v{LANES}i32", ir.VoidType(), value.ir, self._pointer(address),
+        self.call(f"llvm.masked.compressstore.v{LANES}i32", ir.VoidType(), value.ir, self.pointer(address),
                   condition.ir)
 
     def prefetch(self, address: Value, num_bytes: int) -> None:
         """Into the caches, ahead of being read; what is not there does no harm."""
         for begin in range(0, num_bytes, LINE_BYTES):
-            self.call("llvm.prefetch.p0", ir.VoidType(), self._pointer(address + begin), INT32(0), INT32(2), INT32(1))
+            self.call("llvm.prefetch.p0", ir.VoidType(), self.pointer(address + begin), INT32(0), INT32(2), INT32(1))
 
-    def _pointer(self, address: Value) -> Any:
+    def pointer(self, address: Value) -> Any:
         return self.builder.inttoptr(address.ir, POINTER)
 
     # arithmetic
@@ -313,6 +314,22 @@ class Code:
         exponent = self.shifted(self.cast(rounded, vector(INT32)), 23)
         power = self.cast(exponent + self.cast(self.splat(self.number(1.0)), vector(INT32)), vector(FLOAT32))
         return self.select(is_nothing, self.zeros(), series * power)
+
+    def weight(self, value: Value) -> Value:
+        """2 to the power of a vector's numbers, as precise as bfloat16 needs it, with AVX512; of -inf nothing."""
+        no, all_lanes, as_usual = self.zeros().ir, ir.IntType(LANES)(-1), INT32(4)
+        rest = self._masked("reduce", value.ir, INT32(0), no, all_lanes, as_usual)
+        series = self.splat(self.number(0.0))
+        for term in reversed(range(NUM_WEIGHT_TERMS)):
+            series = self.fused(series, rest, self.splat(self.number(math.log(2)**term / math.factorial(term))))
+        return self._masked("scalef", series.ir, (value - rest).ir, no, all_lanes, as_usual)
+
+    def _masked(self, what: str, *args: Any) -> Value:
+        return Value(self, self.call(f"llvm.x86.avx512.mask.{what}.ps.512", vector(FLOAT32), *args))
+
+    def tanh(self, value: Value) -> Value:
+        """Of a vector."""
+        return self.splat(self.number(1.0)) - self.splat(self.number(2.0)) / (self.exp(value * 2.0) + 1.0)
 
     def total(self, value: Value) -> Value:
         """Of a vector's numbers, halves added to each other."""

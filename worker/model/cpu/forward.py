@@ -120,8 +120,8 @@ class Forwards:
 
     def __init__(self, parts: Parts, shape: KVShape, max_rows: int, max_model_len: int):
         self._parts, self._shape, self.max_rows = parts, shape, max_rows
-        self._group = shape.num_query_heads // shape.num_kv_heads
         hidden_size, dtype = parts.embedding.shape[1], parts.embedding.dtype
+        self._group, self._most = shape.num_query_heads // shape.num_kv_heads, most_queries(dtype, shape.head_dim)
         self._angles = Angles(parts.rotary, shape.head_dim, max_model_len, dtype)
         self._inputs = Inputs.of(max_rows, self._group)
         self._arena = Arena(max_rows, round(ROOM * dtype.itemsize * max(map(_width, parts.layers))))
@@ -147,21 +147,21 @@ class Forwards:
 
     def _trial_sizes(self) -> tuple[tuple[list[int], int, int], ...]:
         """Of runs, kept rows and slots: no two counts are the same in both, whatever heads a model has."""
-        run_len = 2 * most_queries(self._shape.head_dim)
+        run_len = 2 * self._most
         return ([1] * 3 + [run_len], 2, 4), ([1] * 7 + [run_len + 1], 9, 11)
 
     def _record(self, lens: list[int], num_kept: int, num_slots: int) -> Recording:
         """Of rows that all say the first token of their slot again: the calls are the same."""
-        group, head_dim, num_rows = self._group, self._shape.head_dim, sum(lens)
+        group, num_rows = self._group, sum(lens)
         layers = allocate([self._shape] * len(self._parts.layers), num_slots, 1, self._parts.embedding.dtype)
         nowhere = torch.zeros(num_rows, dtype=torch.int64)
-        rows = Runs(nowhere, nowhere, lens).rows(group, head_dim)
+        rows = Runs(nowhere, nowhere, lens).rows(group, self._most)
         numbers = self._inputs.fill(nowhere, range(num_kept), rows) | _places(layers)
         placed = Rows(*(place[:len(values)] for place, values in zip(self._inputs.rows, rows, strict=True)))
         self._angles.reach(1)
         self._arena.restart()
         with recorded(self._arena) as calls:
-            out = self._computed(num_rows, num_kept, Placed(layers, Runs.placed(placed, group, head_dim)))
+            out = self._computed(num_rows, num_kept, Placed(layers, Runs.placed(placed, group, self._most)))
         self._out = out.as_strided((self.max_rows, out.shape[1]), out.stride())
         return Recording(calls, numbers)
 
@@ -191,7 +191,7 @@ class Forwards:
     @torch.inference_mode()
     def run(self, token_ids: Sequence[int] | Tensor, context: InSlots, kept: Sequence[int]) -> Tensor:
         """Logits of the kept rows."""
-        rows = context.runs.rows(self._group, self._shape.head_dim)
+        rows = context.runs.rows(self._group, self._most)
         numbers = self._inputs.fill(token_ids, kept, rows)
         if context.layers is not self._layers:
             numbers |= _places(context.layers)

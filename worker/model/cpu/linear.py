@@ -9,12 +9,14 @@ float32 too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from worker.model.cpu import LANES, pages
+from worker.model.cpu import LANES, amx, amx_linear, pages
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, MIN_SHARED_PRODUCTS, Kernel, empty, processor, threads_for
 
@@ -59,8 +61,14 @@ class PanelLinear(torch.nn.Module):
         self.bias = weight.new_zeros(self.width, dtype=torch.float32)
         if bias is not None:
             self.bias[:self.num_outputs] = bias
-        num_cached_rows = BLOCK_BYTES // (self.num_columns * self.dtype.itemsize)
-        self.block_rows = max(1, num_cached_rows // self.tile.rows) * self.tile.rows
+        self._multiply: Callable[..., None]
+        if amx.computes(self.dtype, self.num_columns):
+            self._multiply, self.block = amx_linear.multiply, amx_linear.block_tiles(self.num_columns)
+            self.num_steps = self.num_columns // amx.COLUMNS
+        else:
+            self._multiply = partial(_multiply, dtype=self.dtype, stored=self.packed.dtype, tile=self.tile)
+            num_cached_rows = BLOCK_BYTES // (self.num_columns * self.dtype.itemsize)
+            self.block = max(1, num_cached_rows // self.tile.rows) * self.tile.rows
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.num_columns)
@@ -68,9 +76,9 @@ class PanelLinear(torch.nn.Module):
             rows = rows.contiguous()
         num_rows = rows.shape[0]
         out = empty(num_rows, self.width, self.dtype)
-        _multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), self.num_steps, self.num_panels,
-                  self.block_rows, dtype=self.dtype, stored=self.packed.dtype, tile=self.tile,
-                  num_threads=threads_for(num_rows * self.width * self.num_columns, MIN_SHARED_PRODUCTS))
+        self._multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), self.num_steps, self.num_panels,
+                       self.block,
+                       num_threads=threads_for(num_rows * self.width * self.num_columns, MIN_SHARED_PRODUCTS))
         if self.width != self.num_outputs:
             out = out[:, :self.num_outputs].contiguous()
         return out.view(*x.shape[:-1], self.num_outputs)
