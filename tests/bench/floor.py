@@ -30,7 +30,7 @@ class Floor:
     num_head_weights: int                               # of them: what turns the last layer into logits
     weight_bytes: int                                   # what one step reads
     read_bytes_per_s: float                             # of a buffer as large as the weights, so from cache if they fit
-    multiply_flop_per_s: float                          # of large square matrices
+    multiply_flop_per_s: float                          # of large square matrices, by torch or packed as a worker's
 
     def __or__(self, other: Floor) -> Floor:
         """The better of two measurements of the same: each may have been disturbed."""
@@ -71,6 +71,7 @@ def measured_apart(folder: Path, dtype: str, num_threads: int) -> Floor:
 def measure(folder: Path, wanted: str, num_threads: int) -> Floor:
     import torch
 
+    from worker.model.linear import pack_linears
     from worker.model.loading import choose_dtype, read_config
 
     torch.set_num_threads(num_threads)
@@ -80,8 +81,11 @@ def measure(folder: Path, wanted: str, num_threads: int) -> Floor:
     weight_bytes = num_weights * dtype.itemsize
     buffer = torch.ones(weight_bytes // torch.float32.itemsize)     # bytes are bytes: this sum is the fastest reader
     square = torch.ones(MATRIX, MATRIX, dtype=dtype)
+    packed = torch.nn.Sequential(torch.nn.Linear(MATRIX, MATRIX, dtype=dtype))
+    pack_linears(packed)
     read_bytes_per_s = weight_bytes / best_s(buffer.sum)
-    multiply_flop_per_s = 2 * MATRIX ** 3 / best_s(lambda: square @ square)
+    with torch.inference_mode():
+        multiply_flop_per_s = 2 * MATRIX ** 3 / min(best_s(lambda: square @ square), best_s(lambda: packed(square)))
     return Floor(str(dtype).removeprefix("torch."), num_threads, num_weights, config.vocab_size * config.hidden_size,
                  weight_bytes, read_bytes_per_s, multiply_flop_per_s)
 
