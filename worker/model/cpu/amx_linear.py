@@ -47,10 +47,15 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
     def first_row(tile: Value) -> Value:
         return code.smaller(tile * TILE_ROWS, num_rows - tile_rows)
 
+    def place_of(panel: Value, tile: Value, i: Value) -> Value:
+        return out + (first_row(tile) + i) * out_bytes + panel * (WIDTH * SIZE)
+
     with amx.registers(code, tile_rows), code.shares(num_blocks * num_panels) as unit:
         panel, block = unit % num_panels, unit // num_panels
         begin, end = (num_tiles * each // num_blocks for each in (block, block + 1))
         weights, biases = Rows(weight + panel * (num_steps * STEP_BYTES), panel_stride), bias + panel * SUMS_BYTES
+        with code.loop(begin, end) as tile, code.loop(0, tile_rows) as i:
+            code.prefetch(place_of(panel, tile, i), WIDTH * SIZE, is_written=True)
         is_one = end.equals(begin + 1)
         for num_halves, is_it in ((1, tile_rows <= amx.ROWS), (2, tile_rows > amx.ROWS)):
             with code.when(is_one & is_it):
@@ -67,6 +72,6 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
                        ahead=share + BLOCK_STEPS * STEP_BYTES, num_shares=BLOCK_TILES)
         with code.loop(begin, end) as tile, code.loop(0, tile_rows) as i:
             total = sums.row((tile - begin) * TILE_ROWS + i)
-            place = out + (first_row(tile) + i) * out_bytes + panel * (WIDTH * SIZE)
+            place = place_of(panel, tile, i)
             for j in range(0, WIDTH, LANES):
                 code.store(code.load(total + j * WIDE, FLOAT32), place + j * SIZE, BFLOAT16)

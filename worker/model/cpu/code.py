@@ -234,10 +234,11 @@ class Code:
         self.call(f"llvm.masked.compressstore.v{LANES}i32", ir.VoidType(), value.ir, self.pointer(address),
                   condition.ir)
 
-    def prefetch(self, address: Value, num_bytes: int) -> None:
-        """Into the caches, ahead of being read; what is not there does no harm."""
+    def prefetch(self, address: Value, num_bytes: int, *, is_written: bool = False) -> None:
+        """Into the caches, ahead of being read, or of being written; what is not there does no harm."""
+        how = [INT32(1), INT32(3), INT32(1)] if is_written else [INT32(0), INT32(2), INT32(1)]
         for begin in range(0, num_bytes, LINE_BYTES):
-            self.call("llvm.prefetch.p0", ir.VoidType(), self.pointer(address + begin), INT32(0), INT32(2), INT32(1))
+            self.call("llvm.prefetch.p0", ir.VoidType(), self.pointer(address + begin), *how)
 
     def pointer(self, address: Value) -> Any:
         return self.builder.inttoptr(address.ir, POINTER)
