@@ -18,7 +18,7 @@ from worker.model.loading import load
 
 log = logging.getLogger(__name__)
 
-MIN_CHUNK_TOKENS, CHUNK_TOKENS, GPU_CHUNK_TOKENS = 16, 256, 512
+MIN_CHUNK_TOKENS = 16
 KV_CACHE_BYTES = 4 << 30        # of a CPU's memory; a GPU has nothing else to hold
 
 
@@ -32,7 +32,7 @@ def build(settings: Settings, folder: Path) -> Engine:
     on_cpu = model.device.type == "cpu"
     if model.is_uniform and not settings.threads:       # whose bits do not depend on it, and whose work is shared
         torch.set_num_threads(most_threads())           # by whoever is free: a core that others need is no loss
-    prefill_chunk = settings.prefill_chunk_tokens or (CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
+    prefill_chunk = settings.prefill_chunk_tokens or model.chunk_tokens
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
                         prefill_chunk=prefill_chunk,

@@ -103,11 +103,7 @@ def computing_by(kernels: Literal["ours", "vectors", "torch"]) -> Iterator[None]
 
 def kinds_of_ours() -> list[Literal["ours", "vectors"]]:
     """That differ on this machine."""
-    if not cpu.computes(torch.bfloat16):
-        return ["ours"]
-    from worker.model.cpu import amx
-
-    return ["ours", "vectors"] if amx.is_there() else ["ours"]
+    return ["ours", "vectors"] if cpu.has_matrices(torch.bfloat16) else ["ours"]
 
 
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

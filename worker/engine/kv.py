@@ -12,7 +12,7 @@ from collections import Counter
 
 from worker.engine.slots import Slots
 from worker.model.attention import PAGE_LEN, KVLayer
-from worker.model.slots import SlotMemory, give_back, places, tokens
+from worker.model.slots import WHOLE_PAGE, SlotMemory, copy_page, give_back, places, tokens
 
 Block = tuple[int, int]                                 # page, slot
 
@@ -84,6 +84,9 @@ class KVSlots(Slots):
         """Tokens [begin, end) of one slot to the same place in another."""
         for page, place in places(begin, end):
             for cache in (cache for layer in self.layers for cache in layer):
+                if place == WHOLE_PAGE:
+                    copy_page(cache, page, source, target)
+                    continue
                 for mine, theirs in zip(*(tokens(cache[page, slot], place) for slot in (target, source)), strict=True):
                     mine.copy_(theirs)
 

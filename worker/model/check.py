@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worker.model import memory
 from worker.model.attention import NAME, Recorder
 from worker.model.linear import packed_linears
-from worker.model.model import MAX_SHARED_ROWS, SHARED_UNIT, Model
+from worker.model.model import SHARED_UNIT, Model
 from worker.model.slots import Together
 from worker.model.transfer import send
 
@@ -206,8 +206,8 @@ def probe_shared_rows(model: Model) -> int:
     num_weights = sum(layer.packed.numel() for layer in packed_linears(model.module))
     if model.has_fixed_rows or _has_plain_products(model) or num_weights > MAX_SHARED_WEIGHTS:
         return 0
-    num_parts = MAX_SHARED_ROWS // SHARED_UNIT
-    token_ids = random_token_ids(model.vocab_size, MAX_SHARED_ROWS)
+    num_parts = model.most_rows // SHARED_UNIT
+    token_ids = random_token_ids(model.vocab_size, model.most_rows)
     trial = memory.scratch(model.kv_shapes, num_parts, SHARED_UNIT, model.dtype, model.device)
 
     def logits(begin: int, end: int) -> Tensor:

@@ -23,7 +23,7 @@ from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
 from worker.model.fused import fuse_blocks, hand_over
 from worker.model.linear import pack_linears
-from worker.model.model import MAX_SHARED_ROWS, Model
+from worker.model.model import CHUNK_TOKENS, LONG_CHUNK_TOKENS, Model
 
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
@@ -60,6 +60,7 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
         max_model_len=choose_max_model_len(text_config, max_model_len),
         eos_token_ids=eos_token_ids(module, text_config),
         kv_shapes=kv_shapes,
+        chunk_tokens=LONG_CHUNK_TOKENS if multiplies_fast(module) else CHUNK_TOKENS,
         weights_id=identity.weights_id(folder, config.to_dict(), quantization))
     require_windows(text_config, recorder, model.max_model_len)
     if cpu.computes(module.dtype):
@@ -72,11 +73,16 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     return model
 
 
+def multiplies_fast(module: Any) -> bool:
+    """Many times as fast as its weights are read."""
+    return memory.is_paged(module.device) or cpu.has_matrices(module.dtype)
+
+
 def try_program(model: Model) -> Forwards | None:
     """Its forwards as one call each, where that says what the model says."""
     from worker.model.cpu.forward import Forwards  # needs llvmlite
 
-    program = Forwards.of(model.module, model.kv_shapes, MAX_SHARED_ROWS, model.max_model_len)
+    program = Forwards.of(model.module, model.kv_shapes, model.most_rows, model.max_model_len)
     return program if program and check.says_the_same(model, program) else None
 
 
@@ -216,7 +222,7 @@ def probe(model: Model, expected: Tensor, max_num_seqs: int) -> None:
     name = type(model.module).__name__
     model.is_uniform = check.is_uniform(model)
     if model.is_uniform:
-        model.min_rows, model.max_rows, model.max_shared_rows = 1, MAX_SHARED_ROWS, MAX_SHARED_ROWS
+        model.min_rows, model.max_rows, model.max_shared_rows = 1, model.most_rows, model.most_rows
     else:
         model.min_rows, model.max_rows = check.probe_row_limit(model, max_num_seqs)
         model.max_shared_rows = check.probe_shared_rows(model)

@@ -21,7 +21,8 @@ from worker.model.transfer import send
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
 
-MAX_SHARED_ROWS = 320                   # of a whole chunk of a prompt and 64 decode rows
+CHUNK_TOKENS, LONG_CHUNK_TOKENS = 256, 512      # of a prompt
+DECODE_ROWS = 64                        # that a forward has room for, beside a whole chunk of a prompt
 SHARED_UNIT = 16                        # rows: forwards that parts share have multiples of it, which were all tried
 
 
@@ -36,6 +37,7 @@ class Model:
     eos_token_ids: frozenset[int]
     kv_shapes: tuple[KVShape, ...]      # one per layer
     weights_id: str                     # equal weights and config
+    chunk_tokens: int = CHUNK_TOKENS    # of a prompt in one forward, where no setting says how many
     is_uniform: bool = False            # a token has the same bits in every forward, of rows or of chunks
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
@@ -43,6 +45,11 @@ class Model:
     row_sizes: tuple[int, ...] = ()     # of decode forwards on a GPU whose rows round as in the largest
     max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart
     numerics_id: str = ""               # equal ids promise equal bits
+
+    @property
+    def most_rows(self) -> int:
+        """Of a forward that prompts and answers share."""
+        return self.chunk_tokens + DECODE_ROWS
 
     def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
                 kept: Sequence[int]) -> Tensor:

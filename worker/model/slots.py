@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from worker.model.cpu.attention import Runs
 
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0       # MAP_NORESERVE; mmap names it from Python 3.13 on
+WHOLE_PAGE = slice(0, PAGE_LEN)
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
@@ -94,6 +95,13 @@ def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
     for page in range(begin // PAGE_LEN, -(-end // PAGE_LEN)):
         start = page * PAGE_LEN
         yield page, slice(max(begin - start, 0), min(end - start, PAGE_LEN))
+
+
+def copy_page(cache: Tensor, page: int, source: int, target: int) -> None:
+    """Of one slot to another, keys or values. A found prompt has many: to index them would take longer than to copy."""
+    num_bytes = cache.stride(1) * cache.itemsize
+    begin = cache.data_ptr() + page * cache.stride(0) * cache.itemsize
+    ctypes.memmove(begin + target * num_bytes, begin + source * num_bytes, num_bytes)
 
 
 @dataclass(slots=True)

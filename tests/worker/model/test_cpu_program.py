@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from worker.model import cpu, memory
 from worker.model.attention import Context
 from worker.model.loading import load
-from worker.model.model import MAX_SHARED_ROWS, Model
+from worker.model.model import Model
 from worker.model.slots import Together
 
 if not cpu.computes(torch.float32):
@@ -185,13 +185,14 @@ def test_what_says_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_more_rows_than_it_has_room_for_are_called() -> None:
-    model, num_tokens = tiny("float32"), MAX_SHARED_ROWS + 1
+    model = tiny("float32")
+    num_tokens = model.most_rows + 1
     trial = memory.scratch(model.kv_shapes, 1, num_tokens, model.dtype, model.device)
     token_ids = [token % model.vocab_size for token in range(num_tokens)]
     assert model.program
     logits = []
-    for end, fits in ((num_tokens, False), (MAX_SHARED_ROWS, True)):
+    for end, fits in ((num_tokens, False), (model.most_rows, True)):
         chunk = trial.chunk(0, 0, end)
         assert model.program.fits(end, chunk) is fits
-        logits.append(model.forward(token_ids[:end], range(end), chunk, [MAX_SHARED_ROWS - 1]))
+        logits.append(model.forward(token_ids[:end], range(end), chunk, [model.most_rows - 1]))
     assert torch.equal(*logits)

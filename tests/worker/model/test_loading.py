@@ -24,7 +24,7 @@ from worker.model import attention, check, cpu, identity
 from worker.model.folder import ModelRefused
 from worker.model.linear import PackedLinear
 from worker.model.loading import choose_device, computes_bfloat16, load
-from worker.model.model import MAX_SHARED_ROWS, SHARED_UNIT
+from worker.model.model import SHARED_UNIT
 
 
 def refusal(folder: Path | str, **options: Any) -> str:
@@ -154,6 +154,14 @@ def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
         assert check.probe_row_limit(model, 64) == (model.min_rows, model.max_rows)
 
 
+def test_a_forward_takes_more_of_a_prompt_where_matrices_are_multiplied(folder: Path) -> None:
+    """And has room beside it for as many rows as ever."""
+    for dtype in ("float32", "bfloat16"):
+        model = load(str(folder), dtype=dtype)
+        assert model.chunk_tokens == (512 if cpu.has_matrices(model.dtype) else 256) == model.most_rows - 64
+        assert not model.program or model.program.max_rows == model.max_shared_rows == model.most_rows
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_by_our_kernels_a_token_has_the_same_bits_in_every_forward(folder: Path, dtype: Any,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +183,7 @@ def test_a_forward_is_shared_only_by_as_many_rows_as_were_tried(tmp_path: Path, 
     """Where the processor's products are alike for any number of rows; one more that are not, and it ends there."""
     with computing_by("torch"):
         model = load(str(save("llama", tmp_path, torch.bfloat16)), dtype="bfloat16")
-        assert model.max_shared_rows in (0, *range(2 * SHARED_UNIT, MAX_SHARED_ROWS + 1, SHARED_UNIT))
+        assert model.max_shared_rows in (0, *range(2 * SHARED_UNIT, model.most_rows + 1, SHARED_UNIT))
         plain = PackedLinear.forward
         monkeypatch.setattr(PackedLinear, "forward", lambda self, x: plain(self, x) * (1 + (x.shape[-2] > 100) / 64))
         assert check.probe_shared_rows(model) == min(model.max_shared_rows, 96)

@@ -31,6 +31,15 @@ def computes(dtype: torch.dtype) -> bool:
     return has_threads() and dtype == torch.float32 and has("fma")
 
 
+def has_matrices(dtype: torch.dtype) -> bool:
+    """Whether they multiply in matrix registers."""
+    if dtype != torch.bfloat16 or not computes(dtype):
+        return False
+    from worker.model.cpu import amx
+
+    return amx.is_there()
+
+
 def attends(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether heads are whole vectors."""
     return computes(dtype) and head_dim % LANES == 0
@@ -40,7 +49,6 @@ def arithmetic(dtype: torch.dtype) -> list[str]:
     """What its results depend on, beside the processor."""
     if not computes(dtype):
         return []
-    from worker.model.cpu import amx
     from worker.model.cpu.kernel import COMPILER
 
-    return [COMPILER, "AMX"] if dtype == torch.bfloat16 and amx.is_there() else [COMPILER]
+    return [COMPILER, "AMX"] if has_matrices(dtype) else [COMPILER]
