@@ -88,7 +88,7 @@ def shapes(code: Code, out: Value) -> None:
     code.call("llvm.x86.sttilecfg", VoidType(), code.pointer(out + 128))
 
 
-@pytest.mark.skipif(len(kinds_of_ours()) < 2, reason="no matrix registers")
+@pytest.mark.skipif(not cpu.has_matrices(torch.bfloat16), reason="no matrix registers")
 def test_matrix_registers_are_left_as_others_had_shaped_them() -> None:
     """oneDNN shapes them too, on the same threads."""
     out = torch.zeros(3, 64, dtype=torch.uint8)
@@ -213,6 +213,22 @@ def test_exponentials_at_the_borders() -> None:
     assert (out[5:] == 1).all()
 
 
+@Kernel
+def powers_of_two(code: Code, x: Value, out: Value) -> None:
+    code.store(code.exp2(code.numbers(x, FLOAT32)), out, FLOAT32)
+
+
+@pytest.mark.skipif(not cpu.has_matrices(torch.bfloat16), reason="no matrix registers")
+@given(st.lists(st.floats(-200, 100, width=32), min_size=16, max_size=16))
+def test_powers_of_two_for_matrices(numbers: list[float]) -> None:
+    """Nothing of what is masked, and no number of what is none."""
+    x, out = torch.tensor(numbers), torch.empty(16)
+    x[:2] = torch.tensor([torch.nan, -torch.inf])
+    powers_of_two(x, out, num_threads=1)
+    assert out[0].isnan() and out[1] == 0
+    assert torch.allclose(out[2:].double(), x[2:].double().exp2(), rtol=4e-6, atol=2**-126)
+
+
 @given(st.lists(st.floats(2**-126, 2**126, width=32) | st.floats(0.5, 2, width=32), min_size=16, max_size=16))
 def test_logarithms(numbers: list[float]) -> None:
     x, out = torch.tensor(numbers), torch.empty(16)
@@ -252,7 +268,7 @@ def test_where_kernels_cannot_run_torch_computes(missing: str, monkeypatch: pyte
     assert not computes(torch.float32) and not computes(torch.bfloat16)
 
 
-@pytest.mark.skipif(len(kinds_of_ours()) < 2, reason="no matrix registers")
+@pytest.mark.skipif(not cpu.has_matrices(torch.bfloat16), reason="no matrix registers")
 def test_where_the_system_keeps_matrix_registers_vectors_compute_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which a worker's numerics say."""
     assert "AMX" in cpu.arithmetic(torch.bfloat16) and "AMX" not in cpu.arithmetic(torch.float32)

@@ -15,7 +15,7 @@ from worker.model.cpu.kernel import Kernel
 
 MOST_QUERIES = 2 * ROWS
 KEYS = COLUMNS              # that are met at a time: as many weights as a register's rows hold
-LOG2_E = 1 / math.log(2)     # logits are those of powers of two
+LOG2_E = 1 / math.log(2)    # logits are those of powers of two
 SIZE, WIDE = SIZES[BFLOAT16], SIZES[FLOAT32]
 FACT_BYTES, POSITION, PLACE, LARGEST = 128, 64, 72, 80  # of a query: its weight, a vector, then where these lie
 
@@ -114,12 +114,12 @@ class _Queries:
         with code.when(code.some(highest > before)):
             largest = code.larger(code.largest(highest), before)
             code.store(largest, facts + LARGEST, FLOAT32)
-            shrunk = code.weight(code.splat(before - largest))
+            shrunk = code.exp2(code.splat(before - largest))
             for place in (facts, *(self.sums.row(i) + j * WIDE for j in range(0, self.head_dim, LANES))):
                 code.store(code.load(place, FLOAT32) * shrunk, place, FLOAT32)
         largest, weight = code.load(facts + LARGEST, FLOAT32, 1), code.load(facts, FLOAT32)
         for j, some in enumerate(logits):
-            weights = code.weight(some.value - largest)
+            weights = code.exp2(some.value - largest)
             weight = weight + weights
             code.store(weights, self.weights.row(i) + j * (LANES * SIZE), BFLOAT16)
         code.store(weight, facts, FLOAT32)

@@ -17,7 +17,7 @@ from llvmlite import ir
 from worker.model.cpu import LANES
 
 NUM_TERMS = 8               # of the series of exp2, beyond which float32 sees no more
-NUM_WEIGHT_TERMS = 6        # of it, where bfloat16 sees no more: an error of 2e-6
+NUM_EXP2_TERMS = 6          # of it, where bfloat16 sees no more: an error of 4e-6
 NUM_LOG_TERMS = 6           # of the series of log, alike
 HALF_ROOT = 0x3F3504F3 - (127 << 23)        # bits of √½, counted from those of the smallest number
 ROUNDING = 1.5 * 2.0**23    # what is added to it is rounded to an integer, which its lowest bits are then
@@ -316,12 +316,12 @@ class Code:
         power = self.cast(exponent + self.cast(self.splat(self.number(1.0)), vector(INT32)), vector(FLOAT32))
         return self.select(is_nothing, self.zeros(), series * power)
 
-    def weight(self, value: Value) -> Value:
-        """2 to the power of a vector's numbers, as precise as bfloat16 needs it, with AVX512; of -inf nothing."""
+    def exp2(self, value: Value) -> Value:
+        """Of a vector, as precise as bfloat16 needs it; with AVX512."""
         no, all_lanes, as_usual = self.zeros().ir, ir.IntType(LANES)(-1), INT32(4)
         rest = self._masked("reduce", value.ir, INT32(0), no, all_lanes, as_usual)
         series = self.splat(self.number(0.0))
-        for term in reversed(range(NUM_WEIGHT_TERMS)):
+        for term in reversed(range(NUM_EXP2_TERMS)):
             series = self.fused(series, rest, self.splat(self.number(math.log(2)**term / math.factorial(term))))
         return self._masked("scalef", series.ir, (value - rest).ir, no, all_lanes, as_usual)
 
