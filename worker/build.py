@@ -18,7 +18,7 @@ from worker.model.loading import load
 
 log = logging.getLogger(__name__)
 
-MIN_CHUNK_TOKENS = 16
+MIN_CHUNK_TOKENS, CHUNK_TOKENS, GPU_CHUNK_TOKENS = 16, 256, 512
 KV_CACHE_BYTES = 4 << 30        # of a CPU's memory; a GPU has nothing else to hold
 
 
@@ -32,24 +32,28 @@ def build(settings: Settings, folder: Path) -> Engine:
     on_cpu = model.device.type == "cpu"
     if model.is_uniform and not settings.threads:       # whose bits do not depend on it, and whose work is shared
         torch.set_num_threads(most_threads())           # by whoever is free: a core that others need is no loss
-    prefill_chunk = settings.prefill_chunk_tokens or model.chunk_tokens
+    prefill_chunk = settings.prefill_chunk_tokens or (CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
                         prefill_chunk=prefill_chunk,
+                        prefill_budget=settings.prefill_chunk_tokens or model.prefill_budget,
                         kv_cache_bytes=settings.kv_cache_bytes or (KV_CACHE_BYTES if on_cpu else sys.maxsize),
                         enable_prefix_caching=settings.enable_prefix_caching,
                         exact_replay_max_tokens=settings.exact_replay_max_tokens,
                         num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics)
     except ValueError as error:
         raise ModelRefused(f"{folder}: {error}") from None
-    engine.prefill_chunk = fit_chunk(prefill_chunk, _time_chunk(engine), settings.lease_s / 4)
-    log.info("loaded in %.1f s: %r, prefill in chunks of %d", time.monotonic() - began_s, engine, engine.prefill_chunk)
+    budget = max(engine.prefill_budget, prefill_chunk)
+    engine.prefill_budget = fit_chunk(budget, _time_prefill(engine, budget), settings.lease_s / 4)
+    engine.prefill_chunk = min(prefill_chunk, engine.prefill_budget)
+    log.info("loaded in %.1f s: %r, prefill of %d tokens at a time", time.monotonic() - began_s, engine,
+             engine.prefill_budget)
     return engine
 
 
-def _time_chunk(engine: Engine) -> float:
-    """Seconds that one full prefill chunk takes here; the second of two, for the first one warms up."""
-    num_tokens = min(engine.prefill_chunk, engine.max_model_len - 1)
+def _time_prefill(engine: Engine, num_tokens: int) -> float:
+    """Seconds that so many tokens of a prompt take here; the second of two, for the first one warms up."""
+    num_tokens = min(num_tokens, engine.max_model_len - 1)
     took_s = 0.0
     for name in ("warm", "timed"):
         engine.add(Request(name, (0,) * num_tokens, Sampling(max_tokens=1)))
@@ -61,7 +65,7 @@ def _time_chunk(engine: Engine) -> float:
 
 
 def fit_chunk(num_tokens: int, took_s: float, most_s: float) -> int:
-    """The chunk halved until a step keeps the lease alive. Powers of two, so that like machines agree on the grid."""
+    """Tokens of prompts, halved until a step keeps the lease alive. Powers of two: like machines agree on the grid."""
     while took_s > most_s and num_tokens > MIN_CHUNK_TOKENS:
         num_tokens, took_s = num_tokens // 2, took_s / 2
     return num_tokens

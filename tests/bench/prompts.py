@@ -40,7 +40,7 @@ def main() -> None:
     draw = random.Random(0)
     asked = [ask_twice(engine, prompt(engine, draw, args.found_tokens + NUM_BEHIND)) for _ in range(1 + args.rounds)]
     quiet, entering = zip(*(enter(engine, draw, args) for _ in range(1 + args.rounds)), strict=True)
-    table = Table(title=f"{args.rounds} rounds on {engine.model!r}, chunks of {engine.prefill_chunk}")
+    table = Table(title=f"{args.rounds} rounds on {engine.model!r}, {engine.prefill_budget} tokens at a time")
     for column in ("", "p50", "p99"):
         table.add_column(column, justify="right")
     for name, seconds in (
@@ -72,7 +72,7 @@ def ask_twice(engine: Engine, token_ids: tuple[int, ...]) -> tuple[float, float]
 def enter(engine: Engine, draw: random.Random, args: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Seconds of each step in which every stream gains a token: before, and while the long prompt enters."""
     long = Request("long", prompt(engine, draw, args.entering_tokens), sampling(1))
-    num_steps = -(-args.entering_tokens // engine.prefill_chunk)
+    num_steps = -(-args.entering_tokens // engine.prefill_budget)
     for number in range(args.streams):
         engine.add(Request(str(number), prompt(engine, draw, 8), sampling(4 + 2 * num_steps)))
     while len(engine.step()) < args.streams:

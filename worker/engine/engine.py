@@ -52,13 +52,14 @@ class Flight(NamedTuple):
 
 class Engine:
     def __init__(self, model: Model, *, max_num_seqs: int = 64, max_model_len: int | None = None,
-                 prefill_chunk: int = 256, kv_cache_bytes: int = 4 * GIB, enable_prefix_caching: bool = True,
-                 exact_replay_max_tokens: int = 4096, num_speculative_tokens: int = 8,
-                 numerics: Literal["exact", "fast"] = "exact", runs_ahead: bool | None = None):
+                 prefill_chunk: int = 256, prefill_budget: int = 0, kv_cache_bytes: int = 4 * GIB,
+                 enable_prefix_caching: bool = True, exact_replay_max_tokens: int = 4096,
+                 num_speculative_tokens: int = 8, numerics: Literal["exact", "fast"] = "exact",
+                 runs_ahead: bool | None = None):
         self.model = model
         self.runs_ahead = model.device.type == "cuda" if runs_ahead is None else runs_ahead
         self.max_model_len = min(max_model_len or model.max_model_len, model.max_model_len)
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.prefill_budget = prefill_chunk, prefill_budget
         self.is_exact = numerics == "exact"         # else all in one forward: an answer depends on its neighbours
         self.max_shared_rows = model.max_shared_rows if self.is_exact else sys.maxsize
         self.max_rows = model.max_rows if model.has_fixed_rows else max(model.max_rows, self.max_shared_rows)
@@ -163,6 +164,7 @@ class Engine:
                             max_short=self.max_rows)
             return pack(plan, max_rows=self.max_rows, max_tiled_rows=fixed.tiles.num_rows, tile_len=TILE_LEN)
         plan = schedule(progress, max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
+                        prefill_budget=self.prefill_budget if self.model.is_uniform else 0,
                         min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)
         return share(plan, max_rows=self.max_shared_rows, min_rows=self.model.min_rows if self.is_exact else 1)
 
@@ -284,6 +286,8 @@ class Engine:
         group = self._group_of[sequence.key]
         if span.end < sequence.num_prompt_tokens:
             self._keep(span, group.prefix)
+            return
+        if span.end < sequence.num_computed_tokens:     # more of it stands behind, in the same forward
             return
         fresh = self._share_prompt(group) if span.end == sequence.num_prompt_tokens else [sequence]
         fresh = [sequence for sequence in fresh if sequence.num_uncomputed_tokens == 0]

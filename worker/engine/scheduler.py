@@ -3,8 +3,8 @@
 It knows token counts alone. It knows nothing of tensors, text or Redis.
 
 A step is bounded: one row for every decoding sequence and at most `MAX_REPLAY_ROWS` replayed ones, in forwards of at
-most `max_rows`; then prefill chunks worth at most one full chunk. A chunk ends at a multiple of `prefill_chunk`,
-counted from the prompt's start, so that the same prompt is always computed in the same pieces.
+most `max_rows`; then prefill chunks worth at most `prefill_budget` tokens, of one prompt or of many. A chunk ends at a
+multiple of `prefill_chunk`, counted from the prompt's start, so that a prompt is always computed in the same pieces.
 """
 
 from __future__ import annotations
@@ -79,11 +79,12 @@ class Forward(NamedTuple):
         return sum(_in(unit, span) for span in (*self.decodes, *self.prefills))
 
 
-def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
+def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int, prefill_budget: int = 0,
              min_chunk_cost: int = MIN_CHUNK_COST, max_short: int = 0) -> Plan:
     """`progress` comes in order of arrival, which is the order of prefill and of replay.
 
-    Chunks of at most `max_short` tokens share forwards of so many rows, where a token costs more than in a long one.
+    The budget is a chunk at least. Chunks of at most `max_short` tokens share forwards of so many rows, where a token
+    costs more than in a long one.
     """
     prefilling = [p for p in progress if p.num_computed_tokens < p.num_prefill_tokens]
     computing = [p for p in progress if p.num_computed_tokens >= p.num_prefill_tokens]
@@ -91,7 +92,8 @@ def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
     replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1),
                               min(max_rows, MAX_REPLAY_ROWS))
     return Plan(list(_split([*decoding, *replaying], max_rows)),
-                _take_prefills(prefilling, prefill_chunk, min_chunk_cost, max_short))
+                list(_take_prefills(prefilling, prefill_chunk, max(prefill_budget, prefill_chunk), min_chunk_cost,
+                                    max_short)))
 
 
 def share(plan: Plan, *, max_rows: int, min_rows: int = 1) -> list[Forward]:
@@ -135,17 +137,19 @@ def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span
         yield span
 
 
-def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, min_cost: int, max_short: int) -> list[Span]:
-    spans: list[Span] = []
+def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, budget: int, min_cost: int, max_short: int
+                   ) -> Iterator[Span]:
+    """What would be more than the budget waits, unless it is the first."""
     cost = 0
     for p in prefilling:
-        to_grid = prefill_chunk - p.num_computed_tokens % prefill_chunk
-        num_tokens = min(to_grid, p.num_prefill_tokens - p.num_computed_tokens)
-        cost += max(num_tokens * (SHORT_COST if num_tokens <= max_short else 1), min_cost)
-        if spans and cost > prefill_chunk:
-            break
-        spans.append(_next(p, num_tokens))
-    return spans
+        begin = p.num_computed_tokens
+        while begin < p.num_prefill_tokens:
+            num_tokens = min(prefill_chunk - begin % prefill_chunk, p.num_prefill_tokens - begin)
+            is_first, cost = not cost, cost + max(num_tokens * (SHORT_COST if num_tokens <= max_short else 1), min_cost)
+            if cost > budget and not is_first:
+                return
+            yield Span(p.slot, begin, begin + num_tokens)
+            begin += num_tokens
 
 
 def _split(spans: Iterable[Span], max_rows: int) -> Iterator[list[Span]]:

@@ -23,7 +23,7 @@ from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
 from worker.model.fused import fuse_blocks, hand_over
 from worker.model.linear import pack_linears
-from worker.model.model import CHUNK_TOKENS, LONG_CHUNK_TOKENS, Model
+from worker.model.model import LONG_PREFILL_BUDGET, PREFILL_BUDGET, Model
 
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
@@ -60,7 +60,7 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
         max_model_len=choose_max_model_len(text_config, max_model_len),
         eos_token_ids=eos_token_ids(module, text_config),
         kv_shapes=kv_shapes,
-        chunk_tokens=LONG_CHUNK_TOKENS if multiplies_fast(module) else CHUNK_TOKENS,
+        prefill_budget=LONG_PREFILL_BUDGET if cpu.has_matrices(module.dtype) else PREFILL_BUDGET,
         weights_id=identity.weights_id(folder, config.to_dict(), quantization))
     require_windows(text_config, recorder, model.max_model_len)
     if cpu.computes(module.dtype):
@@ -71,11 +71,6 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     if model.has_fixed_rows:
         model.row_sizes = check.probe_row_sizes(model)
     return model
-
-
-def multiplies_fast(module: Any) -> bool:
-    """Many times as fast as its weights are read."""
-    return memory.is_paged(module.device) or cpu.has_matrices(module.dtype)
 
 
 def try_program(model: Model) -> Forwards | None:

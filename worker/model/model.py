@@ -21,8 +21,8 @@ from worker.model.transfer import send
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
 
-CHUNK_TOKENS, LONG_CHUNK_TOKENS = 256, 512      # of a prompt
-DECODE_ROWS = 64                        # that a forward has room for, beside a whole chunk of a prompt
+PREFILL_BUDGET, LONG_PREFILL_BUDGET = 256, 512  # tokens of prompts in a forward
+DECODE_ROWS = 64                        # that a forward has room for, beside those of prompts
 SHARED_UNIT = 16                        # rows: forwards that parts share have multiples of it, which were all tried
 
 
@@ -37,7 +37,7 @@ class Model:
     eos_token_ids: frozenset[int]
     kv_shapes: tuple[KVShape, ...]      # one per layer
     weights_id: str                     # equal weights and config
-    chunk_tokens: int = CHUNK_TOKENS    # of a prompt in one forward, where no setting says how many
+    prefill_budget: int = PREFILL_BUDGET        # tokens of prompts in a forward, where no setting says how many
     is_uniform: bool = False            # a token has the same bits in every forward, of rows or of chunks
     min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
     max_rows: int = 32                  # and so may one of more
@@ -49,7 +49,7 @@ class Model:
     @property
     def most_rows(self) -> int:
         """Of a forward that prompts and answers share."""
-        return self.chunk_tokens + DECODE_ROWS
+        return self.prefill_budget + DECODE_ROWS
 
     def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
                 kept: Sequence[int]) -> Tensor:

@@ -104,12 +104,13 @@ def test_who_shares_a_forward_says_what_he_says_apart(engines: list[Engine]) -> 
     """Where the processor's products allow it: prompts of all lengths and answers at once, to the bit."""
     model = engines[0].model
     apart = Engine(replace(model, max_shared_rows=0), max_num_seqs=12, prefill_chunk=CHUNK)
-    shared = Engine(model, max_num_seqs=12, prefill_chunk=CHUNK)
+    shared, larger = (Engine(model, max_num_seqs=12, prefill_chunk=CHUNK, prefill_budget=budget)
+                      for budget in (CHUNK, 3 * CHUNK))
     arrivals = {step: [Request(f"{step}", prompt(1 + 7 * step, step), EACH[kind])]
                 for step, kind in enumerate(list(EACH) * 3)}
-    expected, found = run(apart, arrivals), run(shared, arrivals)
-    assert {key: flat(outputs) for key, outputs in found.items()} == {
-        key: flat(outputs) for key, outputs in expected.items()}
+    expected, *found = ({key: flat(outputs) for key, outputs in run(engine, arrivals).items()}
+                        for engine in (apart, shared, larger))
+    assert found == [expected, expected]
 
 
 def flat(outputs: list[Output]) -> list[tuple[Any, ...]]:

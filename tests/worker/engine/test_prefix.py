@@ -22,9 +22,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("llama", tmp_path_factory.mktemp("m"))
 
 
-@pytest.fixture
-def engine(folder: Path) -> Engine:
-    return Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=4, prefill_chunk=CHUNK)
+@pytest.fixture(params=[CHUNK, 2 * CHUNK])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Engine:
+    """Which computes one chunk in a step, or two."""
+    return Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=4, prefill_chunk=CHUNK,
+                  prefill_budget=request.param)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

@@ -88,6 +88,17 @@ def test_a_step_is_one_forward_where_any_number_of_rows_may_share_it() -> None:
     assert len(share(plan, max_rows=0)) == 6
 
 
+@given(batches())
+def test_a_larger_budget_takes_more_chunks_in_the_same_order(batch: list[Progress]) -> None:
+    """Of the first prompt one after the other, on the same grid, then of the next."""
+    plans = [schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK, prefill_budget=budget, min_chunk_cost=0).prefills
+             for budget in (0, 3 * CHUNK, 10**9)]
+    assert plans[0] == plans[1][:len(plans[0])] and plans[1] == plans[2][:len(plans[1])]
+    assert sum(span.end - span.begin for span in plans[1]) <= 3 * CHUNK
+    everything = [(p.slot, begin) for p in batch for begin in range(p.num_computed_tokens, p.num_prefill_tokens, CHUNK)]
+    assert [(span.slot, span.begin) for span in plans[2]] == everything
+
+
 def test_fewer_run_after_a_lack_of_memory_and_slowly_more() -> None:
     limit = BatchLimit(8)
     limit.halve(6)

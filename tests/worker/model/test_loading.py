@@ -154,11 +154,11 @@ def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
         assert check.probe_row_limit(model, 64) == (model.min_rows, model.max_rows)
 
 
-def test_a_forward_takes_more_of_a_prompt_where_matrices_are_multiplied(folder: Path) -> None:
+def test_a_forward_takes_more_of_prompts_where_matrices_are_multiplied(folder: Path) -> None:
     """And has room beside it for as many rows as ever."""
     for dtype in ("float32", "bfloat16"):
         model = load(str(folder), dtype=dtype)
-        assert model.chunk_tokens == (512 if cpu.has_matrices(model.dtype) else 256) == model.most_rows - 64
+        assert model.prefill_budget == (512 if cpu.has_matrices(model.dtype) else 256) == model.most_rows - 64
         assert not model.program or model.program.max_rows == model.max_shared_rows == model.most_rows
 
 
