@@ -43,17 +43,16 @@ def build(settings: Settings, folder: Path) -> Engine:
                         num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics)
     except ValueError as error:
         raise ModelRefused(f"{folder}: {error}") from None
-    budget = max(engine.prefill_budget, prefill_chunk)
-    engine.prefill_budget = fit_chunk(budget, _time_prefill(engine, budget), settings.lease_s / 4)
+    engine.prefill_budget = fit_chunk(engine.prefill_budget, _time_prefill(engine), settings.lease_s / 4)
     engine.prefill_chunk = min(prefill_chunk, engine.prefill_budget)
     log.info("loaded in %.1f s: %r, prefill of %d tokens at a time", time.monotonic() - began_s, engine,
              engine.prefill_budget)
     return engine
 
 
-def _time_prefill(engine: Engine, num_tokens: int) -> float:
-    """Seconds that so many tokens of a prompt take here; the second of two, for the first one warms up."""
-    num_tokens = min(num_tokens, engine.max_model_len - 1)
+def _time_prefill(engine: Engine) -> float:
+    """Seconds that a step full of prompts takes here; the second of two, for the first one warms up."""
+    num_tokens = min(engine.prefill_budget, engine.max_model_len - 1)
     took_s = 0.0
     for name in ("warm", "timed"):
         engine.add(Request(name, (0,) * num_tokens, Sampling(max_tokens=1)))

@@ -59,7 +59,8 @@ class Engine:
         self.model = model
         self.runs_ahead = model.device.type == "cuda" if runs_ahead is None else runs_ahead
         self.max_model_len = min(max_model_len or model.max_model_len, model.max_model_len)
-        self.prefill_chunk, self.prefill_budget = prefill_chunk, prefill_budget
+        self.prefill_chunk = prefill_chunk
+        self.prefill_budget = max(prefill_budget, prefill_chunk) if model.is_uniform else prefill_chunk
         self.is_exact = numerics == "exact"         # else all in one forward: an answer depends on its neighbours
         self.max_shared_rows = model.max_shared_rows if self.is_exact else sys.maxsize
         self.max_rows = model.max_rows if model.has_fixed_rows else max(model.max_rows, self.max_shared_rows)
@@ -164,7 +165,7 @@ class Engine:
                             max_short=self.max_rows)
             return pack(plan, max_rows=self.max_rows, max_tiled_rows=fixed.tiles.num_rows, tile_len=TILE_LEN)
         plan = schedule(progress, max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
-                        prefill_budget=self.prefill_budget if self.model.is_uniform else 0,
+                        prefill_budget=self.prefill_budget,
                         min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)
         return share(plan, max_rows=self.max_shared_rows, min_rows=self.model.min_rows if self.is_exact else 1)
 

@@ -106,6 +106,7 @@ def test_who_shares_a_forward_says_what_he_says_apart(engines: list[Engine]) -> 
     apart = Engine(replace(model, max_shared_rows=0), max_num_seqs=12, prefill_chunk=CHUNK)
     shared, larger = (Engine(model, max_num_seqs=12, prefill_chunk=CHUNK, prefill_budget=budget)
                       for budget in (CHUNK, 3 * CHUNK))
+    assert apart.prefill_budget == CHUNK and larger.prefill_budget == (3 * CHUNK if model.is_uniform else CHUNK)
     arrivals = {step: [Request(f"{step}", prompt(1 + 7 * step, step), EACH[kind])]
                 for step, kind in enumerate(list(EACH) * 3)}
     expected, *found = ({key: flat(outputs) for key, outputs in run(engine, arrivals).items()}

@@ -3,8 +3,8 @@
 Each number of the result is one sum in the order of the columns, whatever else is computed beside it: a row has the
 same bits alone and among any others. Packed weights lie in panels of neighbouring outputs, and in a panel column by
 column, so that a panel is read once from its begin to its end; rows are taken a few at a time, as many as registers
-hold. In bfloat16 a step multiplies pairs of columns (vdpbf16ps). Weights that bfloat16 holds exactly are kept so for
-float32 too.
+hold. In bfloat16 a step multiplies pairs of columns (vdpbf16ps), or 32 of them in matrix registers (amx_linear.py).
+Weights that bfloat16 holds exactly are kept so for float32 too.
 """
 
 from __future__ import annotations
