@@ -33,11 +33,13 @@ class FusedMLP(nn.Module):
 
     def __init__(self, mlp: Any, _: Mapping[int, Scores]):
         super().__init__()
-        self.gate_up_proj = _joined(mlp.gate_proj, mlp.up_proj)
         self.down_proj = mlp.down_proj
         self.act_fn = mlp.act_fn
         is_silu = type(mlp.act_fn) in (SiLUActivation, nn.SiLU)
         self.pointwise = _pointwise(mlp.down_proj.weight, mlp.down_proj.in_features) if is_silu else None
+        gate_up: Any = _joined(mlp.gate_proj, mlp.up_proj)
+        gate_up.is_gated = self.pointwise is not None   # for who packs it
+        self.gate_up_proj = gate_up
 
     def forward(self, x: Tensor) -> Tensor:
         by_product = getattr(self.gate_up_proj, "silu_and_multiply", None)

@@ -61,13 +61,13 @@ def _pack(layer: Any) -> nn.Module | None:
     if weight.dtype not in MAX_RELATIVE_ERROR:
         return None
     try:
-        packed = _packed(weight, layer.bias)
+        packed = _packed(weight, layer.bias, getattr(layer, "is_gated", False))
         return packed if packed is not None and _agree(layer, packed, weight) else None
     except (RuntimeError, AttributeError, TypeError):       # no such operator in this build of torch, or another shape
         return None
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+def _packed(weight: Tensor, bias: Tensor | None, is_gated: bool) -> nn.Module | None:
     if memory.is_paged(weight.device):
         from worker.model.products import RowLinear, takes  # needs Triton
 
@@ -76,7 +76,7 @@ def _packed(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
         from worker.model.cpu.linear import PanelLinear, holds
 
         if holds(weight):
-            return PanelLinear(weight, bias)
+            return PanelLinear(weight, bias, is_gated=is_gated)
     is_small = weight.dtype == torch.float32 and weight.numel() < MIN_FLOAT32_WEIGHTS
     return None if is_small else PackedLinear(weight, bias)
 

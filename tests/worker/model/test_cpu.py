@@ -78,6 +78,27 @@ def test_products_are_products_and_a_row_has_its_own_bits(
     assert torch.equal(layer(x.T.contiguous().T), whole)
 
 
+@pytest.mark.parametrize("kernels", kinds_of_ours())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_outputs", [64, 608, 96])
+def test_gates_are_multiplied_in_their_product(
+        num_outputs: int, dtype: torch.dtype, kernels: Literal["ours", "vectors"]) -> None:
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(num_outputs, 96) / 4).to(dtype), torch.randn(num_outputs).to(dtype)
+    x = torch.randn(300, 96).to(dtype)
+    with computing_by(kernels):
+        layer, plain = PanelLinear(weight, bias, is_gated=True), PanelLinear(weight, bias)
+    assert torch.equal(layer(x), plain(x))
+    whole = layer.silu_and_multiply(x)
+    gate, up = nn.functional.linear(x.double(), weight.double(), bias.double()).chunk(2, dim=-1)
+    assert is_near(whole, silu(gate) * up, 96)
+    for begin, end in ((0, 1), (3, 20), (100, 229)):
+        assert torch.equal(layer.silu_and_multiply(x[None, begin:end])[0], whole[begin:end])
+    x[5, 3] = torch.nan
+    out = layer.silu_and_multiply(x)
+    assert out[5].isnan().all() and torch.equal(out[6:], whole[6:])
+
+
 @Kernel
 def shapes(code: Code, out: Value) -> None:
     """How many rows registers have: within others that had another shape, behind those, and behind all."""

@@ -21,6 +21,7 @@ from worker.model.cpu.kernel import processor
 
 ROWS, ROW_BYTES = 16, 64                # of a register
 COLUMNS = ROW_BYTES // SIZES[BFLOAT16]  # of numbers that are multiplied
+FOR_ONCE = "tileloaddt164"              # a load that pushes nothing out of the first cache
 SUMS, OF_ROWS, OF_WEIGHTS = ((0, 1), (2, 3)), (4, 5), (6, 7)            # registers; of sums by rows and outputs
 
 # What shapes registers: its name, then bytes of a row of each, and rows of each.
@@ -61,11 +62,13 @@ class Rows:
 
 
 def add_up(code: Code, start: Rows | None, x: Rows, weights: Rows, sums: Rows, num_steps: Value | int, num_halves: int,
-           *, next_outputs: int, next_step: int, ahead: Operand | None = None, num_shares: int = 1) -> None:
+           *, next_outputs: int, next_step: int, ahead: Operand | None = None, num_shares: int = 1,
+           load: str = "tileloadd64") -> None:
     """start + x · weights, into `sums`: of up to 16 rows, or of more in two halves, and of 32 outputs.
 
     A step takes 32 columns of x. A row of weights is two of them, of 16 outputs; the next 16 outputs lie so many bytes
     further, and the next step's. On the way weights are asked for that lie `ahead`, of each step one of so many shares.
+    `load` is how weights are loaded.
     """
     halves = range(num_halves)
     for half in halves:
@@ -82,7 +85,7 @@ def add_up(code: Code, start: Rows | None, x: Rows, weights: Rows, sums: Rows, n
             _move(code, "tileloadd64", OF_ROWS[half], columns.half(half))
             for j in (range(2) if half == 0 else reversed(range(2))):
                 if half == 0:
-                    _move(code, "tileloadd64", OF_WEIGHTS[j], panel + j * next_outputs)
+                    _move(code, load, OF_WEIGHTS[j], panel + j * next_outputs)
                 _call(code, "tdpbf16ps", *map(INT8, (SUMS[half][j], OF_ROWS[half], OF_WEIGHTS[j])))
     for half in halves:
         for j in range(2):

@@ -31,12 +31,30 @@ def attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, p
         scaling, softcap = scaling / softcap, softcap * LOG2_E
     else:
         scaling = scaling * LOG2_E
-    with registers(code, code.integer(tile)), code.shares(num_tiles * num_kv_heads) as unit:
+    num_units = num_tiles * num_kv_heads
+
+    def start_of(unit: Value) -> tuple[Value, Value, Value, Value]:
+        """Its head of keys, and its tile's first row, first query and slot."""
         kv_head, index = (unit % num_kv_heads, unit // num_kv_heads) if is_single else (
             unit // num_tiles, unit % num_tiles)        # heads of a row are neighbours; tiles of a run share their keys
         place = begins + index * (2 * SIZES[INTEGER])
         first_row, begin = code.load(place, INTEGER, 1), code.load(place + SIZES[INTEGER], INTEGER, 1)
-        slot = code.load(slots + first_row * SIZES[INTEGER], INTEGER, 1)
+        return kv_head, first_row, begin, code.load(slots + first_row * SIZES[INTEGER], INTEGER, 1)
+
+    def first_token(position: Value) -> Value:
+        return code.larger(position - window + 1, code.integer(0)) // KEYS * KEYS
+
+    def offset_of(slot: Value, kv_head: Value, token: Value) -> Value:
+        page = (token // page_len * num_slots + slot) * num_kv_heads + kv_head
+        return (page * page_len + token % page_len) * (head_dim * SIZE)
+
+    def begin_of(unit: Value) -> Value:
+        """Where the first keys lie that it meets, if it is a row's."""
+        kv_head, row, _, slot = start_of(code.smaller(unit, num_units - 1))
+        return offset_of(slot, kv_head, first_token(code.load(positions + row * SIZES[INTEGER], INTEGER, 1)))
+
+    with registers(code, code.integer(tile)), code.shares(num_units) as unit:
+        kv_head, first_row, begin, slot = start_of(unit)
         with code.loop(0, tile) as i:
             each = begin + i
             row, head = (first_row, kv_head * group + each) if is_single else (
@@ -47,16 +65,18 @@ def attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, p
                       out + (row * num_kv_heads * group + head) * (head_dim * SIZE), sink)
         first, last = met.position(code.integer(0)), met.position(code.integer(tile - 1))
         lowest = code.larger(last - window + 1, code.integer(0))        # that all of them see
-        with code.loop(code.larger(first - window + 1, code.integer(0)) // KEYS * KEYS, last + 1, KEYS) as token:
-            page = (token // page_len * num_slots + slot) * num_kv_heads + kv_head
-            offset = (page * page_len + token % page_len) * (head_dim * SIZE)
+        after = begin_of(unit + 1) if is_single else None
+        with code.loop(first_token(first), last + 1, KEYS) as token:
+            offset, ahead = offset_of(slot, kv_head, token), None
             met.multiply(keys + offset)
-            if is_single:                               # on its way from memory while what was read is computed
-                code.prefetch(keys + offset + KEYS * head_dim * SIZE, KEYS * head_dim * SIZE)
+            if after is not None:                       # on its way from memory while what was read is computed
+                has_more = token + KEYS <= last
+                ahead = code.select(has_more, offset_of(slot, kv_head, token + KEYS), after)
+                code.prefetch(keys + ahead, KEYS * head_dim * SIZE)
             is_inside = (token > lowest - 1) & (token + KEYS <= first + 1)
             with code.loop(0, tile) as i:
                 met.weigh(i, token, window, scaling, softcap if has_softcap else None, is_inside)
-            met.add(values + offset, code.smaller(last + 1 - token, KEYS), is_ahead=is_single)
+            met.add(values + offset, code.smaller(last + 1 - token, KEYS), None if ahead is None else values + ahead)
         with code.loop(0, tile) as i:
             met.store(i)
 
@@ -124,14 +144,14 @@ class _Queries:
             code.store(weights, self.weights.row(i) + j * (LANES * SIZE), BFLOAT16)
         code.store(weight, facts, FLOAT32)
 
-    def add(self, values: Value, count: Value, *, is_ahead: bool) -> None:
-        """So many values, as every query weighs them; with those behind them on their way."""
+    def add(self, values: Value, count: Value, ahead: Value | None) -> None:
+        """So many values, as every query weighs them; on the way those are asked for that lie ahead."""
         code, pair_bytes = self.code, 2 * self.head_dim * SIZE
         with code.loop(0, KEYS // 2) as pair:
             # behind the last value stands what may be no number: its own twin, of weight zero, takes that place
             rows = [values + code.smaller(pair * 2 + i, count - 1) * (self.head_dim * SIZE) for i in range(2)]
-            if is_ahead:
-                code.prefetch(values + (pair * 2 + KEYS) * (self.head_dim * SIZE), pair_bytes)
+            if ahead is not None:
+                code.prefetch(ahead + pair * pair_bytes, pair_bytes)
             for j in range(0, self.head_dim, COLUMNS):
                 parts = code.interleaved(*(code.load(row + j * SIZE, BFLOAT16, COLUMNS) for row in rows))
                 for i, part in enumerate(parts):

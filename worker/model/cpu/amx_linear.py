@@ -12,6 +12,7 @@ from worker.model.cpu import LANES, amx
 from worker.model.cpu.amx import Rows
 from worker.model.cpu.code import BFLOAT16, FLOAT32, LINE_BYTES, SIZES, Code, Value
 from worker.model.cpu.kernel import Kernel
+from worker.model.cpu.pointwise import silu_times
 
 TILE_ROWS = 2 * amx.ROWS                # of x that are multiplied at once
 WIDTH = 2 * LANES                       # outputs of a panel
@@ -19,7 +20,7 @@ SIZE, WIDE = SIZES[BFLOAT16], SIZES[FLOAT32]
 STEP_BYTES = amx.COLUMNS * WIDTH * SIZE # of a panel: what is multiplied at once
 SUMS_BYTES = WIDTH * WIDE               # of a row
 
-BLOCK_TILES = 4                         # that meet a panel together: it is read from memory once for all of them
+BLOCK_TILES = 8                         # that meet a panel together: it is read from memory once for all of them
 BLOCK_BYTES = 1 << 20                   # of their rows, at most: they stay in a core's cache
 BLOCK_STEPS = 8                         # of the panel, which stay in the first cache until all tiles have met them
 AHEAD_BYTES = 1 << 14                   # of weights that are on their way from memory where there is one tile
@@ -31,12 +32,13 @@ def block_tiles(num_columns: int) -> int:
 
 @Kernel
 def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_rows: Value, row_stride: Value,
-             num_steps: Value, num_panels: Value, block_tiles: Value) -> None:
-    """x of [num_rows, columns], weight as packed, bias of [outputs], out of [num_rows, outputs].
+             out_stride: Value, num_steps: Value, num_panels: Value, block_tiles: Value, *, is_gated: bool) -> None:
+    """x of [num_rows, columns], weight as packed, bias of [outputs], out of [num_rows, outputs], or half as many: of
+    panels whose first half are gates.
 
     A tile has 32 rows, or all that there are: the last one says some of the one before it again.
     """
-    x_bytes, out_bytes = row_stride * SIZE, num_panels * (WIDTH * SIZE)
+    x_bytes, out_bytes, panel_bytes = row_stride * SIZE, out_stride * SIZE, WIDTH * SIZE // (2 if is_gated else 1)
     num_tiles = (num_rows + (TILE_ROWS - 1)) // TILE_ROWS
     num_blocks = (num_tiles + block_tiles - 1) // block_tiles
     tile_rows = code.larger(code.smaller(num_rows, TILE_ROWS), code.integer(1))
@@ -48,19 +50,20 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
         return code.smaller(tile * TILE_ROWS, num_rows - tile_rows)
 
     def place_of(panel: Value, tile: Value, i: Value) -> Value:
-        return out + (first_row(tile) + i) * out_bytes + panel * (WIDTH * SIZE)
+        return out + (first_row(tile) + i) * out_bytes + panel * panel_bytes
 
     with amx.registers(code, tile_rows), code.shares(num_blocks * num_panels) as unit:
         panel, block = unit % num_panels, unit // num_panels
         begin, end = (num_tiles * each // num_blocks for each in (block, block + 1))
         weights, biases = Rows(weight + panel * (num_steps * STEP_BYTES), panel_stride), bias + panel * SUMS_BYTES
         with code.loop(begin, end) as tile, code.loop(0, tile_rows) as i:
-            code.prefetch(place_of(panel, tile, i), WIDTH * SIZE, is_written=True)
+            code.prefetch(place_of(panel, tile, i), panel_bytes, is_written=True)
         is_one = end.equals(begin + 1)
         for num_halves, is_it in ((1, tile_rows <= amx.ROWS), (2, tile_rows > amx.ROWS)):
             with code.when(is_one & is_it):
                 rows = Rows(x + first_row(begin) * x_bytes, x_bytes)
-                add_up(Rows(biases, code.integer(0)), rows, weights, sums, num_steps, num_halves, ahead=AHEAD_BYTES)
+                add_up(Rows(biases, code.integer(0)), rows, weights, sums, num_steps, num_halves, ahead=AHEAD_BYTES,
+                       load=amx.FOR_ONCE)
         with code.when(is_one.equals(0)), code.loop(0, num_steps, BLOCK_STEPS) as step:
             num_left, is_first = code.smaller(num_steps - step, BLOCK_STEPS), step.equals(0)
             with code.loop(begin, end) as tile:
@@ -72,6 +75,6 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
                        ahead=share + BLOCK_STEPS * STEP_BYTES, num_shares=BLOCK_TILES)
         with code.loop(begin, end) as tile, code.loop(0, tile_rows) as i:
             total = sums.row((tile - begin) * TILE_ROWS + i)
-            place = place_of(panel, tile, i)
-            for j in range(0, WIDTH, LANES):
-                code.store(code.load(total + j * WIDE, FLOAT32), place + j * SIZE, BFLOAT16)
+            halves = [code.load(total + j * WIDE, FLOAT32) for j in range(0, WIDTH, LANES)]
+            for j, half in enumerate([silu_times(code, *halves)] if is_gated else halves):
+                code.store(half, place_of(panel, tile, i) + j * (LANES * SIZE), BFLOAT16)

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from worker.model.cpu import LANES, amx, amx_linear, pages
+from worker.model.cpu import LANES, amx, amx_linear, pages, pointwise
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, vector
-from worker.model.cpu.kernel import ELEMENTS, MIN_SHARED_PRODUCTS, Kernel, empty, processor, threads_for
+from worker.model.cpu.kernel import ELEMENTS, MIN_SHARED_PRODUCTS, Kernel, empty, empty_rows, processor, threads_for
+from worker.model.cpu.pointwise import silu_times
 
 BLOCK_BYTES = 1 << 18       # of rows that stay in a core's cache while panel after panel passes
 AHEAD_BYTES = 1 << 12       # of weights that are on their way from memory: the processor itself looks less far ahead
@@ -50,10 +51,14 @@ class PanelLinear(torch.nn.Module):
 
     is_uniform = True       # a row has the same bits among any number of others
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, is_gated: bool = False):
+        """`is_gated`: the first half of the outputs are gates of the second one, and go beside them in each panel."""
         super().__init__()
         self.num_outputs, self.num_columns = weight.shape
         self.dtype, self.tile = weight.dtype, tile()
+        self.is_gated = is_gated and self.tile.vectors == 2 and self.num_outputs % self.tile.width == 0
+        if self.is_gated:
+            weight, bias = _beside(weight), None if bias is None else _beside(bias)
         kept = weight.bfloat16() if _is_kept_by_bfloat16(weight) else weight
         self.packed = _packed(kept, self.tile.width, 2 if weight.dtype == torch.bfloat16 else 1)
         self.num_panels, self.num_steps = self.packed.shape[:2]
@@ -71,17 +76,38 @@ class PanelLinear(torch.nn.Module):
             self.block = max(1, num_cached_rows // self.tile.rows) * self.tile.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.num_columns)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        num_rows = rows.shape[0]
-        out = empty(num_rows, self.width, self.dtype)
-        self._multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), self.num_steps, self.num_panels,
-                       self.block,
-                       num_threads=threads_for(num_rows * self.width * self.num_columns, MIN_SHARED_PRODUCTS))
-        if self.width != self.num_outputs:
+        rows = self._rows(x)
+        out = empty(len(rows), self.width, self.dtype)
+        self._compute(rows, out, is_gated=False)
+        if self.is_gated:
+            out = out.view(-1, self.num_panels, 2, LANES).transpose(1, 2).flatten(1)
+        elif self.width != self.num_outputs:
             out = out[:, :self.num_outputs].contiguous()
         return out.view(*x.shape[:-1], self.num_outputs)
+
+    def silu_and_multiply(self, x: Tensor) -> Tensor:
+        """silu(gate) · up of the outputs, gates first."""
+        if not self.is_gated:
+            return pointwise.silu_and_multiply(self(x))
+        rows = self._rows(x)
+        out = empty_rows(len(rows), self.num_outputs // 2, self.dtype)
+        self._compute(rows, out, is_gated=True)
+        return out.view(*x.shape[:-1], -1)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.num_columns)
+        return rows if rows.stride(1) == 1 else rows.contiguous()
+
+    def _compute(self, rows: Tensor, out: Tensor, *, is_gated: bool) -> None:
+        num_rows = len(rows)
+        self._multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), out.stride(0), self.num_steps,
+                       self.num_panels, self.block, is_gated=is_gated,
+                       num_threads=threads_for(num_rows * self.width * self.num_columns, MIN_SHARED_PRODUCTS))
+
+
+def _beside(outputs: Tensor) -> Tensor:
+    """Of [2 · n, ...], gates first: 16 gates, the 16 that they are of, and so on."""
+    return outputs.view(2, -1, LANES, *outputs.shape[1:]).transpose(0, 1).flatten(0, 2)
 
 
 def _is_kept_by_bfloat16(weight: Tensor) -> bool:
@@ -100,9 +126,10 @@ def _packed(weight: Tensor, width: int, per_step: int) -> Tensor:
 
 @Kernel
 def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_rows: Value, row_stride: Value,
-              num_steps: Value, num_panels: Value, block_rows: Value, *, dtype: torch.dtype, stored: torch.dtype,
-              tile: Tile) -> None:
-    """x of [num_rows, columns], weight as `_packed`, bias of [outputs], out of [num_rows, outputs]."""
+              out_stride: Value, num_steps: Value, num_panels: Value, block_rows: Value, *, dtype: torch.dtype,
+              stored: torch.dtype, tile: Tile, is_gated: bool) -> None:
+    """x of [num_rows, columns], weight as `_packed`, bias of [outputs], out of [num_rows, outputs], or half as many: of
+    panels whose first half are gates."""
     element, kept, width = ELEMENTS[dtype], ELEMENTS[stored], tile.width
     step_bytes = width * (4 // SIZES[element]) * SIZES[kept]
     num_blocks = (num_rows + block_rows - 1) // block_rows
@@ -119,8 +146,8 @@ def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_
                     starts = [code.load(bias + (first + i * LANES) * SIZES[FLOAT32], FLOAT32)
                               for i in range(tile.vectors)]
                     for i, sums in enumerate(_sums(code, rows, weights, ahead, starts, num_steps, element, kept)):
-                        place = out + ((row + i) * num_panels * width + first) * SIZES[element]
-                        for j, total in enumerate(sums):
+                        place = out + ((row + i) * out_stride + (panel * LANES if is_gated else first)) * SIZES[element]
+                        for j, total in enumerate([silu_times(code, *sums)] if is_gated else sums):
                             code.store(total, place + j * LANES * SIZES[element], element)
 
 

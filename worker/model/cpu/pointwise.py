@@ -108,8 +108,12 @@ def _silu_and_multiply(code: Code, gate_up: Value, out: Value, num_rows: Value, 
     with code.shares(num_rows) as row, code.loop(0, width, LANES) as column:
         place = gate_up + (row * row_stride + column) * size
         gate, up = code.numbers(place, element), code.numbers(place + width * size, element)
-        share = code.exp(code.zeros() - gate) + 1.0
-        code.store(gate / share * up, out + (row * out_stride + column) * size, element)
+        code.store(silu_times(code, gate, up), out + (row * out_stride + column) * size, element)
+
+
+def silu_times(code: Code, gate: Value, up: Value) -> Value:
+    """silu(gate) · up of two vectors."""
+    return gate / (code.exp(code.zeros() - gate) + 1.0) * up
 
 
 @Kernel
