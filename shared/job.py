@@ -13,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 SCHEMA_VERSION = 1
 
+_compact = json.JSONEncoder(separators=(",", ":")).encode       # json.dumps would make one for each step of each answer
+
 Language = Literal["chat", "completions", "responses", "messages"]
 """In which a request was made, and its answer is told (api/wire)."""
 
@@ -218,7 +220,7 @@ _header_adapter = TypeAdapter(Header)
 
 def encode_deltas(deltas: list[Delta]) -> str:
     """Deltas as compact JSON rows, their fields in order, trailing blanks left out."""
-    return json.dumps([_row(delta) for delta in deltas], separators=(",", ":"))
+    return _compact([_row(delta) for delta in deltas])
 
 
 def _row(delta: Delta) -> list[Any]:

@@ -65,7 +65,7 @@ def _draw_random(logits: Tensor, temperatures: Tensor, keys: list[int], params: 
 
 def _largest(logits: Tensor) -> Tensor:
     noise = kernels_for("noise", logits)
-    return cast(Tensor, noise.draw(logits, noise.Wishes())) if noise else logits.argmax(dim=-1)
+    return cast(Tensor, noise.draw(logits, noise.Wishes())[0]) if noise else logits.argmax(dim=-1)
 
 
 def _draw_whole(logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
@@ -73,7 +73,7 @@ def _draw_whole(logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor,
     if any(s.min_p > 0 for s in sampling):
         floors = logits.amax(dim=-1) / temperatures + torch.tensor([log_of(s.min_p) for s in sampling])
     if noise := kernels_for("noise", logits):
-        return cast(Tensor, noise.draw(logits, noise.Wishes(temperatures, (low, high), floors=floors)))
+        return cast(Tensor, noise.draw(logits, noise.Wishes(temperatures, (low, high), floors=floors))[0])
     scaled = _scaled(logits, temperatures)
     if floors is not None:
         scaled = scaled.masked_fill(scaled < floors[:, None], float("-inf"))

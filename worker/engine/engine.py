@@ -243,9 +243,11 @@ class Engine:
 
     def _constrain(self) -> None:
         """What may follow is found out while others are computed, of what is known to be drawn."""
-        if any(sequence.num_pending_tokens for sequence in self._computing() if sequence.constraint):
+        constrained = [sequence for sequence in self._computing() if sequence.constraint]
+        if any(sequence.num_pending_tokens for sequence in constrained):
             self._land(len(self._flights))
-        _prepare(sequence.constraint for sequence in self._computing()
+            constrained = [sequence for sequence in self._computing() if sequence.constraint]
+        _prepare(sequence.constraint for sequence in constrained
                  if sequence.constraint and self._asks_first(sequence))
 
     def _asks_first(self, sequence: Sequence) -> bool:
@@ -254,6 +256,8 @@ class Engine:
 
     def _draft(self) -> None:
         """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
+        if not self.num_speculative_tokens:
+            return
         decoding = [sequence for sequence in self._computing()
                     if sequence.num_computed_tokens >= sequence.num_prefill_tokens]
         num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - sum(sequence.num_uncomputed_tokens for sequence in decoding)

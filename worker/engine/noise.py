@@ -27,8 +27,8 @@ class Wishes(NamedTuple):
 
 
 def draw(logits: Tensor, wishes: Wishes) -> Tensor:
-    """The token of each row of [rows, vocab_size]: of logits / temperature + noise the largest, the lower id of two
-    alike.
+    """Of [rows, vocab_size]: [2, rows], the token of each row and whether its logit is a number. Of logits /
+    temperature + noise the largest, the lower id of two alike.
 
     What is no number counts as infinite, so that it is drawn and found. What is not allowed, be it a number or not,
     falls below all else.
@@ -36,13 +36,13 @@ def draw(logits: Tensor, wishes: Wishes) -> Tensor:
     num_rows, vocab_size = logits.shape
     temperatures, keys, allowed, floors = wishes
     low, high = (half.contiguous() for half in keys) if keys else (0, 0)
-    token_ids = torch.empty(num_rows, dtype=torch.long)
+    drawn = torch.empty(2, num_rows, dtype=torch.long)
     _draw(logits, 0 if temperatures is None else temperatures, low, high, 0 if allowed is None else allowed,
-          0 if floors is None else floors, token_ids, num_rows, logits.stride(0), vocab_size,
+          0 if floors is None else floors, drawn, num_rows, logits.stride(0), vocab_size,
           0 if allowed is None else allowed.stride(0), num_threads=threads_for(logits.numel() * WORK),
           dtype=logits.dtype, has_temperatures=temperatures is not None, has_noise=keys is not None,
           has_bits=allowed is not None, has_floors=floors is not None)
-    return token_ids
+    return drawn
 
 
 def forbid(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _forbid(code: Code, logits: Value, allowed: Value, out: Value, num_rows: Val
 
 @Kernel
 def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Value, allowed: Value, floors: Value,
-          token_ids: Value, num_rows: Value, row_stride: Value, vocab_size: Value, word_stride: Value, *,
+          drawn: Value, num_rows: Value, row_stride: Value, vocab_size: Value, word_stride: Value, *,
           dtype: torch.dtype, has_temperatures: bool, has_noise: bool, has_bits: bool, has_floors: bool) -> None:
     element = ELEMENTS[dtype]
     with code.shares(num_rows) as row:
@@ -118,9 +118,11 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
                 go_through(None, [])
         else:
             go_through(None, keys)
-        is_most = most.value.equals(code.largest(most.value))
+        largest, place = code.largest(most.value), drawn + row * SIZES[INTEGER]
         beyond = code.splat(code.integer(1 << 40))
-        code.store(code.least(code.select(is_most, best.value, beyond)), token_ids + row * SIZES[INTEGER], INTEGER)
+        code.store(code.least(code.select(most.value.equals(largest), best.value, beyond)), place, INTEGER)
+        is_valid = (largest > -math.inf) & (largest < math.inf)
+        code.store(code.select(is_valid, code.integer(1), code.integer(0)), place + num_rows * SIZES[INTEGER], INTEGER)
 
 
 def _gumbel(code: Code, keys: list[Value], tokens: Value) -> Value:

@@ -125,10 +125,11 @@ class Sampler:
         wishes = self._wishes(logits, rows, params)
         if wishes is None:
             token_ids = draw(self._adjusted(logits, rows, params), params, _keys(rows, params))
+            drawn = torch.stack((token_ids, logits.gather(1, token_ids[:, None])[:, 0].isfinite()))
         else:
-            token_ids = cast(Tensor, kernels_for("noise", logits).draw(logits, wishes))
-        self.last_token_ids[torch.tensor([row.slot for row in rows])] = token_ids
-        return torch.stack((token_ids, logits.gather(1, token_ids[:, None])[:, 0].isfinite()))
+            drawn = cast(Tensor, kernels_for("noise", logits).draw(logits, wishes))
+        self.last_token_ids.numpy()[[row.slot for row in rows]] = drawn[0].numpy()
+        return drawn
 
     def _wishes(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Wishes | None:
         """For one pass over logits as they come; None where some row wants more than that."""

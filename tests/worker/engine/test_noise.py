@@ -27,7 +27,7 @@ def noisy(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    return noise.draw(logits, noise.Wishes(keys=keys))
+    return noise.draw(logits, noise.Wishes(keys=keys))[0]
 
 
 @pytest.mark.parametrize("vocab_size", [16, 17, 199, 32_000])
@@ -61,7 +61,8 @@ def test_what_is_forbidden_is_not_drawn_and_what_is_no_number_is() -> None:
     logits[0, 33] = -1e30
     logits[1] = 0.0
     logits[1, 39] = math.nan
-    assert draw(logits, (low, high)).tolist() == draw(logits).tolist() == [33, 39, 0]
+    for keys in (low, high), None:
+        assert noise.draw(logits, noise.Wishes(keys=keys)).tolist() == [[33, 39, 0], [True, False, False]]
 
 
 def test_what_bits_do_not_name_falls_below_the_rest() -> None:
@@ -84,11 +85,12 @@ def test_rows_draw_as_each_of_them_wishes(dtype: torch.dtype) -> None:
     allowed = torch.randint(-2**31, 2**31, (60, 7), dtype=torch.int32)
     allowed[::4] = -1
     low, high = keys_of(60)
-    drawn = noise.draw(logits, noise.Wishes(temperatures, (low, high), allowed))
+    drawn, are_numbers = noise.draw(logits, noise.Wishes(temperatures, (low, high), allowed))
+    assert are_numbers.all()
     for row, temperature in enumerate(temperatures.tolist()):
         one = slice(row, row + 1)
         numbers = noise.forbid(logits[one].float(), allowed[one])
         keys = (low[one], high[one]) if temperature else None
         assert drawn[row] == draw(numbers / temperature if temperature else numbers, keys)
-        assert torch.equal(drawn[one], noise.draw(logits[one], noise.Wishes(temperatures[one], (low[one], high[one]),
-                                                                            allowed[one])))
+        wishes = noise.Wishes(temperatures[one], (low[one], high[one]), allowed[one])
+        assert torch.equal(drawn[one], noise.draw(logits[one], wishes)[0])

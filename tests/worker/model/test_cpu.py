@@ -193,7 +193,7 @@ def test_an_older_processor_draws_the_same(old: None) -> None:
     found = likeliest.likeliest(logits, 20)
     assert found is not None and torch.equal(found[0], logits.topk(20).values)
     assert is_near(likeliest.log_totals(logits), logits.double().logsumexp(-1), 100)
-    assert torch.equal(noise.draw(logits, noise.Wishes()), logits.argmax(-1))
+    assert torch.equal(noise.draw(logits, noise.Wishes())[0], logits.argmax(-1))
     seen, counts = torch.zeros(1, 2048, dtype=torch.bool), torch.zeros(1, 2048)
     seen[0, 5], counts[0, 5], expected = True, 2.0, logits.clone()
     expected[1, 5] -= 2 * 0.5 + 1.5

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -75,15 +75,26 @@ def queries_of_single(group: int, most: int) -> int:
 def in_tiles(lens: Sequence[int], group: int, most: int) -> tuple[Tensor, Tensor]:
     """Of single rows and of runs that fill a tile, as in `Rows`; `group` query heads share a head of keys."""
     single = queries_of_single(group, most)
+    if all(run_len == 1 for run_len in lens):
+        return _tiles_of_singles(len(lens), group, single), _table([])
     of_singles, of_runs, row = [], [], 0
     for run_len in lens:
         if run_len > 1 and run_len * group >= most:     # the last tile may say some twice
             of_runs += [(row, min(begin, run_len * group - most)) for begin in range(0, run_len * group, most)]
         else:
-            of_singles += [(each, min(begin, group - single)) for each in range(row, row + run_len)
-                           for begin in range(0, group, single)]
+            of_singles += _singles(range(row, row + run_len), group, single)
         row += run_len
     return _table(of_singles), _table(of_runs)
+
+
+def _singles(rows: range, group: int, single: int) -> list[tuple[int, int]]:
+    return [(row, min(begin, group - single)) for row in rows for begin in range(0, group, single)]
+
+
+@lru_cache
+def _tiles_of_singles(num_rows: int, group: int, single: int) -> Tensor:
+    """Of nearly all steps."""
+    return _table(_singles(range(num_rows), group, single))
 
 
 def _table(tiles: list[tuple[int, int]]) -> Tensor:

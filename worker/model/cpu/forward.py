@@ -97,9 +97,8 @@ class Inputs:
 
     def fill(self, token_ids: Sequence[int] | Tensor, kept: Sequence[int], rows: Rows) -> dict[str, int]:
         """How many there are of each."""
-        for place, values in ((self.token_ids, torch.as_tensor(token_ids)), (self.kept, torch.as_tensor(kept)),
-                              *zip(self.rows, rows, strict=True)):
-            place[:len(values)] = values
+        for place, values in zip((self.token_ids, self.kept, *self.rows), (token_ids, kept, *rows), strict=True):
+            place.numpy()[:len(values)] = values        # a quarter of the time that torch takes for so few
         return {"rows": len(token_ids), "kept": len(kept), "single_tiles": len(rows.single_tiles),
                 "shared_tiles": len(rows.shared_tiles)}
 
@@ -188,7 +187,6 @@ class Forwards:
         return (isinstance(context, DecodeRows | PrefillChunk | Together) and num_rows <= self.max_rows
                 and num_rows == len(context.runs.slots))
 
-    @torch.inference_mode()
     def run(self, token_ids: Sequence[int] | Tensor, context: InSlots, kept: Sequence[int]) -> Tensor:
         """Logits of the kept rows."""
         rows = context.runs.rows(self._group, self._most)
@@ -196,7 +194,7 @@ class Forwards:
         if context.layers is not self._layers:
             numbers |= _places(context.layers)
             self._layers = context.layers
-        self._angles.reach(1 + int(rows.positions.max()))
+        self._angles.reach(1 + int(rows.positions.numpy().max()))
         for name, number in numbers.items():
             self._program.set(name, number)
         self._program.run(threads_for(len(token_ids) * self._most_weights, MIN_SHARED_PRODUCTS))
