@@ -12,7 +12,7 @@ from collections import Counter
 
 from worker.engine.slots import Slots
 from worker.model.attention import PAGE_LEN, KVLayer
-from worker.model.slots import WHOLE_PAGE, SlotMemory, copy_page, give_back, places, tokens
+from worker.model.slots import SlotMemory, give_back, places, tokens
 
 Block = tuple[int, int]                                 # page, slot
 
@@ -82,11 +82,10 @@ class KVSlots(Slots):
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of one slot to the same place in another."""
+        whole = range(-(-begin // PAGE_LEN), end // PAGE_LEN)
+        self.memory.copy(whole, source, target)
         for page, place in places(begin, end):
-            for cache in (cache for layer in self.layers for cache in layer):
-                if place == WHOLE_PAGE:
-                    copy_page(cache, page, source, target)
-                    continue
+            for cache in (cache for layer in self.layers for cache in layer if page not in whole):
                 for mine, theirs in zip(*(tokens(cache[page, slot], place) for slot in (target, source)), strict=True):
                     mine.copy_(theirs)
 

@@ -17,18 +17,20 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Protocol, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from worker.model import cpu
 from worker.model.attention import PAGE_LEN, Context, KVLayer, KVShape, Scores
+from worker.model.cpu import blocks
 from worker.model.weighing import Reach, causal_mask, reaches, weigh_chunk, weigh_pages
 
 if TYPE_CHECKING:
-    from worker.model.cpu.attention import Runs
+    from worker.model.cpu.attention import Angles, Runs
 
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0       # MAP_NORESERVE; mmap names it from Python 3.13 on
-WHOLE_PAGE = slice(0, PAGE_LEN)
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
@@ -95,13 +97,6 @@ def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
     for page in range(begin // PAGE_LEN, -(-end // PAGE_LEN)):
         start = page * PAGE_LEN
         yield page, slice(max(begin - start, 0), min(end - start, PAGE_LEN))
-
-
-def copy_page(cache: Tensor, page: int, source: int, target: int) -> None:
-    """Of one slot to another, keys or values. A found prompt has many: to index them would take longer than to copy."""
-    num_bytes = cache.stride(1) * cache.itemsize
-    begin = cache.data_ptr() + page * cache.stride(0) * cache.itemsize
-    ctypes.memmove(begin + target * num_bytes, begin + source * num_bytes, num_bytes)
 
 
 @dataclass(slots=True)
@@ -222,9 +217,22 @@ class PrefillChunk:
 
 @dataclass(slots=True)
 class SlotMemory:
-    """Makes the contexts of forwards over what `allocate` gave."""
+    """What `allocate` gave: makes the contexts of forwards over it, and copies its pages."""
 
     layers: list[KVLayer]
+    _caches: npt.NDArray[np.int64] = field(init=False)      # of each its address, and the bytes of a page and of a slot
+
+    def __post_init__(self) -> None:
+        self._caches = np.array([[cache.data_ptr(), *(stride * cache.itemsize for stride in cache.stride()[:2])]
+                                 for layer in self.layers for cache in layer], dtype=np.int64)
+
+    def copy(self, pages: range, source: int, target: int) -> None:
+        """Whole pages of one slot to another. To index them would take as long as to copy them."""
+        begins, page_bytes, slot_bytes = self._caches.T[:, :, None]
+        begins = begins + page_bytes * np.array(pages)
+        num_bytes = np.broadcast_to(slot_bytes, begins.shape)
+        table = np.stack((begins + slot_bytes * source, begins + slot_bytes * target, num_bytes), axis=-1)
+        blocks.copy(table.reshape(-1, 3))
 
     def rows(self, slots: Sequence[int], positions: Sequence[int]) -> DecodeRows:
         return DecodeRows(self.layers, slots, positions)
@@ -274,9 +282,9 @@ def make_runs(slots: Tensor, positions: Tensor, lens: list[int]) -> Runs:
     return Runs(slots, positions, lens)
 
 
-def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-                      ) -> Tensor:
-    """As `Context.attend`."""
+def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores,
+                      angles: Angles | None = None) -> Tensor:
+    """As `Context.attend`; by angles queries and keys are yet to be turned."""
     from worker.model.cpu.attention import attend, most_queries, write
 
     keys, values = context.layers[layer]
@@ -284,7 +292,7 @@ def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, 
     rows = context.runs.rows(query.shape[1] // num_kv_heads, most_queries(query.dtype, head_dim))
     num_rows, num_padded_rows = len(rows.slots), query.shape[2]
     query, key, value = (_dense(tensor[0, :, :num_rows].transpose(0, 1)) for tensor in (query, key, value))
-    write(keys, values, key, value, rows.slots, rows.positions)
+    write(keys, values, key, value, rows.slots, rows.positions, query, angles)
     out = attend(query, keys, values, rows, scaling=scores.scaling, window=scores.sliding_window,
                  softcap=scores.softcap, sinks=scores.sinks)
     return filled(out, num_padded_rows)[None]

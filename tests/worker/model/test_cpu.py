@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +22,7 @@ if not cpu.computes(torch.float32):
 from llvmlite.ir import VoidType
 
 from worker.engine import likeliest, noise, penalties
-from worker.model.cpu import amx, attention, kernel, linear, pointwise
+from worker.model.cpu import amx, attention, blocks, kernel, linear, pointwise
 from worker.model.cpu.code import FLOAT32, Code, Value
 from worker.model.cpu.kernel import Kernel, Processor
 from worker.model.cpu.linear import PanelLinear
@@ -97,6 +98,22 @@ def test_gates_are_multiplied_in_their_product(
     x[5, 3] = torch.nan
     out = layer.silu_and_multiply(x)
     assert out[5].isnan().all() and torch.equal(out[6:], whole[6:])
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_blocks_are_copied_by_one_thread_or_two(by_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any length in lines, and nothing behind them."""
+    if not by_kernels:
+        monkeypatch.setattr(cpu, "computes", lambda dtype: False)
+    source = torch.randint(0, 256, (5, 3 * blocks.PART_BYTES), dtype=torch.uint8)
+    lens = [0, 64, blocks.PART_BYTES, blocks.PART_BYTES + 64, 3 * blocks.PART_BYTES]
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        target = torch.zeros_like(source)
+        blocks.copy(np.array([[a.data_ptr(), b.data_ptr(), n] for a, b, n in zip(source, target, lens, strict=True)]))
+        for a, b, num_bytes in zip(source, target, lens, strict=True):
+            assert torch.equal(b[:num_bytes], a[:num_bytes]) and not b[num_bytes:].any()
+        blocks.copy(np.zeros((0, 3), dtype=np.int64))
 
 
 @Kernel

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from worker.model.cpu import LANES, LOWEST, WORD_BYTES, amx, amx_attention
-from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, INTEGER, SIZES, Code, Value, vector
+from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, INTEGER, LINE_BYTES, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, threads_for
+from worker.model.cpu.pointwise import angles_at, turn
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
 NUM_SUMS = 24               # vectors in registers: what the queries of a tile have met, of all their dimensions
 MAX_CHAINS = 4              # of additions to one product, side by side: one waits for what came before it
+
+Angles = tuple[Tensor, Tensor]      # cosines and sines, [rows, head_dim] each
 
 
 class Rows(NamedTuple):
@@ -125,34 +128,52 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: 
     return out
 
 
-def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor) -> None:
-    """One token of each row, [rows, num_kv_heads, head_dim] each, into pages as above."""
+def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor, query: Tensor,
+          angles: Angles | None = None) -> None:
+    """One token of each row, [rows, num_kv_heads, head_dim] each, into pages as above.
+
+    By angles of [rows, head_dim] keys are turned on their way, and queries where they are.
+    """
     num_rows, num_kv_heads, head_dim = key.shape
-    _write(keys, values, key, value, slots, positions, num_rows, values.shape[1], num_kv_heads, key.stride(0),
-           key.stride(1), value.stride(0), value.stride(1), num_threads=threads_for(2 * key.numel()), dtype=key.dtype,
-           head_dim=head_dim, page_len=values.shape[3])
+    cos, sin = angles or (key, key)
+    _write(keys, values, key, value, query, cos, sin, slots, positions, num_rows, values.shape[1], num_kv_heads,
+           query.shape[1] // num_kv_heads, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+           query.stride(0), query.stride(1), cos.stride(0), sin.stride(0),
+           num_threads=threads_for(2 * key.numel() + (query.numel() if angles else 0)), dtype=key.dtype,
+           head_dim=head_dim, page_len=values.shape[3], has_angles=angles is not None)
 
 
 @Kernel
-def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, slots: Value, positions: Value,
-           num_rows: Value, num_slots: Value, num_kv_heads: Value, key_row_stride: Value, key_head_stride: Value,
-           value_row_stride: Value, value_head_stride: Value, *, dtype: torch.dtype, head_dim: int, page_len: int
-           ) -> None:
+def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, query: Value, cos: Value, sin: Value,
+           slots: Value, positions: Value, num_rows: Value, num_slots: Value, num_kv_heads: Value, group: Value,
+           key_row_stride: Value, key_head_stride: Value, value_row_stride: Value, value_head_stride: Value,
+           query_row_stride: Value, query_head_stride: Value, cos_stride: Value, sin_stride: Value, *,
+           dtype: torch.dtype, head_dim: int, page_len: int, has_angles: bool) -> None:
     element = ELEMENTS[dtype]
-    size = SIZES[element]
-    with code.shares(num_rows * num_kv_heads) as unit:
-        row, head = unit % num_rows, unit // num_rows   # keys of neighbours share lines
+    size, num_bytes = SIZES[element], head_dim * SIZES[element]
+    turned = code.scratch(-(-num_bytes // LINE_BYTES))
+    with code.shares(num_rows) as row:
         slot, position = (code.load(each + row * SIZES[INTEGER], INTEGER, 1) for each in (slots, positions))
-        page = (position // page_len * num_slots + slot) * num_kv_heads + head
-        token, lane = page * page_len + position % page_len, position % LANES
-        source = value + (row * value_row_stride + head * value_head_stride) * size
-        place = values + token * (head_dim * size)
-        for i in range(0, head_dim * size, LANES * size):
-            code.store(code.load(source + i, element), place + i, element)
-        source = key + (row * key_row_stride + head * key_head_stride) * size
-        place = keys + (token - lane) * (head_dim * size) + lane * WORD_BYTES
-        for i in range(0, head_dim * size, WORD_BYTES):
-            code.store(code.load(source + i, INT32, 1), place + i * LANES, INT32)
+        angles = angles_at(code, cos + row * cos_stride * size, sin + row * sin_stride * size, element, head_dim
+                           ) if has_angles else []
+        with code.loop(0, num_kv_heads) as head:
+            page = (position // page_len * num_slots + slot) * num_kv_heads + head
+            token, lane = page * page_len + position % page_len, position % LANES
+            source = value + (row * value_row_stride + head * value_head_stride) * size
+            place = values + token * num_bytes
+            for i in range(0, num_bytes, LANES * size):
+                code.store(code.load(source + i, element), place + i, element)
+            source = key + (row * key_row_stride + head * key_head_stride) * size
+            if has_angles:
+                turn(code, source, turned, angles, element)
+                source = turned
+            place = keys + (token - lane) * num_bytes + lane * WORD_BYTES
+            for i in range(0, num_bytes, WORD_BYTES):
+                code.store(code.load(source + i, INT32, 1), place + i * LANES, INT32)
+        if has_angles:
+            with code.loop(0, num_kv_heads * group) as head:
+                place = query + (row * query_row_stride + head * query_head_stride) * size
+                turn(code, place, place, angles, element)
 
 
 @Kernel

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from worker.model.attention import KVLayer, KVShape, Scores
-from worker.model.cpu.attention import Rows, Runs, most_queries
+from worker.model.cpu.attention import Angles, Rows, Runs, most_queries
 from worker.model.cpu.kernel import MIN_SHARED_PRODUCTS, empty, threads_for
 from worker.model.cpu.linear import PanelLinear
 from worker.model.cpu.pointwise import gather
@@ -65,7 +65,7 @@ def _width(layer: FusedLayer) -> int:
     return sum(product.num_columns + product.width for product in packed_linears(layer))
 
 
-class Angles:
+class AngleTable:
     """Cosines and sines of all positions, [positions, head_dim] each, as the model's own module finds them."""
 
     def __init__(self, rotary: nn.Module, width: int, max_model_len: int, dtype: torch.dtype):
@@ -74,6 +74,11 @@ class Angles:
         self._num_known = 0
 
     def reach(self, num_positions: int) -> None:
+        if self._num_known < num_positions:
+            self._extend(num_positions)
+
+    @torch.inference_mode()
+    def _extend(self, num_positions: int) -> None:
         while self._num_known < num_positions:
             begin, end = self._num_known, self._num_known + ANGLES_STEP
             self.cos[begin:end], self.sin[begin:end] = (
@@ -109,9 +114,11 @@ class Placed:
 
     layers: list[KVLayer]
     runs: Runs
+    turns_heads: ClassVar = True
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        return attend_by_kernels(self, layer, query, key, value, scores)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores,
+               angles: Angles | None = None) -> Tensor:
+        return attend_by_kernels(self, layer, query, key, value, scores, angles)
 
 
 class Forwards:
@@ -121,7 +128,7 @@ class Forwards:
         self._parts, self._shape, self.max_rows = parts, shape, max_rows
         hidden_size, dtype = parts.embedding.shape[1], parts.embedding.dtype
         self._group, self._most = shape.num_query_heads // shape.num_kv_heads, most_queries(dtype, shape.head_dim)
-        self._angles = Angles(parts.rotary, shape.head_dim, max_model_len, dtype)
+        self._angles = AngleTable(parts.rotary, shape.head_dim, max_model_len, dtype)
         self._inputs = Inputs.of(max_rows, self._group)
         self._arena = Arena(max_rows, round(ROOM * dtype.itemsize * max(map(_width, parts.layers))))
         self._embedded = torch.empty(max_rows, hidden_size, dtype=dtype)

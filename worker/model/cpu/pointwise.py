@@ -6,11 +6,13 @@ depend on that row alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from worker.model.cpu import LANES
-from worker.model.cpu.code import INTEGER, SIZES, Code, Value
+from worker.model.cpu.code import FLOAT32, INTEGER, LINE_BYTES, SIZES, Code, Value
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, empty_rows, threads_for
 
 
@@ -74,18 +76,30 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @Kernel
 def _rotate(code: Code, x: Value, cos: Value, sin: Value, num_rows: Value, num_heads: Value, row_stride: Value,
             head_stride: Value, cos_stride: Value, sin_stride: Value, *, dtype: torch.dtype, head_dim: int) -> None:
-    element, half = ELEMENTS[dtype], head_dim // 2
+    element = ELEMENTS[dtype]
     size = SIZES[element]
     with code.shares(num_rows) as row:
-        for begin in range(0, half, LANES):
-            angles = [[code.numbers(table + (row * stride + begin + offset) * size, element) for offset in (0, half)]
-                      for table, stride in ((cos, cos_stride), (sin, sin_stride))]
-            (first_cos, second_cos), (first_sin, second_sin) = angles
-            with code.loop(0, num_heads) as head:
-                place = x + (row * row_stride + head * head_stride + begin) * size
-                first, second = code.numbers(place, element), code.numbers(place + half * size, element)
-                code.store(first * first_cos - second * first_sin, place, element)
-                code.store(second * second_cos + first * second_sin, place + half * size, element)
+        angles = angles_at(code, cos + row * cos_stride * size, sin + row * sin_stride * size, element, head_dim)
+        with code.loop(0, num_heads) as head:
+            place = x + (row * row_stride + head * head_stride) * size
+            turn(code, place, place, angles, element)
+
+
+def angles_at(code: Code, cos: Value, sin: Value, element: Any, head_dim: int) -> list[list[Value]]:
+    """Of one row: for each 16 numbers of a half their cosines and sines, and those of their counterparts."""
+    half = head_dim // 2 * SIZES[element]
+    return [[code.numbers(table + (begin + offset), element) for offset in (0, half) for table in (cos, sin)]
+            for begin in range(0, half, LANES * SIZES[element])]
+
+
+def turn(code: Code, head: Value, out: Value, angles: list[list[Value]], element: Any) -> None:
+    """One head, whose halves turn against each other, from its place to another."""
+    num_bytes = LANES * SIZES[element]
+    half = len(angles) * num_bytes
+    for begin, (cos, sin, other_cos, other_sin) in zip(range(0, half, num_bytes), angles, strict=True):
+        first, second = (code.numbers(head + (begin + offset), element) for offset in (0, half))
+        code.store(first * cos - second * sin, out + begin, element)
+        code.store(second * other_cos + first * other_sin, out + (begin + half), element)
 
 
 @Kernel
@@ -98,6 +112,16 @@ def _gather(code: Code, table: Value, places: Value, out: Value, num_rows: Value
         with code.loop(0, width, LANES) as column:
             numbers = code.load(source + column * size, element)
             code.store(numbers, out + (row * width + column) * size, element)
+
+
+@Kernel
+def copy_blocks(code: Code, blocks: Value, num_blocks: Value, num_parts: Value, *, part_bytes: int) -> None:
+    """As blocks.py has them."""
+    with code.shares(num_blocks * num_parts) as unit:
+        place, begin = blocks + unit // num_parts * (3 * SIZES[INTEGER]), unit % num_parts * part_bytes
+        source, target, num_bytes = (code.load(place + i * SIZES[INTEGER], INTEGER, 1) for i in range(3))
+        with code.loop(begin, code.smaller(begin + part_bytes, num_bytes), LINE_BYTES) as offset:
+            code.store(code.load(source + offset, FLOAT32), target + offset, FLOAT32)
 
 
 @Kernel
