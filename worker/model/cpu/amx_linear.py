@@ -52,21 +52,26 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
     def place_of(panel: Value, tile: Value, i: Value) -> Value:
         return out + (first_row(tile) + i) * out_bytes + panel * panel_bytes
 
+    def ask_for(panel: Value, tile: Value, begin: Value, end: Value) -> None:
+        """Where outputs of these rows of a tile will go; of all at once, it would take as long as to wait for them."""
+        with code.loop(begin, end) as i:
+            code.prefetch(place_of(panel, tile, i), panel_bytes, is_written=True)
+
     with amx.registers(code, tile_rows), code.shares(num_blocks * num_panels) as unit:
         panel, block = unit % num_panels, unit // num_panels
         begin, end = (num_tiles * each // num_blocks for each in (block, block + 1))
         weights, biases = Rows(weight + panel * (num_steps * STEP_BYTES), panel_stride), bias + panel * SUMS_BYTES
-        with code.loop(begin, end) as tile, code.loop(0, tile_rows) as i:
-            code.prefetch(place_of(panel, tile, i), panel_bytes, is_written=True)
         is_one = end.equals(begin + 1)
         for num_halves, is_it in ((1, tile_rows <= amx.ROWS), (2, tile_rows > amx.ROWS)):
             with code.when(is_one & is_it):
+                ask_for(panel, begin, code.integer(0), tile_rows)
                 rows = Rows(x + first_row(begin) * x_bytes, x_bytes)
                 add_up(Rows(biases, code.integer(0)), rows, weights, sums, num_steps, num_halves, ahead=AHEAD_BYTES,
                        load=amx.FOR_ONCE)
         with code.when(is_one.equals(0)), code.loop(0, num_steps, BLOCK_STEPS) as step:
             num_left, is_first = code.smaller(num_steps - step, BLOCK_STEPS), step.equals(0)
             with code.loop(begin, end) as tile:
+                ask_for(panel, tile, *(tile_rows * each // num_steps for each in (step, step + num_left)))
                 rows = Rows(x + first_row(tile) * x_bytes, x_bytes) + step * amx.ROW_BYTES
                 so_far = sums + (tile - begin) * (TILE_ROWS * SUMS_BYTES)
                 start = Rows(code.select(is_first, biases, so_far.at), code.select(is_first, 0, sums_bytes))
