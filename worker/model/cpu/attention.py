@@ -135,6 +135,8 @@ def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tenso
     By angles of [rows, head_dim] keys are turned on their way, and queries where they are.
     """
     num_rows, num_kv_heads, head_dim = key.shape
+    if angles and any(each.shape != (num_rows, head_dim) for each in angles):
+        raise RuntimeError(f"angles of {tuple(angles[0].shape)} do not turn heads of {tuple(key.shape)}")
     cos, sin = angles or (key, key)
     _write(keys, values, key, value, query, cos, sin, slots, positions, num_rows, values.shape[1], num_kv_heads,
            query.shape[1] // num_kv_heads, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
