@@ -82,10 +82,8 @@ class KVSlots(Slots):
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of one slot to the same place in another."""
-        whole = range(-(-begin // PAGE_LEN), end // PAGE_LEN)
-        self.memory.copy(whole, source, target)
         for page, place in places(begin, end):
-            for cache in (cache for layer in self.layers for cache in layer if page not in whole):
+            for cache in (cache for layer in self.layers for cache in layer):
                 for mine, theirs in zip(*(tokens(cache[page, slot], place) for slot in (target, source)), strict=True):
                     mine.copy_(theirs)
 

@@ -8,14 +8,33 @@ knows slots and lengths, nothing of tokens.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from worker.engine.slots import Slots
-from worker.model.paged import PAGE_LEN, PagedMemory, pages
+from worker.model.memory import Memory
+
+
+class Pool(Memory, Protocol):
+    @property
+    def page_len(self) -> int: ...
+
+    @property
+    def table(self) -> npt.NDArray[np.integer]:
+        """[slots, pages of the longest sequence]: which page of the pool each has there."""
+
+    def copy(self, source: int, target: int, first: int, last: int) -> None:
+        """Tokens [first, last) of a page, counted from its first, to the same place in another."""
+
+    def give_back(self, page: int) -> None:
+        """The memory of a page that nobody has, to the system, if it can be had again."""
 
 
 class KVPages(Slots):
-    def __init__(self, memory: PagedMemory, num_slots: int, num_pages: int):
-        super().__init__(num_slots, PAGE_LEN)
+    def __init__(self, memory: Pool, num_slots: int, num_pages: int):
+        super().__init__(num_slots, memory.page_len)
         self.memory = memory
         self.num_pages = num_pages
         self._free_pages = list(reversed(range(num_pages)))
@@ -25,7 +44,7 @@ class KVPages(Slots):
 
     def grow(self, slot: int, num_tokens: int) -> None:
         """The pages must be free."""
-        for place in range(self._owned[slot], pages(num_tokens)):
+        for place in range(self._owned[slot], self.pages(num_tokens)):
             self._put(slot, place, self._take())
             self._owned[slot] += 1
 
@@ -36,37 +55,41 @@ class KVPages(Slots):
 
     def num_pages_to_keep(self, begin: int, end: int) -> int:
         """That must be free, at most: whole pages are shared."""
-        return sum(last - first < PAGE_LEN for _, first, last in _places(begin, end))
+        return sum(last - first < self.page_len for _, first, last in self._places(begin, end))
 
     def keep(self, source: int, target: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of one slot also in another, which nobody owns; until `drop`."""
-        for place, first, last in _places(begin, end):
+        for place, first, last in self._places(begin, end):
             if not self._holds[target][place]:
-                is_whole = last - first == PAGE_LEN
+                is_whole = last - first == self.page_len
                 self._put(target, place, int(self.memory.table[source, place]) if is_whole else self._take())
             self._holds[target][place] += 1
             self._copy_tokens(source, target, place, first, last)
 
     def drop(self, slot: int, begin: int, end: int) -> None:
-        for place, _, _ in _places(begin, end):
+        for place, _, _ in self._places(begin, end):
             self._holds[slot][place] -= 1
             if not self._holds[slot][place]:
                 self._leave(slot, place)
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of one slot to the same place in another: whole pages are shared."""
-        for place, first, last in _places(begin, end):
-            if last - first == PAGE_LEN:
+        for place, first, last in self._places(begin, end):
+            if last - first == self.page_len:
                 self._leave(target, place)
                 self._put(target, place, int(self.memory.table[source, place]))
             self._copy_tokens(source, target, place, first, last)
+
+    def _places(self, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """The places of a table over which tokens [begin, end) are spread, with the first and the last one in each."""
+        return [(place, max(begin - place * self.page_len, 0), min(end - place * self.page_len, self.page_len))
+                for place in range(begin // self.page_len, self.pages(end))]
 
     def _copy_tokens(self, source: int, target: int, place: int, first: int, last: int) -> None:
         """Unless both slots have the same page there."""
         old, new = (int(self.memory.table[slot, place]) for slot in (source, target))
         if old != new:
-            for cache in (cache for layer in self.memory.layers for cache in layer):
-                cache[new, :, first:last] = cache[old, :, first:last]
+            self.memory.copy(old, new, first, last)
 
     def _take(self) -> int:
         assert self._free_pages, f"{self!r} is full"
@@ -91,7 +114,8 @@ class KVPages(Slots):
         """Nothing: what lies behind a sequence's end is never read."""
 
     def give_back_idle(self) -> None:
-        """Nothing: the pool is this process' own."""
+        for page in self._free_pages:
+            self.memory.give_back(page)
 
     @property
     def num_free_pages(self) -> int:
@@ -112,9 +136,3 @@ class KVPages(Slots):
 
     def __repr__(self) -> str:
         return f"<KVPages {self.num_held}/{self.num_slots} owned, {len(self._holders)}/{self.num_pages} pages held>"
-
-
-def _places(begin: int, end: int) -> list[tuple[int, int, int]]:
-    """The places of a table over which tokens [begin, end) are spread, with the first and the last token in each."""
-    return [(place, max(begin - place * PAGE_LEN, 0), min(end - place * PAGE_LEN, PAGE_LEN))
-            for place in range(begin // PAGE_LEN, pages(end))]

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
 
 from worker.engine.kv import KVSlots
-from worker.model import memory
+from worker.engine.paged import KVPages
+from worker.model import cpu, memory
 from worker.model.attention import PAGE_LEN
 from worker.model.model import Model
-from worker.model.slots import allocate
+from worker.model.slots import SlotMemory, allocate
 
-if TYPE_CHECKING:
-    from worker.engine.paged import KVPages
-
-    KV = KVSlots | KVPages
+KV = KVSlots | KVPages
 
 
 def make_store(model: Model, *, max_num_seqs: int, num_slots: int, max_model_len: int, num_bytes: int) -> KV:
     """Of slots for so many sequences, and further ones for what is kept. Raises ValueError when it is too small."""
     if not memory.is_paged(model.device):
         num_pages = _num_pages(model, PAGE_LEN, max_model_len, num_bytes)
-        return KVSlots(allocate(model.kv_shapes, num_slots, max_model_len, model.dtype), max_num_seqs, num_pages)
-    from worker.engine.paged import KVPages  # needs Triton
-    from worker.model import paged
+        if not all(cpu.attends(model.dtype, shape.head_dim) for shape in model.kv_shapes):
+            return KVSlots(allocate(model.kv_shapes, num_slots, max_model_len, model.dtype), max_num_seqs, num_pages)
+        num_places = -(-max_model_len // PAGE_LEN)
+        num_pages = min(num_pages, num_slots * num_places)
+        pool = allocate(model.kv_shapes, 1, num_pages * PAGE_LEN, model.dtype)
+        return KVPages(SlotMemory(pool, np.zeros((num_slots, num_places), dtype=np.int64)), max_num_seqs, num_pages)
+    from worker.model import paged  # needs Triton
 
     num_pages = _num_pages(model, paged.PAGE_LEN, max_model_len, min(num_bytes, memory.num_free_bytes(model.device)))
     return KVPages(paged.PagedMemory.allocate(model.kv_shapes, num_pages, num_slots, max_model_len, model.dtype,

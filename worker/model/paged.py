@@ -33,6 +33,7 @@ def pages(num_tokens: int) -> int:
 class PagedMemory:
     layers: list[KVLayer]                               # each [num_pages, num_kv_heads, PAGE_LEN, head_dim]
     table: npt.NDArray[np.int32]                        # [num_slots, pages of the longest sequence]
+    page_len: ClassVar = PAGE_LEN
 
     @classmethod
     def allocate(cls, shapes: Sequence[KVShape], num_pages: int, num_slots: int, num_tokens: int, dtype: torch.dtype,
@@ -52,6 +53,14 @@ class PagedMemory:
         num_rows = tiled(end - begin)
         table = np.repeat(self.table[slot:slot + 1, :pages(end)], num_rows // TILE_LEN, axis=0)
         return PagedTiles(self.layers, self._on_device(table), self._on_device(padded(range(begin, end), num_rows)))
+
+    def copy(self, source: int, target: int, first: int, last: int) -> None:
+        """Tokens [first, last) of a page, counted from its first, to the same place in another."""
+        for cache in (cache for layer in self.layers for cache in layer):
+            cache[target, :, first:last] = cache[source, :, first:last]
+
+    def give_back(self, page: int) -> None:
+        """Nothing: the pool is this process' own."""
 
     def _on_device(self, array: npt.NDArray[np.int32]) -> Tensor:
         return send(array, self.layers[0].keys.device, torch.int32)

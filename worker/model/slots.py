@@ -24,7 +24,6 @@ from torch import Tensor
 
 from worker.model import cpu
 from worker.model.attention import PAGE_LEN, Context, KVLayer, KVShape, Scores
-from worker.model.cpu import blocks
 from worker.model.weighing import Reach, causal_mask, reaches, weigh_chunk, weigh_pages
 
 if TYPE_CHECKING:
@@ -40,6 +39,9 @@ class InSlots(Protocol):
 
     @property
     def layers(self) -> list[KVLayer]: ...
+
+    @property
+    def table(self) -> Tensor: ...
 
     @property
     def runs(self) -> Runs: ...
@@ -107,6 +109,7 @@ class DecodeRows:
     """
 
     layers: list[KVLayer]
+    table: Tensor
     slots: Sequence[int]
     positions: Sequence[int]
     _slots: Tensor = field(init=False)
@@ -168,6 +171,7 @@ class PrefillChunk:
     """Consecutive tokens of one prompt, in a forward of their own."""
 
     layers: list[KVLayer]
+    table: Tensor
     slot: int
     begin: int
     end: int
@@ -215,30 +219,39 @@ class PrefillChunk:
         return self._masks[window, group]
 
 
-@dataclass(slots=True)
+def in_turn(layers: Sequence[KVLayer]) -> npt.NDArray[np.int64]:
+    """The table of slots that have each the pages that are named after it."""
+    num_pages, num_slots = layers[0].values.shape[:2]
+    return np.arange(num_pages * num_slots).reshape(num_pages, num_slots).T.copy()
+
+
 class SlotMemory:
-    """What `allocate` gave: makes the contexts of forwards over it, and copies its pages."""
+    """Makes the contexts of forwards over what `allocate` gave."""
 
-    layers: list[KVLayer]
-    _caches: npt.NDArray[np.int64] = field(init=False)      # of each its address, and the bytes of a page and of a slot
+    page_len = PAGE_LEN
 
-    def __post_init__(self) -> None:
-        self._caches = np.array([[cache.data_ptr(), *(stride * cache.itemsize for stride in cache.stride()[:2])]
-                                 for layer in self.layers for cache in layer], dtype=np.int64)
-
-    def copy(self, pages: range, source: int, target: int) -> None:
-        """Whole pages of one slot to another. To index them would take as long as to copy them."""
-        begins, page_bytes, slot_bytes = self._caches.T[:, :, None]
-        begins = begins + page_bytes * np.array(pages)
-        num_bytes = np.broadcast_to(slot_bytes, begins.shape)
-        table = np.stack((begins + slot_bytes * source, begins + slot_bytes * target, num_bytes), axis=-1)
-        blocks.copy(table.reshape(-1, 3))
+    def __init__(self, layers: list[KVLayer], table: npt.NDArray[np.int64] | None = None):
+        """Kernels of ours find the pages of slots by a table of [slots, any], which may change; others as they lie."""
+        self.layers = layers
+        self.table = in_turn(layers) if table is None else table
+        self._table = torch.from_numpy(self.table)
 
     def rows(self, slots: Sequence[int], positions: Sequence[int]) -> DecodeRows:
-        return DecodeRows(self.layers, slots, positions)
+        return DecodeRows(self.layers, self._table, slots, positions)
 
     def chunk(self, slot: int, begin: int, end: int) -> PrefillChunk:
-        return PrefillChunk(self.layers, slot, begin, end)
+        return PrefillChunk(self.layers, self._table, slot, begin, end)
+
+    def copy(self, source: int, target: int, first: int, last: int) -> None:
+        """Tokens [first, last) of a page, counted from its first, to the same place in another."""
+        for cache in (cache.flatten(0, 1) for layer in self.layers for cache in layer):
+            for mine, theirs in zip(*(tokens(cache[page], slice(first, last)) for page in (target, source)),
+                                    strict=True):
+                mine.copy_(theirs)
+
+    def give_back(self, page: int) -> None:
+        for cache in (cache.flatten(0, 1) for layer in self.layers for cache in layer):
+            give_back(cache[page])
 
 
 @dataclass(slots=True)
@@ -251,6 +264,10 @@ class Together:
     @property
     def layers(self) -> list[KVLayer]:
         return self._in_slots[0].layers
+
+    @property
+    def table(self) -> Tensor:
+        return self._in_slots[0].table
 
     @property
     def _in_slots(self) -> list[InSlots]:
@@ -292,8 +309,8 @@ def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, 
     rows = context.runs.rows(query.shape[1] // num_kv_heads, most_queries(query.dtype, head_dim))
     num_rows, num_padded_rows = len(rows.slots), query.shape[2]
     query, key, value = (_dense(tensor[0, :, :num_rows].transpose(0, 1)) for tensor in (query, key, value))
-    write(keys, values, key, value, rows.slots, rows.positions, query, angles)
-    out = attend(query, keys, values, rows, scaling=scores.scaling, window=scores.sliding_window,
+    write(keys, values, key, value, context.table, rows.slots, rows.positions, query, angles)
+    out = attend(query, keys, values, context.table, rows, scaling=scores.scaling, window=scores.sliding_window,
                  softcap=scores.softcap, sinks=scores.sinks)
     return filled(out, num_padded_rows)[None]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.worker.families import computing_by
 from worker.engine.kv import KVSlots
 from worker.model.attention import PAGE_LEN, KVShape, Scores
-from worker.model.slots import DecodeRows, PrefillChunk, allocate
+from worker.model.slots import allocate
 
 SHAPES = [KVShape(num_kv_heads=2, head_dim=4, num_query_heads=4),
           KVShape(num_kv_heads=1, head_dim=8, num_query_heads=4)]
@@ -78,10 +78,10 @@ def test_some_tokens_of_a_slot_are_copied_and_no_others(dtype: torch.dtype, kern
         kv = KVSlots(allocate([KVShape(2, 32, 2)], 3, num_tokens + 1, dtype), 3, 6)
 
         def fill(slot: int, key: Tensor, value: Tensor) -> None:
-            PrefillChunk(kv.layers, slot, 0, num_tokens).attend(0, query, key, value, scores)
+            kv.memory.chunk(slot, 0, num_tokens).attend(0, query, key, value, scores)
 
         def read(slot: int) -> Tensor:
-            row = DecodeRows(kv.layers, [slot], [num_tokens])
+            row = kv.memory.rows([slot], [num_tokens])
             return row.attend(0, query[:, :, :1], key[:, :, :1], value[:, :, :1], scores)
 
         fill(0, key, value)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from tests.worker.families import computing_by, kinds_of_ours
 from worker.model import cpu
-from worker.model.attention import PAGE_LEN, Context, KVShape, Scores
-from worker.model.slots import DecodeRows, PrefillChunk, allocate
+from worker.model.attention import PAGE_LEN, Context, KVLayer, KVShape, Scores
+from worker.model.slots import SlotMemory, allocate, in_turn
 from worker.model.weighing import MAX_SPREAD, reaches
 
 NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
@@ -43,6 +44,14 @@ def plain(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor
     return torch.einsum("ht,htd->hd", logits.softmax(-1)[:, :keys.shape[1]], values)
 
 
+def memory_of(layers: list[KVLayer]) -> SlotMemory:
+    """Kernels of ours find pages wherever a table says."""
+    table = in_turn(layers)
+    if layers[0].is_in_lanes:
+        table = np.random.default_rng(0).permutation(table.ravel()).reshape(table.shape)
+    return SlotMemory(layers, table)
+
+
 @pytest.fixture(params=[*kinds_of_ours(), "torch"], autouse=True)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     with computing_by(request.param):
@@ -61,11 +70,11 @@ def test_chunks_and_rows_are_plain_attention(scores: Scores, dtype: torch.dtype,
     outs = []
     for begin, end in ((0, 200), (200, PAGE_LEN + 30), (PAGE_LEN + 30, NUM_TOKENS - 8)):
         at = slice(begin, end)
-        chunk = PrefillChunk(layers, 2, begin, end)
+        chunk = memory_of(layers).chunk(2, begin, end)
         outs.append(chunk.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores))
     for begin, end in ((NUM_TOKENS - 8, NUM_TOKENS - 7), (NUM_TOKENS - 7, NUM_TOKENS)):
         at = slice(begin, end)
-        rows = DecodeRows(layers, [2] * (end - begin), range(begin, end))
+        rows = memory_of(layers).rows([2] * (end - begin), range(begin, end))
         outs.append(rows.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores))
     got = torch.cat(outs, dim=1)[0]
     for position in (0, 1, 39, 41, 199, 200, PAGE_LEN, NUM_TOKENS - 9, NUM_TOKENS - 8, NUM_TOKENS - 1):
@@ -88,7 +97,7 @@ def test_a_row_has_the_same_bits_in_any_company(scores: Scores, dtype: torch.dty
     key, value = (torch.randn(1, NUM_KV_HEADS, 8, HEAD_DIM).to(dtype) for _ in "kv")
 
     def attend(rows: list[int], num_padded: int) -> Tensor:
-        context = DecodeRows(layers, [slots[row] for row in rows], [positions[row] for row in rows])
+        context = memory_of(layers).rows([slots[row] for row in rows], [positions[row] for row in rows])
         at = [*rows, *[rows[-1]] * num_padded]
         return context.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores)[0]
 
@@ -118,8 +127,8 @@ def test_by_our_kernels_a_chunk_has_the_bits_of_rows(scores: Scores, head_dim: i
             cache.fill_(math.nan)
         parts = []
         for begin, end in pairwise(cuts):
-            context: Context = (DecodeRows(layers, [1] * 4, range(begin, end)) if isinstance(cuts, range)
-                                else PrefillChunk(layers, 1, begin, end))
+            context: Context = (memory_of(layers).rows([1] * 4, range(begin, end)) if isinstance(cuts, range)
+                                else memory_of(layers).chunk(1, begin, end))
             at = slice(begin, end)
             parts.append(context.attend(0, query[:, :, at], key[:, :, at], value[:, :, at], scores))
         outs.append(torch.cat(parts, dim=1)[0])

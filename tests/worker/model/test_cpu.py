@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,7 +21,7 @@ if not cpu.computes(torch.float32):
 from llvmlite.ir import VoidType
 
 from worker.engine import likeliest, noise, penalties
-from worker.model.cpu import amx, attention, blocks, kernel, linear, pointwise
+from worker.model.cpu import amx, attention, kernel, linear, pointwise
 from worker.model.cpu.code import FLOAT32, Code, Value
 from worker.model.cpu.kernel import Kernel, Processor
 from worker.model.cpu.linear import PanelLinear
@@ -98,22 +97,6 @@ def test_gates_are_multiplied_in_their_product(
     x[5, 3] = torch.nan
     out = layer.silu_and_multiply(x)
     assert out[5].isnan().all() and torch.equal(out[6:], whole[6:])
-
-
-@pytest.mark.parametrize("by_kernels", [True, False])
-def test_blocks_are_copied_by_one_thread_or_two(by_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any length in lines, and nothing behind them."""
-    if not by_kernels:
-        monkeypatch.setattr(cpu, "computes", lambda dtype: False)
-    source = torch.randint(0, 256, (5, 3 * blocks.PART_BYTES), dtype=torch.uint8)
-    lens = [0, 64, blocks.PART_BYTES, blocks.PART_BYTES + 64, 3 * blocks.PART_BYTES]
-    for num_threads in (1, 2):
-        torch.set_num_threads(num_threads)
-        target = torch.zeros_like(source)
-        blocks.copy(np.array([[a.data_ptr(), b.data_ptr(), n] for a, b, n in zip(source, target, lens, strict=True)]))
-        for a, b, num_bytes in zip(source, target, lens, strict=True):
-            assert torch.equal(b[:num_bytes], a[:num_bytes]) and not b[num_bytes:].any()
-        blocks.copy(np.zeros((0, 3), dtype=np.int64))
 
 
 @Kernel
@@ -198,7 +181,8 @@ def test_an_older_processor_computes_the_same_in_float32(old: None) -> None:
     query, (keys, values) = torch.randn(1, 3, 64), torch.randn(2, 256, 64)
     in_lanes = keys.view(1, 1, 1, 16, 16, 64, 1).transpose(4, 5).contiguous()
     rows = attention.Runs(torch.tensor([0]), torch.tensor([99]), [1]).rows(3, 64)
-    out = attention.attend(query, in_lanes, values.view(1, 1, 1, 256, 64), rows, scaling=0.125, window=None,
+    table = torch.zeros(1, 1, dtype=torch.int64)
+    out = attention.attend(query, in_lanes, values.view(1, 1, 1, 256, 64), table, rows, scaling=0.125, window=None,
                            softcap=None, sinks=None)
     shares = (query[0].double() @ keys[:100].double().T * 0.125).softmax(-1)
     assert is_near(out[0], shares @ values[:100].double(), 100)

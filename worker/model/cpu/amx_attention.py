@@ -21,8 +21,8 @@ FACT_BYTES, POSITION, PLACE, LARGEST = 128, 64, 72, 80  # of a query: its weight
 
 
 @Kernel
-def attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, positions: Value, begins: Value,
-           out: Value, sinks: Value, num_tiles: Value, num_slots: Value, num_kv_heads: Value, group: Value,
+def attend(code: Code, query: Value, keys: Value, values: Value, table: Value, slots: Value, positions: Value,
+           begins: Value, out: Value, sinks: Value, num_tiles: Value, width: Value, num_kv_heads: Value, group: Value,
            row_stride: Value, head_stride: Value, window: Value, scaling: Value, softcap: Value, *, head_dim: int,
            page_len: int, tile: int, is_single: bool, has_softcap: bool, has_sinks: bool) -> None:
     """As attention.py's, whose arguments these are."""
@@ -45,7 +45,8 @@ def attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, p
         return code.larger(position - window + 1, code.integer(0)) // KEYS * KEYS
 
     def offset_of(slot: Value, kv_head: Value, token: Value) -> Value:
-        page = (token // page_len * num_slots + slot) * num_kv_heads + kv_head
+        place = table + (slot * width + token // page_len) * SIZES[INTEGER]
+        page = code.load(place, INTEGER, 1) * num_kv_heads + kv_head
         return (page * page_len + token % page_len) * (head_dim * SIZE)
 
     def begin_of(unit: Value) -> Value:
@@ -70,8 +71,8 @@ def attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, p
             offset, ahead = offset_of(slot, kv_head, token), None
             met.multiply(keys + offset)
             if after is not None:                       # on its way from memory while what was read is computed
-                has_more = token + KEYS <= last
-                ahead = code.select(has_more, offset_of(slot, kv_head, token + KEYS), after)
+                following = code.smaller(token + KEYS, last)
+                ahead = code.select(token + KEYS <= last, offset_of(slot, kv_head, following), after)
                 code.prefetch(keys + ahead, KEYS * head_dim * SIZE)
             is_inside = (token > lowest - 1) & (token + KEYS <= first + 1)
             with code.loop(0, tile) as i:

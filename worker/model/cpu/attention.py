@@ -104,14 +104,15 @@ def _table(tiles: list[tuple[int, int]]) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int64).view(-1, 2)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: float, window: int | None,
-           softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Queries of [rows, heads, head_dim] over pages as in `KVLayer`, of keys in lanes.
+def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Rows, *, scaling: float,
+           window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Queries of [rows, heads, head_dim] over pages as in `KVLayer`, of keys in lanes, where a table of [slots, any]
+    says that each slot has them.
 
     Of every row the keys up to its position, which stand there already.
     """
     num_rows, num_heads, head_dim = query.shape
-    _, num_slots, num_kv_heads, page_len, _ = values.shape
+    num_kv_heads, page_len = values.shape[2:4]
     group = num_heads // num_kv_heads
     out = empty(num_rows, num_heads * head_dim, query.dtype).view(num_rows, num_heads, head_dim)
     most = most_queries(query.dtype, head_dim)
@@ -119,17 +120,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, *, scaling: 
     for begins, tile, is_single in ((rows.single_tiles, queries_of_single(group, most), True),
                                     (rows.shared_tiles, most, False)):
         if len(begins):
-            kernel(query, keys, values, rows.slots, rows.positions, begins, out,
-                    0 if sinks is None else sinks.float(), len(begins), num_slots, num_kv_heads, group, query.stride(0),
-                    query.stride(1), window or NO_WINDOW, float(scaling), float(softcap or 1),
+            kernel(query, keys, values, table, rows.slots, rows.positions, begins, out,
+                    0 if sinks is None else sinks.float(), len(begins), table.stride(0), num_kv_heads, group,
+                    query.stride(0), query.stride(1), window or NO_WINDOW, float(scaling), float(softcap or 1),
                     num_threads=threads_for(query.numel() * LANES), head_dim=head_dim,
                     page_len=page_len, tile=tile, is_single=is_single, has_softcap=softcap is not None,
                     has_sinks=sinks is not None)
     return out
 
 
-def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor, positions: Tensor, query: Tensor,
-          angles: Angles | None = None) -> None:
+def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, table: Tensor, slots: Tensor, positions: Tensor,
+          query: Tensor, angles: Angles | None = None) -> None:
     """One token of each row, [rows, num_kv_heads, head_dim] each, into pages as above.
 
     By angles of [rows, head_dim] keys are turned on their way, and queries where they are.
@@ -138,7 +139,7 @@ def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tenso
     if angles and any(each.shape != (num_rows, head_dim) for each in angles):
         raise RuntimeError(f"angles of {tuple(angles[0].shape)} do not turn heads of {tuple(key.shape)}")
     cos, sin = angles or (key, key)
-    _write(keys, values, key, value, query, cos, sin, slots, positions, num_rows, values.shape[1], num_kv_heads,
+    _write(keys, values, key, value, query, cos, sin, table, slots, positions, num_rows, table.stride(0), num_kv_heads,
            query.shape[1] // num_kv_heads, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
            query.stride(0), query.stride(1), cos.stride(0), sin.stride(0),
            num_threads=threads_for(2 * key.numel() + (query.numel() if angles else 0)), dtype=key.dtype,
@@ -147,10 +148,10 @@ def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tenso
 
 @Kernel
 def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, query: Value, cos: Value, sin: Value,
-           slots: Value, positions: Value, num_rows: Value, num_slots: Value, num_kv_heads: Value, group: Value,
-           key_row_stride: Value, key_head_stride: Value, value_row_stride: Value, value_head_stride: Value,
-           query_row_stride: Value, query_head_stride: Value, cos_stride: Value, sin_stride: Value, *,
-           dtype: torch.dtype, head_dim: int, page_len: int, has_angles: bool) -> None:
+           table: Value, slots: Value, positions: Value, num_rows: Value, width: Value, num_kv_heads: Value,
+           group: Value, key_row_stride: Value, key_head_stride: Value, value_row_stride: Value,
+           value_head_stride: Value, query_row_stride: Value, query_head_stride: Value, cos_stride: Value,
+           sin_stride: Value, *, dtype: torch.dtype, head_dim: int, page_len: int, has_angles: bool) -> None:
     element = ELEMENTS[dtype]
     size, num_bytes = SIZES[element], head_dim * SIZES[element]
     turned = code.scratch(-(-num_bytes // LINE_BYTES))
@@ -159,7 +160,8 @@ def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, que
         angles = angles_at(code, cos + row * cos_stride * size, sin + row * sin_stride * size, element, head_dim
                            ) if has_angles else []
         with code.loop(0, num_kv_heads) as head:
-            page = (position // page_len * num_slots + slot) * num_kv_heads + head
+            place = table + (slot * width + position // page_len) * SIZES[INTEGER]
+            page = code.load(place, INTEGER, 1) * num_kv_heads + head
             token, lane = page * page_len + position % page_len, position % LANES
             source = value + (row * value_row_stride + head * value_head_stride) * size
             place = values + token * num_bytes
@@ -179,8 +181,8 @@ def _write(code: Code, keys: Value, values: Value, key: Value, value: Value, que
 
 
 @Kernel
-def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, positions: Value, begins: Value,
-            out: Value, sinks: Value, num_tiles: Value, num_slots: Value, num_kv_heads: Value, group: Value,
+def _attend(code: Code, query: Value, keys: Value, values: Value, table: Value, slots: Value, positions: Value,
+            begins: Value, out: Value, sinks: Value, num_tiles: Value, width: Value, num_kv_heads: Value, group: Value,
             row_stride: Value, head_stride: Value, window: Value, scaling: Value, softcap: Value, *,
             dtype: torch.dtype, head_dim: int, page_len: int, tile: int, is_single: bool, has_softcap: bool,
             has_sinks: bool) -> None:
@@ -202,7 +204,8 @@ def _attend(code: Code, query: Value, keys: Value, values: Value, slots: Value, 
             places.append(out + (row * num_kv_heads * group + head) * (head_dim * size))
         end = queries[-1].position + 1
         with code.loop(queries[0].first // LANES * LANES, end, LANES) as token:
-            page = (token // page_len * num_slots + slot) * num_kv_heads + kv_head
+            place = table + (slot * width + token // page_len) * SIZES[INTEGER]
+            page = code.load(place, INTEGER, 1) * num_kv_heads + kv_head
             offset = (page * page_len + token % page_len) * (head_dim * size)
             for cache in (keys, values):                # what comes next, while these are multiplied
                 code.prefetch(cache + offset + LANES * head_dim * size, LANES * head_dim * size)

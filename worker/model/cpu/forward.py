@@ -113,6 +113,7 @@ class Placed:
     """The context of a recording."""
 
     layers: list[KVLayer]
+    table: Tensor
     runs: Runs
     turns_heads: ClassVar = True
 
@@ -135,6 +136,7 @@ class Forwards:
         self._turned = torch.empty(2, max_rows, shape.head_dim, dtype=dtype)
         self._most_weights = max(layer.packed.numel() for part in parts.layers for layer in packed_linears(part))
         self._layers: list[KVLayer] | None = None
+        self._table: Tensor | None = None
         first, second = (self._record(*sizes) for sizes in self._trial_sizes())
         self._program = Program(first, second)
 
@@ -152,22 +154,23 @@ class Forwards:
             return None
 
     def _trial_sizes(self) -> tuple[tuple[list[int], int, int], ...]:
-        """Of runs, kept rows and slots: no two counts are the same in both, whatever heads a model has."""
+        """Of runs, kept rows and pages of a slot: no two counts are the same in both, whatever heads a model has."""
         run_len = 2 * self._most
         return ([1] * 3 + [run_len], 2, 4), ([1] * 7 + [run_len + 1], 9, 11)
 
-    def _record(self, lens: list[int], num_kept: int, num_slots: int) -> Recording:
-        """Of rows that all say the first token of their slot again: the calls are the same."""
+    def _record(self, lens: list[int], num_kept: int, num_pages: int) -> Recording:
+        """Of rows that all say the first token of a slot again: the calls are the same."""
         group, num_rows = self._group, sum(lens)
-        layers = allocate([self._shape] * len(self._parts.layers), num_slots, 1, self._parts.embedding.dtype)
+        layers = allocate([self._shape] * len(self._parts.layers), 1, 1, self._parts.embedding.dtype)
+        table = torch.zeros(1, num_pages, dtype=torch.int64)
         nowhere = torch.zeros(num_rows, dtype=torch.int64)
         rows = Runs(nowhere, nowhere, lens).rows(group, self._most)
-        numbers = self._inputs.fill(nowhere, range(num_kept), rows) | _places(layers)
+        numbers = self._inputs.fill(nowhere, range(num_kept), rows) | _places(layers, table)
         placed = Rows(*(place[:len(values)] for place, values in zip(self._inputs.rows, rows, strict=True)))
         self._angles.reach(1)
         self._arena.restart()
         with recorded(self._arena) as calls:
-            out = self._computed(num_rows, num_kept, Placed(layers, Runs.placed(placed, group, self._most)))
+            out = self._computed(num_rows, num_kept, Placed(layers, table, Runs.placed(placed, group, self._most)))
         self._out = out.as_strided((self.max_rows, out.shape[1]), out.stride())
         return Recording(calls, numbers)
 
@@ -198,9 +201,9 @@ class Forwards:
         """Logits of the kept rows."""
         rows = context.runs.rows(self._group, self._most)
         numbers = self._inputs.fill(token_ids, kept, rows)
-        if context.layers is not self._layers:
-            numbers |= _places(context.layers)
-            self._layers = context.layers
+        if context.layers is not self._layers or context.table is not self._table:
+            numbers |= _places(context.layers, context.table)
+            self._layers, self._table = context.layers, context.table
         self._angles.reach(1 + int(rows.positions.numpy().max()))
         for name, number in numbers.items():
             self._program.set(name, number)
@@ -209,8 +212,8 @@ class Forwards:
         return logits
 
 
-def _places(layers: Sequence[KVLayer]) -> dict[str, int]:
-    """Of keys and values, by name."""
+def _places(layers: Sequence[KVLayer], table: Tensor) -> dict[str, int]:
+    """Of keys and values and the table of their pages, by name."""
     places = {f"{name} {layer}": cache.data_ptr()
               for layer, caches in enumerate(layers) for name, cache in zip(KV_NAMES, caches, strict=True)}
-    return places | {"slots": layers[0].keys.shape[1]}
+    return places | {"table": table.data_ptr(), "width": table.stride(0)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.model.cpu import LANES
-from worker.model.cpu.code import FLOAT32, INTEGER, LINE_BYTES, SIZES, Code, Value
+from worker.model.cpu.code import INTEGER, SIZES, Code, Value
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, empty_rows, threads_for
 
 
@@ -112,16 +112,6 @@ def _gather(code: Code, table: Value, places: Value, out: Value, num_rows: Value
         with code.loop(0, width, LANES) as column:
             numbers = code.load(source + column * size, element)
             code.store(numbers, out + (row * width + column) * size, element)
-
-
-@Kernel
-def copy_blocks(code: Code, blocks: Value, num_blocks: Value, num_parts: Value, *, part_bytes: int) -> None:
-    """As blocks.py has them."""
-    with code.shares(num_blocks * num_parts) as unit:
-        place, begin = blocks + unit // num_parts * (3 * SIZES[INTEGER]), unit % num_parts * part_bytes
-        source, target, num_bytes = (code.load(place + i * SIZES[INTEGER], INTEGER, 1) for i in range(3))
-        with code.loop(begin, code.smaller(begin + part_bytes, num_bytes), LINE_BYTES) as offset:
-            code.store(code.load(source + offset, FLOAT32), target + offset, FLOAT32)
 
 
 @Kernel
