@@ -1,4 +1,4 @@
-"""Which sequence owns which slot of keys and values, and how much memory all of them fill.
+"""Which sequence owns which slot of keys and values, where torch attends, and how much memory all of them fill.
 
 A slot has room for one sequence up to the longest allowed, but costs memory only as far as it is filled. A block, one
 page of one slot, is touched when it is first held; when others need its memory, one that is held no more is given back

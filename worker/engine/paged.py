@@ -1,4 +1,4 @@
-"""Which sequence owns which pages of keys and values, where they lie in one pool: what kv.py is for slots.
+"""Which sequence owns which pages of keys and values, where they lie in one pool and kernels of ours attend.
 
 Pages that several sequences have in common, a prompt's beginning, are shared and never written again; they are free
 when the last of them leaves. Slots from `num_slots` on are not given out: what they hold, others know (prefix.py). It

@@ -2,9 +2,9 @@
 
 Keys, and values, of one layer are [num_pages, num_slots, num_kv_heads, PAGE_LEN, head_dim]: the same page of
 neighbouring slots is dense, so a batched product reads it without a copy. A row of a decode forward is computed by a
-kernel of ours (cpu/attention.py), which has keys in another order (`KVLayer`), or page by page (weighing.py), always in
-the same shape: its bits depend neither on its neighbours nor on their lengths. It knows slots, positions and tensors.
-It knows nothing of requests, sampling or schedules.
+kernel of ours (cpu/attention.py), which has keys in another order (`KVLayer`) and finds pages by a table, so that slots
+may share them, or page by page (weighing.py), always in the same shape: its bits depend neither on its neighbours nor
+on their lengths. It knows slots, positions and tensors. It knows nothing of requests, sampling or schedules.
 """
 
 from __future__ import annotations

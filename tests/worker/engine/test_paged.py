@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -29,22 +30,29 @@ from worker.model.loading import load
 require_package("triton")
 from worker.engine import fixed
 from worker.engine.fixed import FixedForwards, widths
-from worker.engine.paged import KVPages
+from worker.engine.paged import KVPages, Pool
 from worker.model import int8
 from worker.model.paged import PAGE_LEN, PagedMemory, padded, tiled
+from worker.model.slots import SlotMemory, allocate
 
 CPU = torch.device("cpu")
-NUM_SLOTS, NUM_KEPT, NUM_PAGES, NUM_TOKENS = 3, 2, 12, 5 * PAGE_LEN
+NUM_SLOTS, NUM_KEPT, NUM_PAGES, NUM_PLACES = 3, 2, 12, 5
 
 
 class Store(RuleBasedStateMachine):
     """Sequences and kept prefixes take, share and leave pages; each finds its own numbers, whatever others did."""
 
+    memory: Pool
+
+    def make(self) -> Pool:
+        return PagedMemory.allocate([KVShape(1, 4, 1)], NUM_PAGES, NUM_SLOTS + NUM_KEPT, NUM_PLACES * PAGE_LEN,
+                                    torch.float32, CPU)
+
     @initialize()
     def begin(self) -> None:
-        self.memory = PagedMemory.allocate([KVShape(1, 4, 1)], NUM_PAGES, NUM_SLOTS + NUM_KEPT, NUM_TOKENS,
-                                           torch.float32, CPU)
+        self.memory = self.make()
         self.kv = KVPages(self.memory, NUM_SLOTS, NUM_PAGES)
+        self.most = NUM_PLACES * self.memory.page_len
         self.written: dict[int, list[float]] = {}       # of each slot that is held: what its tokens hold
         self.number = 0.0
 
@@ -56,15 +64,15 @@ class Store(RuleBasedStateMachine):
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
         slot = self._sequence(data)
-        if slot is None or len(self.written[slot]) == NUM_TOKENS:
+        if slot is None or len(self.written[slot]) == self.most:
             return
-        num_tokens = data.draw(st.integers(len(self.written[slot]) + 1, NUM_TOKENS))
+        num_tokens = data.draw(st.integers(len(self.written[slot]) + 1, self.most))
         if self.kv.num_missing_pages(slot, num_tokens) > self.kv.num_free_pages:
             return
         self.kv.grow(slot, num_tokens)
         for position in range(len(self.written[slot]), num_tokens):
             self.number += 1
-            self._token(slot, position).fill_(self.number)
+            self._numbers(slot, position // self.memory.page_len)[position % self.memory.page_len] = self.number
             self.written[slot].append(self.number)
 
     @rule(data=st.data())
@@ -104,20 +112,30 @@ class Store(RuleBasedStateMachine):
     def everyone_finds_what_is_theirs(self) -> None:
         self.kv.check()
         for slot, tokens in self.written.items():
-            found = [float(self._token(slot, position)[0]) for position in range(len(tokens))]
-            assert found == tokens
+            found = [number for place in range(self.kv.pages(len(tokens)))
+                     for number in self._numbers(slot, place).tolist()]
+            assert found[:len(tokens)] == tokens
 
     def _sequence(self, data: st.DataObject) -> int | None:
         owned = sorted(slot for slot in self.written if slot < NUM_SLOTS)
         return data.draw(st.sampled_from(owned)) if owned else None
 
-    def _token(self, slot: int, position: int) -> Tensor:
-        page = self.memory.table[slot, position // PAGE_LEN]
-        return self.memory.layers[0].keys[page, 0, position % PAGE_LEN]
+    def _numbers(self, slot: int, place: int) -> Tensor:
+        """One of each token of a page."""
+        return self.memory.layers[0].values[int(self.memory.table[slot, place]), ..., 0].view(-1)
 
 
-TestStore = Store.TestCase
+class StoreOfCpu(Store):
+    """In the pages that kernels of ours read on a CPU."""
+
+    def make(self) -> Pool:
+        layers = allocate([KVShape(1, 16, 1)], 1, NUM_PAGES * SlotMemory.page_len, torch.float32)
+        return SlotMemory(layers, np.zeros((NUM_SLOTS + NUM_KEPT, NUM_PLACES), dtype=np.int64))
+
+
+TestStore, TestStoreOfCpu = Store.TestCase, StoreOfCpu.TestCase
 TestStore.settings = settings(max_examples=40, stateful_step_count=30)
+TestStoreOfCpu.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 
 
 def test_what_has_a_page_in_common_needs_it_once() -> None:

@@ -61,7 +61,7 @@ class Runs:
     def rows(self, group: int, most: int) -> Rows:
         """For layers where so many query heads share a head of keys, and a tile has room for so many queries."""
         if (group, most) not in self._rows:
-            self._rows[group, most] = Rows(self.slots, self.positions, *in_tiles(self.lens, group, most))
+            self._rows[group, most] = Rows(self.slots, self.positions, *in_tiles(tuple(self.lens), group, most))
         return self._rows[group, most]
 
 
@@ -75,29 +75,22 @@ def queries_of_single(group: int, most: int) -> int:
     return -(-group // -(-group // most))
 
 
-def in_tiles(lens: Sequence[int], group: int, most: int) -> tuple[Tensor, Tensor]:
-    """Of single rows and of runs that fill a tile, as in `Rows`; `group` query heads share a head of keys."""
+@lru_cache
+def in_tiles(lens: tuple[int, ...], group: int, most: int) -> tuple[Tensor, Tensor]:
+    """Of single rows and of runs that fill a tile, as in `Rows`; `group` query heads share a head of keys.
+
+    Most steps have the runs that the step before had.
+    """
     single = queries_of_single(group, most)
-    if all(run_len == 1 for run_len in lens):
-        return _tiles_of_singles(len(lens), group, single), _table([])
     of_singles, of_runs, row = [], [], 0
     for run_len in lens:
         if run_len > 1 and run_len * group >= most:     # the last tile may say some twice
             of_runs += [(row, min(begin, run_len * group - most)) for begin in range(0, run_len * group, most)]
         else:
-            of_singles += _singles(range(row, row + run_len), group, single)
+            of_singles += [(each, min(begin, group - single)) for each in range(row, row + run_len)
+                           for begin in range(0, group, single)]
         row += run_len
     return _table(of_singles), _table(of_runs)
-
-
-def _singles(rows: range, group: int, single: int) -> list[tuple[int, int]]:
-    return [(row, min(begin, group - single)) for row in rows for begin in range(0, group, single)]
-
-
-@lru_cache
-def _tiles_of_singles(num_rows: int, group: int, single: int) -> Tensor:
-    """Of nearly all steps."""
-    return _table(_singles(range(num_rows), group, single))
 
 
 def _table(tiles: list[tuple[int, int]]) -> Tensor:
