@@ -49,7 +49,7 @@ def main() -> None:
             (f"between tokens of {args.streams} streams", [s for gaps_s in quiet[1:] for s in gaps_s]),
             (f"while {args.entering_tokens} tokens enter", [s for gaps_s in entering[1:] for s in gaps_s])):
         p50_s, p99_s = statistics.median(seconds), statistics.quantiles(seconds, n=100)[98]
-        table.add_row(name, f"{1000 * p50_s:.1f} ms", f"{1000 * p99_s:.1f} ms")
+        table.add_row(name, f"{1000 * p50_s:.2f} ms", f"{1000 * p99_s:.2f} ms")
     Console(width=110).print(table)
 
 

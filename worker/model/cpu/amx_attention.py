@@ -68,16 +68,20 @@ def attend(code: Code, query: Value, keys: Value, values: Value, table: Value, s
         lowest = code.larger(last - window + 1, code.integer(0))        # that all of them see
         after = begin_of(unit + 1) if is_single else None
         with code.loop(first_token(first), last + 1, KEYS) as token:
-            offset, ahead = offset_of(slot, kv_head, token), None
+            offset = offset_of(slot, kv_head, token)
             met.multiply(keys + offset)
+            ahead = offset_of(slot, kv_head, code.smaller(token + KEYS, last))
             if after is not None:                       # on its way from memory while what was read is computed
-                following = code.smaller(token + KEYS, last)
-                ahead = code.select(token + KEYS <= last, offset_of(slot, kv_head, following), after)
+                ahead = code.select(token + KEYS <= last, ahead, after)
                 code.prefetch(keys + ahead, KEYS * head_dim * SIZE)
+            else:                                       # the later tiles of a run find it in a cache
+                with code.when(begin.equals(0)):
+                    for cache in (keys, values):
+                        code.prefetch(cache + ahead, KEYS * head_dim * SIZE)
             is_inside = (token > lowest - 1) & (token + KEYS <= first + 1)
             with code.loop(0, tile) as i:
                 met.weigh(i, token, window, scaling, softcap if has_softcap else None, is_inside)
-            met.add(values + offset, code.smaller(last + 1 - token, KEYS), None if ahead is None else values + ahead)
+            met.add(values + offset, code.smaller(last + 1 - token, KEYS), values + ahead if is_single else None)
         with code.loop(0, tile) as i:
             met.store(i)
 
