@@ -32,13 +32,14 @@ def block_tiles(num_columns: int) -> int:
 
 @Kernel
 def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_rows: Value, row_stride: Value,
-             out_stride: Value, num_steps: Value, num_panels: Value, block_tiles: Value, *, is_gated: bool) -> None:
+             out_stride: Value, num_steps: Value, num_panels: Value, block_tiles: Value, is_gated: Value) -> None:
     """x of [num_rows, columns], weight as packed, bias of [outputs], out of [num_rows, outputs], or half as many: of
     panels whose first half are gates.
 
     A tile has 32 rows, or all that there are: the last one says some of the one before it again.
     """
-    x_bytes, out_bytes, panel_bytes = row_stride * SIZE, out_stride * SIZE, WIDTH * SIZE // (2 if is_gated else 1)
+    x_bytes, out_bytes = row_stride * SIZE, out_stride * SIZE
+    panel_bytes = code.select(is_gated.equals(1), LANES * SIZE, code.integer(WIDTH * SIZE))
     num_tiles = (num_rows + (TILE_ROWS - 1)) // TILE_ROWS
     num_blocks = (num_tiles + block_tiles - 1) // block_tiles
     tile_rows = code.larger(code.smaller(num_rows, TILE_ROWS), code.integer(1))
@@ -55,7 +56,7 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
     def ask_for(panel: Value, tile: Value, begin: Value, end: Value) -> None:
         """Where outputs of these rows of a tile will go; of all at once, it would take as long as to wait for them."""
         with code.loop(begin, end) as i:
-            code.prefetch(place_of(panel, tile, i), panel_bytes, is_written=True)
+            code.prefetch(place_of(panel, tile, i), LINE_BYTES, is_written=True)
 
     with amx.registers(code, tile_rows), code.shares(num_blocks * num_panels) as unit:
         panel, block = unit % num_panels, unit // num_panels
@@ -80,6 +81,10 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
                        ahead=share + BLOCK_STEPS * STEP_BYTES, num_shares=BLOCK_TILES)
         with code.loop(begin, end) as tile, code.loop(0, tile_rows) as i:
             total = sums.row((tile - begin) * TILE_ROWS + i)
+            place = place_of(panel, tile, i)
             halves = [code.load(total + j * WIDE, FLOAT32) for j in range(0, WIDTH, LANES)]
-            for j, half in enumerate([silu_times(code, *halves)] if is_gated else halves):
-                code.store(half, place_of(panel, tile, i) + j * (LANES * SIZE), BFLOAT16)
+            with code.when(is_gated.equals(1)):
+                code.store(silu_times(code, *halves), place, BFLOAT16)
+            with code.when(is_gated.equals(0)):
+                for j, half in enumerate(halves):
+                    code.store(half, place + j * (LANES * SIZE), BFLOAT16)

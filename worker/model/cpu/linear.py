@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ class PanelLinear(torch.nn.Module):
     def _compute(self, rows: Tensor, out: Tensor, *, is_gated: bool) -> None:
         num_rows = len(rows)
         self._multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), out.stride(0), self.num_steps,
-                       self.num_panels, self.block, is_gated=is_gated,
+                       self.num_panels, self.block, int(is_gated),
                        num_threads=threads_for(num_rows * self.width * self.num_columns, MIN_SHARED_PRODUCTS))
 
 
@@ -126,13 +127,14 @@ def _packed(weight: Tensor, width: int, per_step: int) -> Tensor:
 
 @Kernel
 def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_rows: Value, row_stride: Value,
-              out_stride: Value, num_steps: Value, num_panels: Value, block_rows: Value, *, dtype: torch.dtype,
-              stored: torch.dtype, tile: Tile, is_gated: bool) -> None:
+              out_stride: Value, num_steps: Value, num_panels: Value, block_rows: Value, is_gated: Value, *,
+              dtype: torch.dtype, stored: torch.dtype, tile: Tile) -> None:
     """x of [num_rows, columns], weight as `_packed`, bias of [outputs], out of [num_rows, outputs], or half as many: of
     panels whose first half are gates."""
     element, kept, width = ELEMENTS[dtype], ELEMENTS[stored], tile.width
     step_bytes = width * (4 // SIZES[element]) * SIZES[kept]
     num_blocks = (num_rows + block_rows - 1) // block_rows
+    gated = code.scratch(tile.rows * tile.vectors)      # sums of a tile with their gates: to multiply those is long
     with code.shares(num_blocks * num_panels) as unit:
         panel, begin = unit % num_panels, unit // num_panels * block_rows
         end = code.smaller(begin + block_rows, num_rows)
@@ -145,10 +147,20 @@ def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_
                     rows = [x + (row + i) * row_stride * SIZES[element] for i in range(count)]
                     starts = [code.load(bias + (first + i * LANES) * SIZES[FLOAT32], FLOAT32)
                               for i in range(tile.vectors)]
-                    for i, sums in enumerate(_sums(code, rows, weights, ahead, starts, num_steps, element, kept)):
-                        place = out + ((row + i) * out_stride + (panel * LANES if is_gated else first)) * SIZES[element]
-                        for j, total in enumerate([silu_times(code, *sums)] if is_gated else sums):
-                            code.store(total, place + j * LANES * SIZES[element], element)
+                    totals = _sums(code, rows, weights, ahead, starts, num_steps, element, kept)
+                    with code.when(is_gated.equals(0)):
+                        for i, sums in enumerate(totals):
+                            place = out + ((row + i) * out_stride + first) * SIZES[element]
+                            for j, total in enumerate(sums):
+                                code.store(total, place + j * LANES * SIZES[element], element)
+                    with code.when(is_gated.equals(1)):
+                        for number, total in enumerate(chain.from_iterable(totals)):
+                            code.store(total, gated + number * (LANES * SIZES[FLOAT32]), FLOAT32)
+            with code.when(is_gated.equals(1)), code.loop(0, code.smaller(num_left, tile.rows)) as each:
+                place = gated + each * (tile.vectors * LANES * SIZES[FLOAT32])
+                gate, up = (code.load(place + i * (LANES * SIZES[FLOAT32]), FLOAT32) for i in range(2))
+                place = out + ((row + each) * out_stride + panel * LANES) * SIZES[element]
+                code.store(silu_times(code, gate, up), place, element)
 
 
 def _sums(code: Code, rows: list[Value], weights: Value, ahead: Value, starts: list[Value], num_steps: Value,
