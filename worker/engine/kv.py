@@ -12,7 +12,7 @@ from collections import Counter
 
 from worker.engine.slots import Slots
 from worker.model.attention import PAGE_LEN, KVLayer
-from worker.model.slots import SlotMemory, give_back, places, tokens
+from worker.model.slots import SlotMemory, places
 
 Block = tuple[int, int]                                 # page, slot
 
@@ -77,15 +77,17 @@ class KVSlots(Slots):
 
     def _give_back(self, block: Block) -> None:
         del self._idle[block]
-        for cache in (cache for layer in self.layers for cache in layer):
-            give_back(cache[block])
+        self.memory.give_back(self._number(block))
+
+    def _number(self, block: Block) -> int:
+        """By which its memory knows it."""
+        page, slot = block
+        return int(self.memory.table[slot, page])
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
         """Tokens [begin, end) of one slot to the same place in another."""
         for page, place in places(begin, end):
-            for cache in (cache for layer in self.layers for cache in layer):
-                for mine, theirs in zip(*(tokens(cache[page, slot], place) for slot in (target, source)), strict=True):
-                    mine.copy_(theirs)
+            self.memory.copy(self._number((page, source)), self._number((page, target)), place.start, place.stop)
 
     def wipe(self, slot: int, num_tokens: int) -> None:
         """Of what is no number: padding is read with weight zero, and zero times NaN is NaN."""

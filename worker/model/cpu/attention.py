@@ -24,6 +24,7 @@ from worker.model.cpu.pointwise import angles_at, turn
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
 NUM_SUMS = 24               # vectors in registers: what the queries of a tile have met, of all their dimensions
+MAX_TILINGS = 128           # of runs of a forward, that are remembered
 MAX_CHAINS = 4              # of additions to one product, side by side: one waits for what came before it
 
 Angles = tuple[Tensor, Tensor]      # cosines and sines, [rows, head_dim] each
@@ -75,7 +76,7 @@ def queries_of_single(group: int, most: int) -> int:
     return -(-group // -(-group // most))
 
 
-@lru_cache
+@lru_cache(maxsize=MAX_TILINGS)
 def in_tiles(lens: tuple[int, ...], group: int, most: int) -> tuple[Tensor, Tensor]:
     """Of single rows and of runs that fill a tile, as in `Rows`; `group` query heads share a head of keys.
 

@@ -74,11 +74,6 @@ class AngleTable:
         self._num_known = 0
 
     def reach(self, num_positions: int) -> None:
-        if self._num_known < num_positions:
-            self._extend(num_positions)
-
-    @torch.inference_mode()
-    def _extend(self, num_positions: int) -> None:
         while self._num_known < num_positions:
             begin, end = self._num_known, self._num_known + ANGLES_STEP
             self.cos[begin:end], self.sin[begin:end] = (
@@ -103,7 +98,7 @@ class Inputs:
     def fill(self, token_ids: Sequence[int] | Tensor, kept: Sequence[int], rows: Rows) -> dict[str, int]:
         """How many there are of each."""
         for place, values in zip((self.token_ids, self.kept, *self.rows), (token_ids, kept, *rows), strict=True):
-            place.numpy()[:len(values)] = values        # a quarter of the time that torch takes for so few
+            place.numpy()[:len(values)] = values        # torch takes twice as long for so few
         return {"rows": len(token_ids), "kept": len(kept), "single_tiles": len(rows.single_tiles),
                 "shared_tiles": len(rows.shared_tiles)}
 
@@ -197,6 +192,7 @@ class Forwards:
         return (isinstance(context, DecodeRows | PrefillChunk | Together) and num_rows <= self.max_rows
                 and num_rows == len(context.runs.slots))
 
+    @torch.inference_mode()
     def run(self, token_ids: Sequence[int] | Tensor, context: InSlots, kept: Sequence[int]) -> Tensor:
         """Logits of the kept rows."""
         rows = context.runs.rows(self._group, self._most)
