@@ -21,7 +21,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from shared.grammar import Grammars
 
 BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
-MIN_WARY_TOKENS, MAX_WARY_TOKENS = 8, 128               # before which a mask is made, from the refused one on
+MIN_WARY_TOKENS, MAX_WARY_TOKENS = 4, 128               # before which a mask is made, from the refused one on
 
 
 class Masks:
@@ -71,18 +71,23 @@ class Trust:
     def is_given(self) -> bool:
         return not self._num_wary
 
-    def learn(self, was_right: bool) -> None:
-        """Of one token that was drawn."""
+    def gain(self) -> None:
+        """By a token that was right."""
         if self._num_wary:
             self._num_wary -= 1
-        elif was_right:
-            self._num_lost = max(0, self._num_lost - 1)
         else:
+            self._num_lost = max(0, self._num_lost - 1)
+
+    def lose(self) -> None:
+        """It said what may not follow; who is not trusted had no say."""
+        if self.is_given:
             self._num_wary = self._num_lost = min(max(2 * self._num_lost, MIN_WARY_TOKENS), MAX_WARY_TOKENS)
 
 
 class GrammarConstraint:
     def __init__(self, matcher: LLMatcher, num_words: int, after: int | None = None, eos_token_ids: Sequence[int] = ()):
+        self.is_complete = False
+        self.forced = matcher.compute_ff_tokens() if after is None else []
         self._matcher = matcher
         self._num_words = num_words                     # of 32 token ids each
         self._after = after                             # the token that has to come before it begins
@@ -98,7 +103,7 @@ class GrammarConstraint:
         """Of a choice that has drawn these; until the token `after` it may say anything, but not end. Raises
         InvalidGrammar."""
         constraint = cls(grammars.matcher(grammar), -(-grammars.vocab_size // 32), after, grammars.eos_token_ids)
-        constraint._is_lost = not all(map(constraint._takes, token_ids))
+        constraint._is_lost = not all(map(constraint._goes_on, token_ids))
         return constraint
 
     @property
@@ -114,20 +119,19 @@ class GrammarConstraint:
         future = MASKS.fill([(constraint._matcher, row) for row, constraint in enumerate(todo)], bits)
         for row, constraint in enumerate(todo):
             constraint._bits, constraint._future = bits[row], future
+            constraint._trust.lose()
 
     def allowed(self) -> npt.NDArray[np.int32]:
-        if self._after is not None:
-            return self._anything()
+        return self._mask() if self._after is None else self._anything()
+
+    def _mask(self) -> npt.NDArray[np.int32]:
         if self._bits is None:
             self.prepare([self])
-        self._wait()
-        assert self._bits is not None
-        return self._bits
-
-    def _wait(self) -> None:
         if self._future is not None:
             self._future.result()
             self._future = None
+        assert self._bits is not None
+        return self._bits
 
     def _anything(self) -> npt.NDArray[np.int32]:
         bits = np.full(self._num_words, 2**32 - 1, dtype=np.uint32)
@@ -135,36 +139,33 @@ class GrammarConstraint:
             bits[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
         return bits.view(np.int32)
 
-    def may_follow(self, token_id: int) -> bool:
-        is_right = self._is_named(token_id)
-        if not is_right:
-            self._trust.learn(False)
-        return is_right
+    def accept(self, token_id: int) -> bool:
+        if self._after is not None:
+            if token_id in self._eos_token_ids:
+                return False
+        elif self._is_lost or not self._is_named(token_id):
+            return False
+        if not self._goes_on(token_id):
+            return False
+        self._trust.gain()
+        return True
 
     def _is_named(self, token_id: int) -> bool:
         """By the mask; where there is none, by what makes one: text that must follow comes in the tokenizer's own
         tokens, though its grammar would take others, and an end is a matter of the mask alone."""
-        if self._after is not None:
-            return token_id not in self._eos_token_ids
-        if self._is_lost:
-            return False
         if self._bits is not None or token_id in self._eos_token_ids:
-            return bool(int(self.allowed()[token_id // 32]) >> token_id % 32 & 1)
-        forced = self._matcher.compute_ff_tokens()
-        return (not forced or forced[0] == token_id) and self._matcher.validate_tokens([token_id]) == 1
+            return bool(int(self._mask()[token_id // 32]) >> token_id % 32 & 1)
+        return not self.forced or self.forced[0] == token_id
 
-    def accept(self, token_id: int) -> bool:
-        self._trust.learn(True)
-        return self._takes(token_id)
-
-    def _takes(self, token_id: int) -> bool:
+    def _goes_on(self, token_id: int) -> bool:
         if self._after is not None:
-            self._after = None if token_id == self._after else self._after
+            if token_id == self._after:
+                self._after, self.forced = None, self._matcher.compute_ff_tokens()
             return True
-        self._wait()                                    # one thread at a time
+        is_end = token_id in self._eos_token_ids        # which may be what a part of the grammar stops at
+        if not (self._matcher.consume_token(token_id) if is_end else self._matcher.try_consume_tokens([token_id])):
+            return False
         self._bits = None
-        return self._matcher.consume_token(token_id) and not self._matcher.is_error()
-
-    @property
-    def is_complete(self) -> bool:
-        return not (self._after is not None or self._is_lost or self._matcher.is_error()) and self._matcher.is_stopped()
+        self.is_complete = self._matcher.is_stopped()
+        self.forced = self._matcher.compute_ff_tokens()
+        return True

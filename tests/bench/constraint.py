@@ -34,7 +34,7 @@ ITEM = {"type": "object", "additionalProperties": False, "required": ["name", "p
 FORMS: dict[str, dict[str, Any]] = {                     # fields of a request
     "anything": {}, "a regular expression": {"regex": r"([a-z]{1,12} ){400}"},
     "a JSON array of objects": {"guided_json": {"type": "array", "items": ITEM, "minItems": 400}},
-    "anything but line breaks": {"regex": r"[^\n]*"}}
+    "anything but line breaks": {"regex": r"[^\n]*Z{9}"}}
 STRING = {"type": "string"}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "any object": {"type": "object"}, "item": ITEM,

@@ -14,19 +14,20 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Iterable
-from itertools import groupby, islice, zip_longest
-from typing import Literal, NamedTuple
+from itertools import groupby, islice
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shared.prefix import prefix_names
 from worker.engine.draft import Drafter
+from worker.engine.flight import Flight
 from worker.engine.params import Params
 from worker.engine.prefix import PrefixCache
 from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Constraint, Output, Request, validate
 from worker.engine.runner import Runner
-from worker.engine.sampler import Draw, Draws, Row, Sampler
+from worker.engine.sampler import Draw, Row, Sampler
 from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Forward, Progress, Span, pack, schedule, share
 from worker.engine.sequence import WAITING, Group, Sequence
 from worker.engine.store import make_store
@@ -39,15 +40,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 MAX_DRAFT_ROWS = 12     # of a forward with drafts: a pass over the weights has room for so many
-
-
-class Flight(NamedTuple):
-    """What a forward has drawn, and nobody has read yet."""
-
-    sequences: list[Sequence]       # one for each row
-    rows: list[Row]
-    logits: Tensor | None           # from which to draw again; None where everybody has asked before
-    draws: Draws
+MAX_FORCED_TOKENS = 32  # that follow a drawn one at once: less than a page
 
 
 class Engine:
@@ -175,15 +168,17 @@ class Engine:
     def _shrink(self) -> None:
         """What runs gives way and replays, half as much at a time; what is kept for others goes. What nobody has read
         is drawn once more then, and is the same."""
-        for sequence in {sequence for flight in self._flights for sequence in flight.sequences}:
+        in_flight = {sequence for flight in self._flights for sequence in flight.sequences}
+        for sequence in in_flight:
             sequence.num_pending_tokens = 0
         self._flights.clear()
         running = [sequence for group in sorted(self._running, key=lambda group: group.number)
                    for sequence in group.sequences.values()]
-        if len(running) == 1:
+        num_tried = max(len(running), len(in_flight))
+        if running and num_tried == 1:
             self._outputs.append(self._fail(running[0], OUT_OF_MEMORY))
         elif running:
-            self.batch_limit.halve(len(running))
+            self.batch_limit.halve(num_tried)
             log.warning("no memory for a step of %d sequences: %d at a time", len(running), self.batch_limit.num_seqs)
             for sequence in reversed(running):
                 self._preempt(sequence)
@@ -324,70 +319,65 @@ class Engine:
         """Neighbouring rows of one sequence are its next token, and what would come behind its draft."""
         if not sequences:
             return
-        rows = [Row(sequence.slot, sequence.num_output_tokens + offset,
-                    sequence.constraint.allowed() if sequence.constraint and self._asks_first(sequence) else None)
-                for sequence, same in groupby(sequences) for offset, _ in enumerate(same)]
-        draws_first = any(sequence.constraint and row.allowed is None
-                          for sequence, row in zip(sequences, rows, strict=True))
-        draws = self.sampler.sample(logits, rows)
+        rows, draws_first = list[Row](), False
+        for sequence, same in groupby(sequences):
+            allowed = None
+            if sequence.constraint and self._asks_first(sequence):
+                allowed = sequence.constraint.allowed()
+            elif sequence.constraint:
+                draws_first = True
+            rows += [Row(sequence.slot, sequence.num_output_tokens + offset, allowed) for offset, _ in enumerate(same)]
+        draws = self.sampler.sample(logits, rows, wants_runners_up=draws_first)
         self._flights.append(Flight(sequences, rows, logits if draws_first else None, draws))
         for sequence, _ in groupby(sequences):
             sequence.num_pending_tokens += 1            # and those of its draft that will be accepted
 
     def _land(self, num_flights: int) -> None:
-        """Reads what so many forwards have drawn, the first ones. Who has ended or left meanwhile does not listen."""
+        """Reads what so many forwards have drawn, the first ones."""
         for _ in range(num_flights):
             flight = self._flights[0]
-            draws = iter(self._allowed(flight, flight.draws.read()))
+            refused = {place: draws for place, draws in flight.read() if not self._take(flight, place, draws)}
+            if refused:
+                self._draw_again(flight, refused)
             self._flights.popleft()                     # from here on nothing needs memory
-            for sequence, same in groupby(flight.sequences):
-                drawn = [next(draws) for _ in same]
-                if self._by_slot.get(sequence.slot) is sequence:
-                    self._outputs.append(self._accept(sequence, drawn))
 
-    def _allowed(self, flight: Flight, draws: list[Draw]) -> list[Draw]:
-        """Where the next token of a sequence may not follow, what is drawn of all that may."""
-        refused: dict[int, Constraint] = {}
-        for place, (sequence, row) in enumerate(zip(flight.sequences, flight.rows, strict=True)):
-            is_next = not place or flight.sequences[place - 1] is not sequence      # and not behind a draft
-            if (sequence.constraint and row.allowed is None and is_next and draws[place].is_valid
-                    and self._by_slot.get(sequence.slot) is sequence
-                    and not sequence.constraint.may_follow(draws[place].token_id)):
-                refused[place] = sequence.constraint
-        if refused:
-            assert flight.logits is not None
-            _prepare(refused.values())
-            rows = [flight.rows[place]._replace(allowed=constraint.allowed()) for place, constraint in refused.items()]
-            again = self.sampler.sample(flight.logits[list(refused)], rows).read()
-            for place, draw in zip(refused, again, strict=True):
-                draws[place] = draw
-        return draws
+    def _take(self, flight: Flight, place: int, draws: list[Draw]) -> bool:
+        """False: none of what is drawn may follow. Who has ended or left meanwhile does not listen."""
+        sequence = flight.sequences[place]
+        if self._by_slot.get(sequence.slot) is not sequence:
+            return True
+        if first := flight.first_to_follow(place, draws[0]):
+            self._outputs.append(self._accept(sequence, [first, *draws[1:]]))
+        elif flight.rows[place].allowed is None:
+            return False
+        else:
+            self._outputs.append(self._fail(sequence, NO_WAY_ON))
+        return True
+
+    def _draw_again(self, flight: Flight, refused: dict[int, list[Draw]]) -> None:
+        """Of all that may follow."""
+        assert flight.logits is not None
+        sequences = [flight.sequences[place] for place in refused]
+        constraints = [sequence.constraint for sequence in sequences if sequence.constraint]
+        _prepare(constraints)
+        rows = [flight.rows[place]._replace(allowed=constraint.allowed())
+                for place, constraint in zip(refused, constraints, strict=True)]
+        again = Flight(sequences, rows, None, self.sampler.sample(flight.logits[list(refused)], rows))
+        for place, (draw, (_, *behind)) in enumerate(zip(again.draws.read(), refused.values(), strict=True)):
+            self._take(again, place, [draw, *behind])
 
     def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
-        """The draft as far as it is what was drawn, and one token more: what stands behind was computed in vain."""
-        draft, sequence.draft_token_ids = sequence.draft_token_ids, []
-        sequence.num_pending_tokens -= 1
-        num_before = len(sequence.output_token_ids)
-        taken, reason = list[Draw](), None
-        for draw, expected in zip_longest(draws, draft):
-            if not draw.is_valid:
-                return self._fail(sequence, NOT_A_NUMBER)
-            if sequence.constraint:
-                if taken and not sequence.constraint.may_follow(draw.token_id):
-                    sequence.num_computed_tokens -= 1   # the last one is computed again, and draws what may follow
-                    break
-                if not sequence.constraint.accept(draw.token_id):
-                    return self._fail(sequence, NO_WAY_ON)
-            taken.append(draw)
-            sequence.output_token_ids.append(draw.token_id)
-            reason = sequence.finish_reason
-            if draw.token_id != expected or reason:
-                break
-            sequence.num_computed_tokens += 1
-        if sequence.drafter and draft:
-            sequence.drafter.learn(len(draft), len(taken) - 1)
-            self.num_draft_tokens += len(draft)
+        """What its constraint has accepted already, and the draft behind it."""
+        num_before, num_drafted = len(sequence.output_token_ids), len(sequence.draft_token_ids)
+        taken = sequence.accept(draws)
+        if taken is None:
+            return self._fail(sequence, NOT_A_NUMBER)
+        if num_drafted:
+            self.num_draft_tokens += num_drafted
             self.num_accepted_tokens += len(taken) - 1
+        if sequence.constraint and sequence.constraint.forced:
+            taken += sequence.take_forced(MAX_FORCED_TOKENS)
+        reason = sequence.finish_reason
         if reason:
             self._retire(sequence)
         return Output(sequence.request_id, sequence.index, tuple(draw.token_id for draw in taken),

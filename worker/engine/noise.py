@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,34 @@ class Wishes(NamedTuple):
     floors: Tensor | None = None            # of float32; less than that, divided by the temperature, is not drawn
 
 
-def draw(logits: Tensor, wishes: Wishes) -> Tensor:
+class RunnersUp(NamedTuple):
+    """Of the lanes of a vector, among which a vocabulary is dealt: [rows, LANES] each."""
+
+    largest: Tensor                         # of float32, as they were compared
+    token_ids: Tensor                       # whose they are, of int64
+    seconds: Tensor                         # of float32: the largest but one
+
+    @classmethod
+    def empty(cls, num_rows: int) -> RunnersUp:
+        return cls(torch.empty(num_rows, LANES), torch.empty(num_rows, LANES, dtype=torch.long),
+                   torch.empty(num_rows, LANES))
+
+    def of(self, row: int) -> Iterator[int]:
+        """Who would be drawn if who comes before could not: behind the drawn token, as far as it is certain. A lane's
+        second is known by its number alone, so all ends where one might be next."""
+        lanes = zip(*(part[row].tolist() for part in self), strict=True)
+        first, *others = sorted(lanes, key=lambda lane: (-lane[0], lane[1]))
+        hidden = first[2]
+        for largest, token_id, second in others:
+            if largest <= hidden:
+                return
+            yield token_id
+            hidden = max(hidden, second)
+
+
+def draw(logits: Tensor, wishes: Wishes, runners_up: RunnersUp | None = None) -> Tensor:
     """Of [rows, vocab_size]: [2, rows], the token of each row and whether its logit is a number. Of logits /
-    temperature + noise the largest, the lower id of two alike.
+    temperature + noise the largest, the lower id of two alike. Who comes next is written to `runners_up`.
 
     What is no number counts as infinite, so that it is drawn and found. What is not allowed, be it a number or not,
     falls below all else.
@@ -38,10 +64,10 @@ def draw(logits: Tensor, wishes: Wishes) -> Tensor:
     low, high = (half.contiguous() for half in keys) if keys else (0, 0)
     drawn = torch.empty(2, num_rows, dtype=torch.long)
     _draw(logits, 0 if temperatures is None else temperatures, low, high, 0 if allowed is None else allowed,
-          0 if floors is None else floors, drawn, num_rows, logits.stride(0), vocab_size,
+          0 if floors is None else floors, drawn, *(runners_up or (0, 0, 0)), num_rows, logits.stride(0), vocab_size,
           0 if allowed is None else allowed.stride(0), num_threads=threads_for(logits.numel() * WORK),
           dtype=logits.dtype, has_temperatures=temperatures is not None, has_noise=keys is not None,
-          has_bits=allowed is not None, has_floors=floors is not None)
+          has_bits=allowed is not None, has_floors=floors is not None, has_runners_up=runners_up is not None)
     return drawn
 
 
@@ -75,8 +101,9 @@ def _forbid(code: Code, logits: Value, allowed: Value, out: Value, num_rows: Val
 
 @Kernel
 def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Value, allowed: Value, floors: Value,
-          drawn: Value, num_rows: Value, row_stride: Value, vocab_size: Value, word_stride: Value, *,
-          dtype: torch.dtype, has_temperatures: bool, has_noise: bool, has_bits: bool, has_floors: bool) -> None:
+          drawn: Value, lane_largest: Value, lane_token_ids: Value, lane_seconds: Value, num_rows: Value,
+          row_stride: Value, vocab_size: Value, word_stride: Value, *, dtype: torch.dtype, has_temperatures: bool,
+          has_noise: bool, has_bits: bool, has_floors: bool, has_runners_up: bool) -> None:
     element = ELEMENTS[dtype]
     with code.shares(num_rows) as row:
         line, bits = logits + row * row_stride * SIZES[element], allowed + row * word_stride * SIZES[INT32]
@@ -84,6 +111,7 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
         floor = code.load(floors + row * SIZES[FLOAT32], FLOAT32, 1) if has_floors else None
         most = code.variable(code.splat(code.number(-math.inf)))
         best = code.variable(code.indices())
+        second = code.variable(most.value)
 
         def go_through(temperature: Value | None, keys: list[Value]) -> None:
             with code.loop(0, vocab_size, LANES) as begin:
@@ -106,6 +134,8 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
             numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
             if keys:
                 numbers += _gumbel(code, keys, code.narrowed(tokens))
+            if has_runners_up:
+                second.value = code.larger(second.value, code.smaller(numbers, most.value))
             is_larger = numbers > most.value
             most.value = code.select(is_larger, numbers, most.value)
             best.value = code.select(is_larger, tokens, best.value)
@@ -118,6 +148,11 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
                 go_through(None, [])
         else:
             go_through(None, keys)
+        if has_runners_up:
+            lane = row * LANES
+            code.store(most.value, lane_largest + lane * SIZES[FLOAT32], FLOAT32)
+            code.store(best.value, lane_token_ids + lane * SIZES[INTEGER], INTEGER)
+            code.store(second.value, lane_seconds + lane * SIZES[FLOAT32], FLOAT32)
         largest, place = code.largest(most.value), drawn + row * SIZES[INTEGER]
         beyond = code.splat(code.integer(1 << 40))
         code.store(code.least(code.select(most.value.equals(largest), best.value, beyond)), place, INTEGER)

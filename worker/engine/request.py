@@ -36,6 +36,10 @@ class Constraint(Protocol):
         """Nothing may follow."""
 
     @property
+    def forced(self) -> Sequence[int]:
+        """What must follow, first of all its first, and perhaps only that; empty where there is a choice."""
+
+    @property
     def is_trusted(self) -> bool:
         """What it says by itself will do, as a rule: it may draw first, and ask afterwards."""
 
@@ -46,11 +50,9 @@ class Constraint(Protocol):
     def allowed(self) -> npt.NDArray[np.int32]:
         """A bit for each token id that may follow, 32 in each."""
 
-    def may_follow(self, token_id: int) -> bool:
-        """Whether `allowed` would name it."""
-
     def accept(self, token_id: int) -> bool:
-        """It was drawn. False: nobody can say what may follow."""
+        """Goes on behind it. False: it may not follow, `allowed` would not name it, and nothing has changed; or it
+        does, and nobody can say what may follow that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ they come does for most rows (noise.py); what asks for more is drawn in drawing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -26,7 +26,7 @@ from worker.engine.params import Params
 from worker.model.transfer import Transfer, send
 
 if TYPE_CHECKING:
-    from worker.engine.noise import Wishes
+    from worker.engine.noise import RunnersUp, Wishes
 
 FORBIDDEN = -1e30           # added to a logit; a float can be divided by MIN_TEMPERATURE then
 CPU = torch.device("cpu")
@@ -46,12 +46,18 @@ class Draws:
 
     num_logprobs: list[int | None]
     transfer: Transfer          # token ids and whether they are valid, [2, rows]; log probabilities of rows that ask
+    runners_up: RunnersUp | None = None
 
     def read(self) -> list[Draw]:
         (token_ids, is_valid), *of_asked = (tensor.tolist() for tensor in self.transfer.wait())
         asked = iter(zip(*of_asked, strict=True))
         return [Draw(token_id, None if count is None else _logprobs(token_id, count, *next(asked)), valid)
                 for token_id, count, valid in zip(token_ids, self.num_logprobs, is_valid, strict=True)]
+
+    def next_of(self, row: int) -> Iterator[int]:
+        """Who would be drawn, one by one, if those before could not; none where that is not known."""
+        is_known = self.runners_up is not None and self.num_logprobs[row] is None
+        return self.runners_up.of(row) if self.runners_up and is_known else iter(())
 
 
 def _logprobs(token_id: int, count: int, of_drawn: float, ids: list[int], of_likeliest: list[float]) -> Logprobs:
@@ -101,12 +107,16 @@ class Sampler:
     def leave(self, slot: int) -> None:
         self.params[slot] = None
 
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> Draws:
-        params = [self._params(row.slot) for row in rows]
-        drawn = (self._draw_there if self.has_kernel else self._draw_here)(logits, rows, params)
+    def sample(self, logits: Tensor, rows: Sequence[Row], *, wants_runners_up: bool = False) -> Draws:
+        """Runners-up come where one pass draws: of rows that are drawn otherwise nobody wants them."""
+        params, runners_up = [self._params(row.slot) for row in rows], None
+        if self.has_kernel:
+            drawn = self._draw_there(logits, rows, params)
+        else:
+            drawn, runners_up = self._draw_here(logits, rows, params, wants_runners_up)
         self._count(rows, params, drawn[0])
         return Draws([p.sampling.num_logprobs for p in params],
-                     Transfer(drawn, *self._logprobs(logits, drawn[0], params)))
+                     Transfer(drawn, *self._logprobs(logits, drawn[0], params)), runners_up)
 
     def _draw_there(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
         """On a GPU, at once: [2, rows]."""
@@ -120,16 +130,19 @@ class Sampler:
         return kernels.draw(self._adjusted(logits, rows, params), logits,
                             send(wishes.packed(), self.device, torch.int32), self.last_token_ids)
 
-    def _draw_here(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
+    def _draw_here(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params], wants_runners_up: bool
+                   ) -> tuple[Tensor, RunnersUp | None]:
         """[2, rows]"""
-        wishes = self._wishes(logits, rows, params)
+        wishes, runners_up = self._wishes(logits, rows, params), None
         if wishes is None:
             token_ids = draw(self._adjusted(logits, rows, params), params, _keys(rows, params))
             drawn = torch.stack((token_ids, logits.gather(1, token_ids[:, None])[:, 0].isfinite()))
         else:
-            drawn = cast(Tensor, kernels_for("noise", logits).draw(logits, wishes))
+            noise = kernels_for("noise", logits)
+            runners_up = noise.RunnersUp.empty(len(rows)) if wants_runners_up else None
+            drawn = cast(Tensor, noise.draw(logits, wishes, runners_up))
         self.last_token_ids.numpy()[[row.slot for row in rows]] = drawn[0].numpy()
-        return drawn
+        return drawn, runners_up
 
     def _wishes(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Wishes | None:
         """For one pass over logits as they come; None where some row wants more than that."""

@@ -2,9 +2,10 @@
 
 It knows token counts alone. It knows nothing of tensors, text or Redis.
 
-A step is bounded: one row for every decoding sequence and at most `MAX_REPLAY_ROWS` replayed ones, in forwards of at
-most `max_rows`; then prefill chunks worth at most `prefill_budget` tokens, of one prompt or of many. A chunk ends at a
-multiple of `prefill_chunk`, counted from the prompt's start, so that a prompt is always computed in the same pieces.
+A step is bounded: one row for every sequence behind its prompt and at most `MAX_REPLAY_ROWS` more for those that
+replay, in forwards of at most `max_rows`; then prefill chunks worth at most `prefill_budget` tokens, of one prompt or
+of many. A chunk ends at a multiple of `prefill_chunk`, counted from the prompt's start, so that a prompt is always
+computed in the same pieces.
 """
 
 from __future__ import annotations
@@ -129,12 +130,11 @@ def _in(unit: int, span: Span) -> int:
 
 
 def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span]:
+    """Nobody waits for somebody else's."""
     for p in replaying:
-        if num_rows <= 0:
-            return
-        span = _next(p, min(num_rows, p.num_tokens - p.num_computed_tokens))
-        num_rows -= span.end - span.begin
-        yield span
+        num_more = min(num_rows, p.num_tokens - p.num_computed_tokens - 1)
+        num_rows -= num_more
+        yield _next(p, 1 + num_more)
 
 
 def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, budget: int, min_cost: int, max_short: int

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from worker.engine.draft import Drafter
 from worker.engine.params import Params
+from worker.engine.sampler import Draw
 
 if TYPE_CHECKING:
     from shared.job import Sampling
@@ -102,6 +104,40 @@ class Sequence:
             num_left = self.sampling.max_tokens - len(self.output_token_ids) - 1
             known = (self.prompt_token_ids, self.output_token_ids)
             self.draft_token_ids = self.drafter.propose(*known, min(most, num_left))
+
+    def accept(self, draws: list[Draw]) -> list[Draw] | None:
+        """The draft as far as it is what was drawn, and one token more; what stands behind was computed in vain. The
+        constraint has accepted the first one. None: they are no numbers."""
+        draft, self.draft_token_ids = self.draft_token_ids, []
+        self.num_pending_tokens -= 1
+        taken = list[Draw]()
+        for draw, expected in zip_longest(draws, draft):
+            if not draw.is_valid:
+                return None
+            if taken and self.constraint and not self.constraint.accept(draw.token_id):
+                self.num_computed_tokens -= 1           # the last one is computed again, and draws what may follow
+                break
+            taken.append(draw)
+            self.output_token_ids.append(draw.token_id)
+            if draw.token_id != expected or self.finish_reason:
+                break
+            self.num_computed_tokens += 1
+        if self.drafter and draft:
+            self.drafter.learn(len(draft), len(taken) - 1)
+        return taken
+
+    def take_forced(self, most: int) -> list[Draw]:
+        """What must follow is drawn without a forward; the next one computes it as if it was replayed. Penalties count
+        what the sampler draws, and log probabilities come from logits, so with those it is drawn as everything else."""
+        taken = list[Draw]()
+        if not self.constraint or self.params.is_penalized or self.sampling.num_logprobs is not None:
+            return taken
+        while (forced := self.constraint.forced) and len(taken) < most and not self.finish_reason:
+            if not self.constraint.accept(forced[0]):
+                break
+            taken.append(Draw(forced[0], None, True))
+            self.output_token_ids.append(forced[0])
+        return taken
 
     def restart(self) -> None:
         """Without a slot, as if it had just come, with all that it has drawn."""

@@ -65,6 +65,27 @@ def test_what_is_forbidden_is_not_drawn_and_what_is_no_number_is() -> None:
         assert noise.draw(logits, noise.Wishes(keys=keys)).tolist() == [[33, 39, 0], [True, False, False]]
 
 
+@pytest.mark.parametrize("has_noise", [True, False])
+def test_runners_up_are_who_is_drawn_where_those_before_may_not_be(has_noise: bool) -> None:
+    """As far as they come, which is far enough, as a rule; without noise many are alike."""
+    torch.manual_seed(0)
+    num_rows, vocab_size = 200, 1024
+    logits = torch.randn(num_rows, vocab_size) if has_noise else torch.randint(-9, 9, (num_rows, vocab_size)).float()
+    keys, runners_up = keys_of(num_rows) if has_noise else None, noise.RunnersUp.empty(num_rows)
+    drawn = noise.draw(logits, noise.Wishes(keys=keys), runners_up)
+    assert torch.equal(drawn, noise.draw(logits, noise.Wishes(keys=keys)))
+    named = [list(runners_up.of(row)) for row in range(num_rows)]
+    allowed = torch.full((num_rows, vocab_size // 32), -1, dtype=torch.int32)
+    last = drawn[0]
+    for place in range(max(map(len, named))):
+        allowed.scatter_add_(1, last[:, None] // 32, -(1 << last % 32).int()[:, None])
+        last = noise.draw(logits, noise.Wishes(keys=keys, allowed=allowed))[0]
+        assert all(ids[place] == expected for ids, expected in zip(named, last.tolist(), strict=True)
+                   if place < len(ids))
+    if has_noise:
+        assert sum(map(len, named)) > 3 * num_rows
+
+
 def test_what_bits_do_not_name_falls_below_the_rest() -> None:
     torch.manual_seed(0)
     logits, allowed = torch.randn(5, 208), torch.randint(-2**31, 2**31, (5, 9), dtype=torch.int32)
