@@ -1,8 +1,8 @@
 """What it costs that answers must be something: `python -m tests.bench.constraint FOLDER`.
 
 A model of tests.bench.models; streams that may say anything, and streams that must keep a form, in turn, of the engine
-alone and of a service. Random weights keep the last form mostly by themselves, as a model does that was asked to. And
-how long schemas that are in use take to compile, with the first mask.
+alone and of a service. Random weights keep the last form mostly by themselves, as a model does that was asked to; of
+the flags most text must follow as it is. And how long schemas that are in use take to compile, with the first mask.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ from worker.engine.engine import Engine, Request
 
 ITEM = {"type": "object", "additionalProperties": False, "required": ["name", "price", "tags"], "properties": {
     "name": {"type": "string"}, "price": {"type": "number"}, "tags": {"type": "array", "items": {"type": "string"}}}}
+FLAGS = [f"is_{what}" for what in ("available", "refundable", "verified")]
+FLAGGED = {"type": "object", "additionalProperties": False, "required": FLAGS,
+           "properties": {flag: {"type": "boolean"} for flag in FLAGS}}
 FORMS: dict[str, dict[str, Any]] = {                     # fields of a request
     "anything": {}, "a regular expression": {"regex": r"([a-z]{1,12} ){400}"},
     "a JSON array of objects": {"guided_json": {"type": "array", "items": ITEM, "minItems": 400}},
+    "a JSON array of flags": {"guided_json": {"type": "array", "items": FLAGGED, "minItems": 400}},
     "anything but line breaks": {"regex": r"[^\n]*Z{9}"}}
 STRING = {"type": "string"}
 SCHEMAS: dict[str, dict[str, Any]] = {

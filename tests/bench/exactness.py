@@ -1,7 +1,8 @@
 """Whether an answer depends on what runs beside it: `python -m tests.bench.exactness`.
 
-The engine alone. Each request runs by itself, without kept prefixes and without drafts; then all run as a crowd that
-shares beginnings, drafts, has too little memory, and of which every third was begun by another. Counts who differs.
+The engine alone. Each request runs by itself, without kept prefixes and without drafts, and a mask is made before each
+of its tokens where it must keep a form; then all run as a crowd that shares beginnings, drafts, has too little memory,
+of which every third was begun by another, and whose forms are looked up as usual. Counts who differs.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 
 from rich.progress import track
 
+from shared.grammar import Grammars, of_choice, of_regex, of_schema
 from shared.job import Sampling
 from shared.settings import Settings
 from tests.worker.engine.driver import alone, token_ids
 from worker.build import build
+from worker.constraint import GrammarConstraint
 from worker.engine.engine import Engine, Output, Request
 from worker.model.attention import PAGE_LEN
 from worker.serve import model_folder
@@ -29,6 +32,15 @@ MAX_WAITING = 8
 STYLES: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0}, {}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "num_logprobs": 2}, {"min_p": 0.1},
     {"temperature": 0.0, "repetition_penalty": 1.2}, {"frequency_penalty": 0.5, "min_tokens": 8})
+FORMS = (of_regex(r"[^\n]{100}"), of_regex(r"([a-z]{1,8} ){40}"), of_choice(["certainly", "certainly not", "perhaps"]),
+         of_schema({"type": "object", "additionalProperties": False, "required": ["found", "names"], "properties": {
+             "found": {"type": "boolean"}, "names": {"type": "array", "items": {"type": "string"}, "minItems": 9}}}))
+
+
+class Asking(GrammarConstraint):
+    """Before every token."""
+
+    is_trusted = False
 
 
 def main() -> int:
@@ -42,9 +54,13 @@ def main() -> int:
     crowded = build(settings.model_copy(update={
         "enable_prefix_caching": True, "max_num_seqs": 32, "num_speculative_tokens": 8,
         "kv_cache_bytes": NUM_PAGES * PAGE_LEN * lonely.model.kv_bytes_per_token}), model_folder(settings))
+    tokenizer_json = (model_folder(settings) / "tokenizer.json").read_text()
+    grammars = Grammars(tokenizer_json, lonely.model.vocab_size, sorted(lonely.model.eos_token_ids))
     requests = make_requests(args.requests, lonely.model.vocab_size)
-    expected = {request.id: alone(lonely, request)[0] for request in track(requests, "each alone")}
-    found = run_crowd(crowded, [begun(request, expected[request.id]) for request in requests])
+    expected = {request.id: alone(lonely, formed(request, grammars, Asking))[0]
+                for request in track(requests, "each alone")}
+    found = run_crowd(crowded, [formed(begun(request, expected[request.id]), grammars, GrammarConstraint)
+                                for request in requests])
     differ = [request.id for request in requests if found[request.id] != expected[request.id]]
     print(f"{len(requests)} requests, {sum(map(len, expected.values())):,} tokens, {crowded.model!r}: "
           f"{crowded.num_preempted} times preempted, {crowded.num_accepted_tokens:,} of "
@@ -61,6 +77,15 @@ def make_requests(count: int, vocab_size: int) -> list[Request]:
         sampling = Sampling(max_tokens=draw.randrange(8, 80), seed=number, ignore_eos=True, **draw.choice(STYLES))
         requests.append(Request(str(number), tuple(prompt), sampling))
     return requests
+
+
+def formed(request: Request, grammars: Grammars, kind: type[GrammarConstraint]) -> Request:
+    """Every fourth must keep one of the forms."""
+    number = int(request.id)
+    if number % 4:
+        return request
+    grammar = FORMS[number // 4 % len(FORMS)]
+    return replace(request, constraints=(kind.of(grammars, grammar, request.continued_token_ids(0)),))
 
 
 def begun(request: Request, answer: list[int]) -> Request:
