@@ -21,7 +21,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from shared.grammar import Grammars
 
 BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
-MIN_WARY_TOKENS, MAX_WARY_TOKENS = 4, 128               # before which a mask is made, from the refused one on
+MIN_WARY_TOKENS, MAX_WARY_TOKENS = 3, 128               # before which a mask is made, from the refused one on
 
 
 class Masks:
