@@ -86,8 +86,7 @@ class Trust:
 
 class GrammarConstraint:
     def __init__(self, matcher: LLMatcher, num_words: int, after: int | None = None, eos_token_ids: Sequence[int] = ()):
-        self.is_complete = False
-        self.forced = matcher.compute_ff_tokens() if after is None else []
+        self.is_complete, self.forced = False, list[int]()
         self._matcher = matcher
         self._num_words = num_words                     # of 32 token ids each
         self._after = after                             # the token that has to come before it begins
@@ -104,6 +103,7 @@ class GrammarConstraint:
         InvalidGrammar."""
         constraint = cls(grammars.matcher(grammar), -(-grammars.vocab_size // 32), after, grammars.eos_token_ids)
         constraint._is_lost = not all(map(constraint._goes_on, token_ids))
+        constraint._look_ahead()
         return constraint
 
     @property
@@ -147,6 +147,7 @@ class GrammarConstraint:
             return False
         if not self._goes_on(token_id):
             return False
+        self._look_ahead()
         self._trust.gain()
         return True
 
@@ -159,13 +160,13 @@ class GrammarConstraint:
 
     def _goes_on(self, token_id: int) -> bool:
         if self._after is not None:
-            if token_id == self._after:
-                self._after, self.forced = None, self._matcher.compute_ff_tokens()
+            self._after = None if token_id == self._after else self._after
             return True
-        is_end = token_id in self._eos_token_ids        # which may be what a part of the grammar stops at
-        if not (self._matcher.consume_token(token_id) if is_end else self._matcher.try_consume_tokens([token_id])):
-            return False
         self._bits = None
-        self.is_complete = self._matcher.is_stopped()
-        self.forced = self._matcher.compute_ff_tokens()
-        return True
+        if token_id in self._eos_token_ids:             # which may be what a part of the grammar stops at
+            return self._matcher.consume_token(token_id)
+        return self._matcher.try_consume_tokens([token_id]) == 1
+
+    def _look_ahead(self) -> None:
+        if self._after is None and not self._is_lost:
+            self.is_complete, self.forced = self._matcher.is_stopped(), self._matcher.compute_ff_tokens()
