@@ -19,7 +19,7 @@ from api.files import File, Files, pieces_key
 from api.wire.batches import Batch, BatchRequest, Status
 from api.wire.lines import Raw, Result
 from shared.connection import refusals
-from shared.errors import BatchNotFound, TooManyBatches
+from shared.errors import NOT_LISTED, BatchNotFound, InvalidValue, TooManyBatches
 from shared.keys import BATCHES, tenant_key
 from shared.queue import LUA
 from shared.settings import Settings
@@ -68,10 +68,13 @@ class Batches:
         return Batch.decode(fields)
 
     async def page(self, tenant: str, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
-        """Up to `limit` batches behind `after`, the newest first, and whether there are more."""
+        """Up to `limit` batches behind `after`, the newest first, and whether there are more. Raises InvalidValue when
+        `after` is none of them."""
         index = tenant_key(tenant, "batches")
-        rank: Any = None if after is None else await self._redis.zrevrank(index, after)
-        begin = 0 if rank is None else rank + 1
+        rank: Any = -1 if after is None else await self._redis.zrevrank(index, after)
+        if rank is None:
+            raise InvalidValue(NOT_LISTED, param="after")
+        begin = rank + 1
         ids: Any = await self._redis.zrange(index, begin, begin + limit, desc=True)
         async with self._redis.pipeline(transaction=False) as pipe:
             for batch_id in ids[:limit]:

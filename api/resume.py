@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from api.delivered import Delivered
 from api.pod import Pod
 from api.relay import Stream
+from api.stored import Record
 from api.wire.fold import FOLD_VERSIONS, EventFold, TokenBytes
 from api.wire.languages import Asked, event_fold, num_events_until, whole_fold
 from shared.errors import (
     CompletionInProgress,
     CompletionNotFound,
     InvalidValue,
+    NotFound,
     PositionNotReached,
     ResponseNotFound,
     StreamLost,
@@ -39,6 +41,19 @@ async def find(pod: Pod, tenant: str, completion_id: str, language: Language) ->
     if shard is None or found is None or found.tenant != tenant or found.header.language != language:
         raise ResponseNotFound if language == "responses" else CompletionNotFound
     return pod.directory.queue(shard), found
+
+
+async def find_stored(pod: Pod, tenant: str, completion_id: str, language: Language) -> tuple[Record, Queue, Found]:
+    """With what was asked. What is kept no longer leaves its room to others. Raises NotFound."""
+    record = await pod.store.get(tenant, completion_id)
+    if record is None or record.language != language:
+        raise ResponseNotFound if language == "responses" else CompletionNotFound
+    try:
+        return record, *await find(pod, tenant, completion_id, language)
+    except NotFound:
+        if record.is_settled:
+            await pod.store.remove(tenant, completion_id)
+        raise
 
 
 def position(text: str | None, param: str) -> int | None:
@@ -89,8 +104,8 @@ async def follow(pod: Pod, queue: Queue, found: Found, after: int | None, asked:
                  ) -> tuple[Stream, EventFold, bytes]:
     """A stream that goes on behind event `after`, its fold, and of the events that have happened already those at once.
 
-    Raises PositionNotReached or InvalidValue when there is no such event, and what an answer ended with when nothing
-    else is left to say.
+    Raises PositionNotReached or InvalidValue when there is no such event. Behind the last one nothing is said; behind
+    an error that is told as one, it is raised.
     """
     fold = event_fold(found.job_id, found.header, await token_bytes(pod, found), asked,
                       after=num_events_until(found.header.language, after))
@@ -127,8 +142,9 @@ async def _catch_up(stream: Stream, fold: EventFold) -> bytes:
         if fold.ended:
             raise InvalidValue("The completion has fewer events than this.", param="starting_after")
         raise PositionNotReached(retry_after_s=RETRY_S)
-    if fold.ended and not said:
-        raise job_error(entries[-1].finish.error or "")
+    error = entries[-1].finish.error if fold.ended and not said else None
+    if error and not fold.tells_failures:
+        raise job_error(error)
     return said
 
 

@@ -81,7 +81,7 @@ class EventStream(Response):
     async def _say(self, body: bytes, send: Send) -> bool:
         """True when that was the end."""
         ended = self._fold.ended
-        if body:
+        if body or ended:
             await send({"type": "http.response.body", "body": body, "more_body": not ended})
             self._stream.unsent_s = 0.0
         return ended

@@ -6,22 +6,23 @@ It knows records and where Redis has them, nothing of HTTP or of languages.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from redis.asyncio import Redis
 
 from shared.connection import refusals
-from shared.errors import StorageFull
+from shared.errors import NOT_LISTED, InvalidValue, StorageFull
 from shared.job import Language
 from shared.keys import shard_of, tenant_key
 from shared.queue import LUA
 from shared.settings import Settings
 
 MAX_STORED = 10_000                                     # chat completions that a tenant can list; the oldest leave
-MAX_SCANNED = 2_000                                     # of them, looked at for one page
 SCAN = 100                                              # of them, in one round trip
+SUBMIT_S = 60.0                                         # until the job is there whose record is
 FULL = "Your stored requests take too much room with this one. Delete some, do not store it, or wait until they expire."
 
 
@@ -36,6 +37,11 @@ class Record:
     metadata: dict[str, str] = field(default_factory=dict)
     items: tuple[dict[str, Any], ...] = ()              # of the conversation that it answers
     asked: dict[str, Any] = field(default_factory=dict)     # what the answer repeats
+
+    @property
+    def is_settled(self) -> bool:
+        """A job that is not there by now is kept no longer."""
+        return time.time() - self.created_ms / 1000 > SUBMIT_S
 
 
 class Store:
@@ -79,21 +85,26 @@ class Store:
         keys = [_key(tenant, completion_id), tenant_key(tenant, "stored"), tenant_key(tenant, "stored_bytes")]
         return bool(await self._shelve(keys, [completion_id, record, self._lifetime_ms, self._max_bytes]))
 
-    async def page(self, tenant: str, *, after: str | None, limit: int, newest_first: bool,
-                   suits: Callable[[Record], bool]) -> tuple[list[Record], bool]:
-        """Up to `limit` chat completions behind `after`, and whether there are more."""
-        index, found = tenant_key(tenant, "completions"), list[Record]()
-        begin = 0
+    async def listed(self, tenant: str, *, after: str | None, newest_first: bool) -> AsyncIterator[Record]:
+        """The chat completions behind `after`. Raises InvalidValue when that is none of them."""
+        index, begin = tenant_key(tenant, "completions"), 0
         if after is not None:
             rank: Any = await (self._redis.zrevrank if newest_first else self._redis.zrank)(index, after)
-            begin = 0 if rank is None else rank + 1
-        for start in range(begin, begin + MAX_SCANNED, SCAN):
+            if rank is None:
+                raise InvalidValue(NOT_LISTED, param="after")
+            begin = rank + 1
+        for start in range(begin, MAX_STORED, SCAN):
             ids: Any = await self._redis.zrange(index, start, start + SCAN - 1, desc=newest_first)
-            records = await self._redis.mget([_key(tenant, each.decode()) for each in ids]) if ids else []
-            found += [record for raw in records if (record := _decode(raw)) and suits(record)]
-            if len(found) > limit or len(ids) < SCAN:
-                break
-        return found[:limit], len(found) > limit
+            for raw in await self._redis.mget([_key(tenant, each.decode()) for each in ids]) if ids else []:
+                if record := _decode(raw):
+                    yield record
+            if len(ids) < SCAN:
+                return
+
+    async def unlist(self, tenant: str, records: Iterable[Record]) -> None:
+        """Those that will never be told again; they are kept until their time is over."""
+        if ids := [record.id for record in records if record.is_settled]:
+            await self._redis.zrem(tenant_key(tenant, "completions"), *ids)
 
 
 def _key(tenant: str, completion_id: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+NOT_LISTED = "after is no id of this list."
+
 
 class APIError(Exception):
     """The service failed. Retrying may help."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Header, Query
 
 from api.resume import position
-from shared.errors import InvalidValue
+from shared.errors import NOT_LISTED, InvalidValue
 
 FLAGS = {None: False, "false": False, "0": False, "true": True, "1": True}
 MAX_LISTED = 100
@@ -53,7 +53,7 @@ def page_of(items: list[dict[str, Any]], after: str | None, limit: int, *, newes
     if after is not None:
         places = [place for place, item in enumerate(ordered) if item["id"] == after]
         if not places:
-            raise InvalidValue("after is no id of this list.", param="after")
+            raise InvalidValue(NOT_LISTED, param="after")
         ordered = ordered[places[0] + 1:]
     page = ordered[:limit]
     return {"object": "list", "data": page, "first_id": page[0]["id"] if page else None,

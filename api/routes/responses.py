@@ -16,7 +16,7 @@ from api.auth import Door
 from api.directory import Served
 from api.pod import Pod
 from api.respond import Caller, read_body, read_order, respond, rest
-from api.resume import find, whole
+from api.resume import find, find_stored, whole
 from api.routes.listing import (
     After,
     LastEventID,
@@ -32,9 +32,10 @@ from api.routes.listing import (
 from api.sse import COMPLETION_ID
 from api.stored import Record
 from api.submit import Order, encode
+from api.wire.items import listed
 from api.wire.languages import whole_fold
 from api.wire.responses import in_our_words, parse_response
-from shared.errors import CompletionInProgress, Draining, NotFound, PreviousResponseNotFound, ResponseNotFound
+from shared.errors import CompletionInProgress, Draining, NotFound, PreviousResponseNotFound
 
 ADDRESS = "/v1/responses"
 
@@ -75,19 +76,17 @@ def router(pod: Pod, door: Door) -> APIRouter:
                                 last_event_id: LastEventID = None, tenant: str = Depends(door)) -> Response:
         """A response as it stands, or its events behind the sequence number `starting_after`, also while it runs."""
         is_stream, position = asked_from(stream, starting_after, last_event_id)
-        record = await _stored(pod, tenant, response_id)
+        record, queue, found = await find_stored(pod, tenant, response_id, "responses")
         if not is_stream:
-            return await _told(pod, tenant, record)
+            return _json(await whole(pod, queue, found, record.asked), response_id)
         if pod.draining:
             raise Draining(retry_after_s=0.1)
-        queue, found = await find(pod, tenant, response_id, "responses")
         return await rest(pod, queue, found, position, record.asked)
 
     @routes.post(ADDRESS + "/{response_id}/cancel", openapi_extra=docs.says(gives="ResponseObject"))
     async def cancel_response(response_id: str, tenant: str = Depends(door)) -> Response:
         """Ends a response, whoever reads it; how it stands then."""
-        record = await _stored(pod, tenant, response_id)
-        queue, found = await find(pod, tenant, response_id, "responses")
+        record, queue, found = await find_stored(pod, tenant, response_id, "responses")
         if found.finish is None:
             await queue.cancel(response_id)
         return await _told(pod, tenant, record)
@@ -95,8 +94,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     @routes.delete(ADDRESS + "/{response_id}", openapi_extra=docs.says(gives="Deleted"))
     async def delete_response(response_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
         """Forgets a response, with what it answers; one that runs is cancelled."""
-        await _stored(pod, tenant, response_id)
-        queue, _ = await find(pod, tenant, response_id, "responses")
+        _, queue, _ = await find_stored(pod, tenant, response_id, "responses")
         await queue.erase(response_id)
         await pod.store.remove(tenant, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
@@ -105,10 +103,9 @@ def router(pod: Pod, door: Door) -> APIRouter:
     async def list_input_items(response_id: str, after: After = None, limit: Limit = None, order: Sorting = None,
                                tenant: str = Depends(door)) -> dict[str, Any]:
         """The items that a response answers, those of the conversation before included."""
-        record = await _stored(pod, tenant, response_id)
-        items = [{"id": f"item_{number}_{response_id}", "type": "message"} | item
-                 for number, item in enumerate(record.items)]
-        return page_of(items, after, page_size(limit), newest_first=is_newest_first(order, default="desc"))
+        record, _, _ = await find_stored(pod, tenant, response_id, "responses")
+        return page_of(listed(record.items, response_id), after, page_size(limit),
+                       newest_first=is_newest_first(order, default="desc"))
 
     return routes
 
@@ -131,21 +128,13 @@ async def _before(pod: Pod, tenant: str, response_id: str | None) -> list[dict[s
     if response_id is None:
         return []
     try:
-        record = await _stored(pod, tenant, response_id)
-        queue, found = await find(pod, tenant, response_id, "responses")
+        record, queue, found = await find_stored(pod, tenant, response_id, "responses")
     except NotFound:
         raise PreviousResponseNotFound(param="previous_response_id") from None
     if found.finish is None:
         raise CompletionInProgress
     response = json.loads(await whole(pod, queue, found, record.asked))
     return [*record.items, *response["output"]]
-
-
-async def _stored(pod: Pod, tenant: str, response_id: str) -> Record:
-    record = await pod.store.get(tenant, response_id)
-    if record is None or record.language != "responses":
-        raise ResponseNotFound
-    return record
 
 
 async def _told(pod: Pod, tenant: str, record: Record) -> Response:

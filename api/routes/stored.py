@@ -12,7 +12,7 @@ from api import docs
 from api.auth import Door
 from api.pod import Pod
 from api.respond import read_body, rest
-from api.resume import find, whole
+from api.resume import find, find_stored, whole
 from api.routes.listing import (
     After,
     LastEventID,
@@ -29,7 +29,7 @@ from api.sse import COMPLETION_ID
 from api.stored import Record
 from api.wire.fold import dump
 from api.wire.metadata import parse_metadata
-from shared.errors import CompletionInProgress, CompletionNotFound, Draining, JobEnded, NotFound
+from shared.errors import CompletionInProgress, Draining, JobEnded, NotFound
 from shared.queue import Found
 
 ADDRESS = "/v1/chat/completions"
@@ -43,17 +43,24 @@ def router(pod: Pod, door: Door) -> APIRouter:
                                     model: str | None = None, tenant: str = Depends(door)) -> Response:
         """The chat completions that were stored and have ended well, with `metadata[NAME]=VALUE` those that have it."""
         wanted = {match[1]: value for name, value in request.query_params.items()
-                  if (match := re.fullmatch(r"metadata\[(.+)\]", name))}
-
-        def suits(record: Record) -> bool:
-            return model in (None, record.model) and wanted.items() <= record.metadata.items()
-
-        records, has_more = await pod.store.page(tenant, after=after, limit=page_size(limit),
-                                                 newest_first=is_newest_first(order, default="asc"), suits=suits)
-        bodies = [body for record in records if (body := await _body(pod, tenant, record))]
-        ids = [record.id for record in records]
-        rest = dump({"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None, "has_more": has_more})
-        return _json(b'{"object":"list","data":[%b],%b' % (b",".join(bodies), rest[1:]))
+                  if (match := re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL))}
+        told, gone, num_wanted = dict[str, bytes](), list[Record](), page_size(limit)
+        async for record in pod.store.listed(tenant, after=after, newest_first=is_newest_first(order, default="asc")):
+            if model not in (None, record.model) or not wanted.items() <= record.metadata.items():
+                continue
+            try:
+                told[record.id] = _described(await whole(pod, *await find(pod, tenant, record.id, "chat")), record)
+            except (NotFound, JobEnded):
+                gone.append(record)
+            except CompletionInProgress:
+                continue
+            if len(told) > num_wanted:
+                break
+        await pod.store.unlist(tenant, gone)
+        ids = list(told)[:num_wanted]
+        rest = dump({"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None,
+                     "has_more": len(told) > num_wanted})
+        return _json(b'{"object":"list","data":[%b],%b' % (b",".join(told[each] for each in ids), rest[1:]))
 
     @routes.get(ADDRESS + "/{completion_id}", openapi_extra=docs.says(gives="ChatCompletion", events=docs.BEHIND))
     async def retrieve_chat_completion(completion_id: str, stream: WantsStream = None,
@@ -74,7 +81,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     async def list_messages(completion_id: str, after: After = None, limit: Limit = None, order: Sorting = None,
                             tenant: str = Depends(door)) -> dict[str, Any]:
         """The messages that a stored chat completion answers."""
-        record = await _stored(pod, tenant, completion_id)
+        record, _, _ = await find_stored(pod, tenant, completion_id, "chat")
         messages = [{"id": f"{completion_id}-{number}", "content": None, "name": None} | message
                     for number, message in enumerate(record.items)]
         return page_of(messages, after, page_size(limit), newest_first=is_newest_first(order, default="asc"))
@@ -84,15 +91,14 @@ def router(pod: Pod, door: Door) -> APIRouter:
     async def update_chat_completion(completion_id: str, request: Request, tenant: str = Depends(door)) -> Response:
         """Gives a stored chat completion other metadata."""
         metadata = parse_metadata(await read_body(pod, request))
-        record = await pod.store.update(tenant, await _stored(pod, tenant, completion_id), metadata)
-        queue, found = await find(pod, tenant, completion_id, "chat")
-        return _json(_described(await whole(pod, queue, found), record))
+        record, queue, found = await find_stored(pod, tenant, completion_id, "chat")
+        body = await whole(pod, queue, found)
+        return _json(_described(body, await pod.store.update(tenant, record, metadata)))
 
     @routes.delete(ADDRESS + "/{completion_id}", openapi_extra=docs.says(gives="Deleted"))
     async def delete_chat_completion(completion_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
         """Forgets a stored chat completion, with what it answers; one that runs is cancelled."""
-        await _stored(pod, tenant, completion_id)
-        queue, _ = await find(pod, tenant, completion_id, "chat")
+        _, queue, _ = await find_stored(pod, tenant, completion_id, "chat")
         await queue.erase(completion_id)
         await pod.store.remove(tenant, completion_id)
         return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
@@ -115,21 +121,6 @@ async def end(pod: Pod, tenant: str, completion_id: str) -> Found:
         await queue.cancel(completion_id)
         _, found = await find(pod, tenant, completion_id, "chat")
     return found
-
-
-async def _stored(pod: Pod, tenant: str, completion_id: str) -> Record:
-    record = await pod.store.get(tenant, completion_id)
-    if record is None or record.language != "chat":
-        raise CompletionNotFound
-    return record
-
-
-async def _body(pod: Pod, tenant: str, record: Record) -> bytes | None:
-    """None: it runs, has failed, or is kept no longer."""
-    try:
-        return _described(await whole(pod, *await find(pod, tenant, record.id, "chat")), record)
-    except (NotFound, CompletionInProgress, JobEnded):
-        return None
 
 
 def _described(body: bytes, record: Record | None) -> bytes:

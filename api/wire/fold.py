@@ -30,6 +30,8 @@ class EventFold(ABC, Generic[E]):
     A client that returns names the last event that it has, `after`: up to it events are counted and not said again.
     """
 
+    tells_failures = False                              # as an answer like others; else as an error
+
     def __init__(self, header: Header, after: int = 0) -> None:
         self.header = header
         self.after = after

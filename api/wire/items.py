@@ -22,7 +22,7 @@ def _known(item: dict[str, Any]) -> dict[str, Any]:
     kind = item.get("type", "message")
     if kind == "item_reference":
         raise UnsupportedParameter("Items are given whole, or by previous_response_id.", param="input")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise UnsupportedContent("Items are messages, reasoning, function calls and their outputs.", param="input")
     if is_deep(item):
         raise InvalidValue(f"An item is nested at most {MAX_NESTING} levels deep.", param="input")
@@ -44,6 +44,24 @@ def chat_messages(items: Sequence[Mapping[str, Any]], instructions: str | None) 
         else:
             messages.append(said)
     return [{"content": None if "tool_calls" in message else ""} | message for message in messages]
+
+
+def listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[str, Any]]:
+    """As a list shows them: each under an id of its own, with a state, and a message's text in parts."""
+    shown, ids = list[dict[str, Any]](), set[str]()
+    for number, item in enumerate(items):
+        own = item.get("id")
+        if not isinstance(own, str) or not own or own in ids:
+            own = f"item_{number}_{response_id}"
+        ids.add(own)
+        kind = item.get("type", "message")
+        more: dict[str, Any] = {} if kind == "reasoning" else {"status": item.get("status") or "completed"}
+        if kind == "message" and isinstance(item["content"], str):
+            is_said = item["role"] == "assistant"
+            more["content"] = [{"type": "output_text", "text": item["content"], "annotations": []} if is_said else
+                               {"type": "input_text", "text": item["content"]}]
+        shown.append({"type": kind} | dict(item) | more | {"id": own})
+    return shown
 
 
 def _goes_on(turn: Mapping[str, Any], said: Mapping[str, Any]) -> bool:

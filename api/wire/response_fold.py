@@ -17,6 +17,7 @@ from shared.job import Entry, Finish, Header, Usage
 
 class ResponseFold(EventFold):
     """`asked` is what the response repeats of its request."""
+    tells_failures = True
 
     def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes, asked: Mapping[str, Any],
                  after: int = 0) -> None:

@@ -16,7 +16,7 @@ from api.wire.format import JSONSchema
 from api.wire.items import Item, chat_messages
 from api.wire.metadata import Metadata
 from api.wire.request import MAX_TOOLS, NAMES, ChatRequest, require_few_messages
-from api.wire.sampled import Count, Drawn
+from api.wire.sampled import Count, Drawn, require_stream
 from shared.errors import BadRequest, InvalidValue, UnsupportedParameter
 from shared.job import MAX_TOP_LOGPROBS
 
@@ -30,7 +30,8 @@ RENAMED = {"messages": "input", "response_format": "text.format", "reasoning_eff
 class Reasoning(Fields):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="what the chat template makes of it; none: enable_thinking is false")
-    summary: str | None = Field(None, description="without effect: thoughts are told whole")
+    summary: Literal["auto", "concise", "detailed"] | None = Field(
+        None, description="without effect: thoughts are told whole")
 
 
 class TextFormat(JSONSchema):
@@ -50,6 +51,7 @@ class ResponseRequest(Drawn):
     instructions: str | None = Field(None, description="said before the conversation, and not kept for the next one")
     previous_response_id: str | None = Field(None, description="of a stored response, whose conversation goes on")
     stream: bool | None = Field(None, description="answer with server-sent events")
+    stream_options: dict[str, Any] | None = Field(None, description="with a stream alone; without effect")
     background: bool | None = Field(None, description="answer at once with its id; it goes on with nobody reading")
     store: bool | None = Field(None, description="else true: it is kept for `store_s`")
     metadata: Metadata | None = Field(None, description="kept beside it")
@@ -74,6 +76,7 @@ class ResponseRequest(Drawn):
         for param in REFUSED:
             if getattr(self, param):
                 raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        require_stream(self.stream, self.stream_options)
         if self.background and self.store is False:
             raise InvalidValue("A response in the background is stored.", param="store")
         return self

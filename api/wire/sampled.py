@@ -90,8 +90,7 @@ class Sampled(Constrained, Drawn):
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Sampled:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
+        require_stream(self.stream, self.stream_options)
         return self
 
     @property
@@ -102,6 +101,12 @@ class Sampled(Constrained, Drawn):
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told; None: no log probabilities."""
         return None
+
+
+def require_stream(is_stream: bool | None, options: Any) -> None:
+    """Raises InvalidValue."""
+    if options is not None and not is_stream:
+        raise InvalidValue("stream_options is only allowed when stream is true.", param="stream_options")
 
 
 def _is_bias(key: Any, value: Any) -> bool:

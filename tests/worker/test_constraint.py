@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("random")
     torch.manual_seed(7)
     module = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {
-        "vocab_size": TOKENIZER.get_vocab_size(), "eos_token_id": EOS}))
+        "vocab_size": TOKENIZER.get_vocab_size(), "eos_token_id": EOS, "max_position_embeddings": 1024}))
     for parameter in module.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.25)
@@ -139,7 +139,7 @@ def batch() -> list[Request]:
 def test_however_it_is_computed(options: dict[str, Any], folder: Path, engine: Engine) -> None:
     """A step ahead, in shared forwards, and short of memory, where the younger one gives way and replays."""
     if "kv_cache_bytes" in options:
-        options = {"kv_cache_bytes": options["kv_cache_bytes"] * engine.model.kv_bytes_per_token}
+        options = {"kv_cache_bytes": options["kv_cache_bytes"] * engine.model.kv_bytes_per_token, "max_model_len": 512}
     other = make_engine(folder, **options)
     expected, found = ({key: token_ids(outputs) for key, outputs in run(each, {0: batch()}).items()}
                        for each in (engine, other))
@@ -231,6 +231,31 @@ def test_what_must_follow_takes_no_step(options: dict[str, Any], folder: Path, m
         assert found["0", 0] and all("refundable" in text_of(token_ids(outputs)) for outputs in found.values())
     assert answers[0] == answers[1]
     assert num_steps[1] < 0.6 * num_steps[0]
+
+
+@pytest.mark.parametrize("num_pages", [64, 6])
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_what_must_follow_has_pages_of_its_own(runs_ahead: bool, num_pages: int, folder: Path, engine: Engine,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one at once, and none of a neighbour's; where there are none, the youngest gives way."""
+    literal = of_regex("[a-z]{3}" + "yes " * 140 + "[a-z ]{60}")
+    crowd = [request(f"free {seed}", "", max_tokens=200, seed=seed, ignore_eos=True) for seed in range(2)]
+    crowd += [request(f"formed {seed}", literal, max_tokens=700, seed=seed) for seed in range(2)]
+    expected = {key: token_ids(outputs) for each in crowd for key, outputs in run(engine, {0: [each]}).items()}
+    monkeypatch.setattr("worker.engine.engine.MAX_FORCED_TOKENS", 300)
+    monkeypatch.setattr("worker.engine.sequence.MAX_FORCED_SEEN", 10**6)
+    other = make_engine(folder, runs_ahead=runs_ahead, max_model_len=1024,
+                        kv_cache_bytes=num_pages * PAGE_LEN * engine.model.kv_bytes_per_token)
+    crowd[2:] = [request(f"formed {seed}", literal, max_tokens=700, seed=seed) for seed in range(2)]
+    found = {key: token_ids(outputs) for key, outputs in run(other, {0: crowd}).items()}
+    assert found == expected
+    assert (other.num_preempted > 0) == (num_pages == 6)
+
+
+def test_much_that_must_follow_is_looked_at_a_little_at_a_time(engine: Engine) -> None:
+    """Each look goes through all of it."""
+    outputs = run(engine, {0: [request("long", of_choice(["yes " * 500, "no"]), max_tokens=90, seed=1)]})["long", 0]
+    assert max(len(output.token_ids) for output in outputs) == 1
 
 
 def test_an_answer_ends_within_what_must_follow(engine: Engine) -> None:
@@ -366,9 +391,9 @@ class Stuck:
     """Its matcher gives up at the third token."""
 
     is_complete = is_trusted = False
-    forced = ()
 
     def __init__(self) -> None:
+        self.forced: list[int] = []
         self.num_accepted = 0
 
     @staticmethod

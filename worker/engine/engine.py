@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 MAX_DRAFT_ROWS = 12     # of a forward with drafts: a pass over the weights has room for so many
-MAX_FORCED_TOKENS = 32  # that follow a drawn one at once: less than a page
+MAX_FORCED_TOKENS = 32  # that follow a drawn one at once
 
 
 class Engine:
@@ -139,8 +139,8 @@ class Engine:
     def _compute(self) -> None:
         self._admit()
         self._reuse()
-        self._secure_memory()
         self._constrain()
+        self._secure_memory()
         self._draft()
         num_before = len(self._flights)
         for forward in self._plan():
@@ -213,11 +213,12 @@ class Engine:
         self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
 
     def _secure_memory(self) -> None:
-        """For the next token of all; the oldest has the first word. Who gives way must know all that it has drawn."""
+        """For all that is drawn; the oldest has the first word. Who gives way must know all that it has drawn."""
         for group in sorted(self._running, key=lambda group: group.number):
             for sequence in list(group.sequences.values()):
-                while sequence.slot != WAITING and self.kv.num_missing_pages(sequence.slot, sequence.num_tokens):
-                    if self._make_room(1):
+                while sequence.slot != WAITING and (
+                        num_missing := self.kv.num_missing_pages(sequence.slot, sequence.num_tokens)):
+                    if self._make_room(num_missing):
                         self.kv.grow(sequence.slot, sequence.num_tokens)
                     elif self._flights:
                         self._land(len(self._flights))
@@ -375,7 +376,7 @@ class Engine:
         if num_drafted:
             self.num_draft_tokens += num_drafted
             self.num_accepted_tokens += len(taken) - 1
-        if sequence.constraint and sequence.constraint.forced:
+        if sequence.constraint:
             taken += sequence.take_forced(MAX_FORCED_TOKENS)
         reason = sequence.finish_reason
         if reason:

@@ -27,9 +27,15 @@ class Flight(NamedTuple):
             place += len(drawn)
 
     def first_to_follow(self, place: int, draw: Draw) -> Draw | None:
-        """Of what a row has drawn, and would draw next, what its constraint accepts; what is no number as well."""
-        constraint = self.sequences[place].constraint
-        if constraint is None or not draw.is_valid or constraint.accept(draw.token_id):
+        """What must follow; or of what a row has drawn, and would draw next, what its constraint accepts. What is no
+        number as well."""
+        sequence = self.sequences[place]
+        constraint = sequence.constraint
+        if constraint is None or not draw.is_valid:
             return draw
-        others = (Draw(token_id, None, True) for token_id in self.draws.next_of(place) if constraint.accept(token_id))
-        return next(others, None)
+        if forced := sequence.forced:
+            draw = Draw(forced[0], None, True)
+        if constraint.accept(draw.token_id):
+            return draw
+        others = self.draws.next_of(place) if self.rows[place].allowed is None and not forced else ()
+        return next((Draw(token_id, None, True) for token_id in others if constraint.accept(token_id)), None)

@@ -36,7 +36,7 @@ class Constraint(Protocol):
         """Nothing may follow."""
 
     @property
-    def forced(self) -> Sequence[int]:
+    def forced(self) -> list[int]:
         """What must follow, first of all its first, and perhaps only that; empty where there is a choice."""
 
     @property

@@ -56,8 +56,7 @@ class Draws:
 
     def next_of(self, row: int) -> Iterator[int]:
         """Who would be drawn, one by one, if those before could not; none where that is not known."""
-        is_known = self.runners_up is not None and self.num_logprobs[row] is None
-        return self.runners_up.of(row) if self.runners_up and is_known else iter(())
+        return iter(()) if self.runners_up is None or self.num_logprobs[row] is not None else self.runners_up.of(row)
 
 
 def _logprobs(token_id: int, count: int, of_drawn: float, ids: list[int], of_likeliest: list[float]) -> Logprobs:

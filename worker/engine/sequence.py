@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WAITING = -1    # for a slot
 PENDING = -1    # in the place of a token id that only the device knows yet
+MAX_FORCED_SEEN = 1000      # tokens that must follow, looked at in one step, each time from the next one on
 
 # [0, num_computed_tokens)            keys and values are in the slot
 # [num_computed_tokens, num_tokens)   to be computed: the prompt's chunks, replayed tokens, or the one just drawn, which
@@ -126,14 +127,21 @@ class Sequence:
             self.drafter.learn(len(draft), len(taken) - 1)
         return taken
 
+    @property
+    def forced(self) -> list[int]:
+        """What must follow, whatever is drawn. Penalties count what the sampler draws, and log probabilities come from
+        logits, so with those it is drawn as everything else."""
+        if self.constraint is None or self.params.is_penalized or self.sampling.num_logprobs is not None:
+            return []
+        return self.constraint.forced
+
     def take_forced(self, most: int) -> list[Draw]:
-        """What must follow is drawn without a forward; the next one computes it as if it was replayed. Penalties count
-        what the sampler draws, and log probabilities come from logits, so with those it is drawn as everything else."""
-        taken = list[Draw]()
-        if not self.constraint or self.params.is_penalized or self.sampling.num_logprobs is not None:
-            return taken
-        while (forced := self.constraint.forced) and len(taken) < most and not self.finish_reason:
-            if not self.constraint.accept(forced[0]):
+        """What must follow is drawn without a forward; the next one computes it as if it was replayed. Each look at it
+        goes through all of it: so many tokens of much of it take their time."""
+        taken, num_seen = list[Draw](), 0
+        while (forced := self.forced) and self.constraint and len(taken) < most and num_seen < MAX_FORCED_SEEN:
+            num_seen += len(forced)
+            if self.finish_reason or not self.constraint.accept(forced[0]):
                 break
             taken.append(Draw(forced[0], None, True))
             self.output_token_ids.append(forced[0])
