@@ -24,15 +24,19 @@ REQUESTS: tuple[Any, ...] = (ChatRequest, CompletionRequest, ResponseRequest, Me
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object", "required": ["error"],
-    "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"], "properties": {
-        "message": {"type": "string", "description": "for people"},
-        "type": {"type": "string", "description": "of a few kinds"},
-        "param": {"type": ["string", "null"], "description": "the field that it is about"},
-        "code": {"type": ["string", "null"], "description": "for programs"}}}}}
+    "properties": {"error": {
+        "type": "object", "required": ["message", "type", "param", "code"], "description": "what went wrong",
+        "properties": {"message": {"type": "string", "description": "for people"},
+                       "type": {"type": "string", "description": "of a few kinds"},
+                       "param": {"type": ["string", "null"], "description": "the field that it is about"},
+                       "code": {"type": ["string", "null"], "description": "for programs"}}}}}
 MESSAGE_ERROR_SCHEMA: dict[str, Any] = {
     "type": "object", "required": ["type", "error"], "properties": {
-        "type": {"const": "error"}, "request_id": {"type": "string"}, "error": {"type": "object", "properties": {
-            "type": {"type": "string"}, "message": {"type": "string"}}}}}
+        "type": {"const": "error", "description": "error, always"},
+        "request_id": {"type": "string", "description": "of the request; the header request-id says it too"},
+        "error": {"type": "object", "description": "what went wrong", "properties": {
+            "type": {"type": "string", "description": "of a few kinds"},
+            "message": {"type": "string", "description": "for people"}}}}}
 _ERROR: dict[str, Any] = {"content": {"application/json": {"schema": {"$ref": COMPONENTS + "Error"}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "The request is refused.", **_ERROR},
                                            "5XX": {"description": "The service failed, or is full.", **_ERROR}}

@@ -23,11 +23,16 @@ MAX_CHOICES = 1000
 MAX_CACHED = 64             # compiled grammars of one tokenizer
 MAX_CACHED_CHARS = 4 << 20  # of all of them
 MAX_ERROR_CHARS = 300
+TERSE = "<non-verbose/>"    # at the end of what the compiler says, without what it was doing
+MAX_FORCED_BYTES = 64       # of what must follow, as tokens: more of it costs time at each of them
+TOKEN = b"\xff"             # in it, before the [id] of a token that is no text
 # A limit of work each, at some 50,000 units of fuel in a millisecond when compiled and 14,000 in a step.
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=50_000,
                         max_items_in_row=20_000, max_lexer_states=50_000, max_grammar_size=200_000,
                         verbose_errors=False)
 # A model in doubt may write blanks for ever: what separates JSON's parts is short.
+# Of what must follow, llguidance would make tokens of its own, of all of it and at every token, and special ones too.
+FREE = '%llguidance {"no_forcing": true}\nstart: @form'
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
 ANY_OBJECT = {"type": "object"}
 
@@ -42,6 +47,8 @@ def of_schema(schema: dict[str, Any] | str) -> str:
 
 
 def of_regex(regex: str) -> str:
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:
+        raise InvalidGrammar("A regular expression ends behind what a backslash stands before.")
     return _bounded(LLMatcher.grammar_from_regex(regex))
 
 
@@ -111,9 +118,10 @@ class Grammars:
             if found is not None:
                 self._compiled.move_to_end(grammar)
                 return found.deep_copy()
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        matcher = LLMatcher(self._tokenizer, within(FREE, form=grammar), log_level=0, limits=LIMITS)
         trial = matcher.deep_copy()
-        trial.compute_bitmask()                         # some only show then what they are
+        if not trial.compute_ff_bytes().startswith(TOKEN):      # behind a token that must follow there is no mask
+            trial.compute_bitmask()                     # some only show then what they are
         if trial.is_error():
             raise InvalidGrammar(_cause(trial.get_error()))
         with self._lock:
@@ -122,7 +130,15 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return matcher.deep_copy()
 
+    def token_ids(self, text: bytes, last: list[int]) -> list[int]:
+        """In which the tokenizer would write it behind the last token, as far as that is certain of its beginning."""
+        begun = text[:MAX_FORCED_BYTES]
+        before, mark, token = begun.rpartition(TOKEN)
+        if mark and b"]" not in token:
+            begun = before                              # not half a token
+        return self._tokenizer.tokenize_partial(begun, recent_tokens=last)[0]
+
 
 def _cause(error: str) -> str:
     """What the compiler says, as one line."""
-    return f"This cannot be enforced: {' '.join(error.split())[:MAX_ERROR_CHARS]}"
+    return f"This cannot be enforced: {' '.join(error.removesuffix(TERSE).split())[:MAX_ERROR_CHARS]}"

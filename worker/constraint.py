@@ -85,12 +85,12 @@ class Trust:
 
 
 class GrammarConstraint:
-    def __init__(self, matcher: LLMatcher, num_words: int, after: int | None = None, eos_token_ids: Sequence[int] = ()):
+    def __init__(self, grammars: Grammars, grammar: str, after: int | None = None):
+        """Raises InvalidGrammar."""
         self.is_complete, self.forced = False, list[int]()
-        self._matcher = matcher
-        self._num_words = num_words                     # of 32 token ids each
+        self._grammars, self._matcher = grammars, grammars.matcher(grammar)
+        self._last: list[int] = []                      # token, of those that it has taken
         self._after = after                             # the token that has to come before it begins
-        self._eos_token_ids = eos_token_ids
         self._is_lost = False                           # what was drawn by others it would not have allowed
         self._trust = Trust()
         self._bits: npt.NDArray[np.int32] | None = None         # of what may follow, once `_future` is done
@@ -101,7 +101,7 @@ class GrammarConstraint:
            ) -> Self:
         """Of a choice that has drawn these; until the token `after` it may say anything, but not end. Raises
         InvalidGrammar."""
-        constraint = cls(grammars.matcher(grammar), -(-grammars.vocab_size // 32), after, grammars.eos_token_ids)
+        constraint = cls(grammars, grammar, after)
         constraint._is_lost = not all(map(constraint._goes_on, token_ids))
         constraint._look_ahead()
         return constraint
@@ -112,7 +112,7 @@ class GrammarConstraint:
 
     @staticmethod
     def prepare(constraints: Sequence[GrammarConstraint]) -> None:
-        todo = [constraint for constraint in constraints if constraint._bits is None and constraint._after is None]
+        todo = [each for each in constraints if each._bits is None and each._after is None and not each.forced]
         if not todo:
             return
         bits = np.zeros((len(todo), todo[0]._num_words), dtype=np.int32)
@@ -122,7 +122,9 @@ class GrammarConstraint:
             constraint._trust.lose()
 
     def allowed(self) -> npt.NDArray[np.int32]:
-        return self._mask() if self._after is None else self._anything()
+        if self._after is not None:
+            return ~self._only(self._grammars.eos_token_ids)
+        return self._only(self.forced[:1]) if self.forced else self._mask()
 
     def _mask(self) -> npt.NDArray[np.int32]:
         if self._bits is None:
@@ -133,15 +135,20 @@ class GrammarConstraint:
         assert self._bits is not None
         return self._bits
 
-    def _anything(self) -> npt.NDArray[np.int32]:
-        bits = np.full(self._num_words, 2**32 - 1, dtype=np.uint32)
-        for token_id in self._eos_token_ids:
-            bits[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
+    def _only(self, token_ids: Sequence[int]) -> npt.NDArray[np.int32]:
+        bits = np.zeros(self._num_words, dtype=np.uint32)
+        for token_id in token_ids:
+            bits[token_id // 32] |= np.uint32(1 << token_id % 32)
         return bits.view(np.int32)
+
+    @property
+    def _num_words(self) -> int:
+        """Of 32 token ids each."""
+        return -(-self._grammars.vocab_size // 32)
 
     def accept(self, token_id: int) -> bool:
         if self._after is not None:
-            if token_id in self._eos_token_ids:
+            if token_id in self._grammars.eos_token_ids:
                 return False
         elif self._is_lost or not self._is_named(token_id):
             return False
@@ -152,21 +159,34 @@ class GrammarConstraint:
         return True
 
     def _is_named(self, token_id: int) -> bool:
-        """By the mask; where there is none, by what makes one: text that must follow comes in the tokenizer's own
-        tokens, though its grammar would take others, and an end is a matter of the mask alone."""
-        if self._bits is not None or token_id in self._eos_token_ids:
-            return bool(int(self._mask()[token_id // 32]) >> token_id % 32 & 1)
-        return not self.forced or self.forced[0] == token_id
+        """By the mask; where there is none, by what makes one: what must follow comes in the tokenizer's own tokens,
+        though its grammar would take others, and an end is a matter of the mask alone."""
+        if self.forced:
+            return token_id == self.forced[0]
+        if self._bits is None and token_id not in self._grammars.eos_token_ids:
+            return True
+        return bool(int(self._mask()[token_id // 32]) >> token_id % 32 & 1)
 
     def _goes_on(self, token_id: int) -> bool:
+        """False: it may not follow, or nobody can say what may."""
         if self._after is not None:
             self._after = None if token_id == self._after else self._after
             return True
-        self._bits = None
-        if token_id in self._eos_token_ids:             # which may be what a part of the grammar stops at
-            return self._matcher.consume_token(token_id)
-        return self._matcher.try_consume_tokens([token_id]) == 1
+        if token_id in self._grammars.eos_token_ids:    # which may be what a part of the grammar stops at
+            has_taken = not self._matcher.is_error() and self._matcher.consume_token(token_id)
+        else:
+            has_taken = self._matcher.try_consume_tokens([token_id]) == 1
+        if has_taken:
+            self._last, self._bits = [token_id], None
+        return has_taken
 
     def _look_ahead(self) -> None:
-        if self._after is None and not self._is_lost:
-            self.is_complete, self.forced = self._matcher.is_stopped(), self._matcher.compute_ff_tokens()
+        """What must follow comes in the tokenizer's own tokens, unless those are special ones, which text is not. A
+        matcher that gave up has stopped too, and is not complete."""
+        if self._after is not None or self._is_lost:
+            return
+        self.forced = []
+        if text := self._matcher.compute_ff_bytes():
+            token_ids = self._grammars.token_ids(text, self._last)
+            self.forced = token_ids if self._matcher.validate_tokens(token_ids[:1]) else []
+        self.is_complete = self._matcher.is_stopped() and not self._matcher.is_error()

@@ -45,7 +45,8 @@ class StructuredOutputs(Fields):
 class Constrained(Fields):
     """The fields of a request that say what its answer must be; at most one of them may."""
 
-    response_format: ResponseFormat | None = Field(None, description="text, a JSON object, or JSON of a schema")
+    response_format: ResponseFormat | None = Field(
+        None, description="the form of the answer, which at most one field says; else text")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's name for all forms")
     regex: Text | None = Field(None, description="the answer matches this regular expression")
     choice: Choices | None = Field(None, description="the answer is one of these")

@@ -6,28 +6,26 @@ how an answer is told (api/wire/message_fold.py).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from api.wire.body import Fields, names_of, read_object, validate
 from api.wire.request import MAX_TOOLS, NAMES, ChatRequest, require_few_messages
-from api.wire.sampled import MAX_STOP_CHARS, MAX_STOPS, Count
+from api.wire.sampled import MAX_STOPS, Count, StopText
 from api.wire.turns import BLOCKS, TextPiece, Turn, given, joined, messages, require_calls
 from shared.errors import UnsupportedParameter
 
 REFUSED = ("container", "mcp_servers")                  # they would change the answer
 EFFORTS = {"max": "xhigh"}                              # where OpenAI has another word
 
-StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-
 
 class Tool(Fields):
-    type: Literal["custom"] | None = None
-    name: str = Field(min_length=1, max_length=256)
-    description: str | None = None
+    type: Literal["custom"] | None = Field(None, description="custom, always")
+    name: str = Field(min_length=1, max_length=256, description="by which it is called")
+    description: str | None = Field(None, description="what the model is told of it")
     input_schema: dict[str, Any] = Field(description="a JSON schema")
-    strict: bool | None = None
+    strict: bool | None = Field(None, description="true: it is called as input_schema says, and not otherwise")
 
     def function(self) -> dict[str, Any]:
         named = {"name": self.name, "description": self.description, "parameters": self.input_schema,
@@ -36,9 +34,11 @@ class Tool(Fields):
 
 
 class Choice(Fields):
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
-    disable_parallel_tool_use: bool | None = Field(None, description="one call at most, where a call is required")
+    type: Literal["auto", "any", "tool", "none"] = Field(
+        description="auto: it may call; any: it must; tool: it must, this one; none: it must not")
+    name: str | None = Field(None, description="of the tool, required with type tool")
+    disable_parallel_tool_use: bool | None = Field(
+        None, description="true: one call at most, where a call is required")
 
     @model_validator(mode="after")
     def _a_tool_has_a_name(self) -> Choice:
@@ -53,19 +53,21 @@ class Choice(Fields):
 
 
 class Thinking(Fields):
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"] = Field(
+        description="enabled, disabled: whether it thinks; else as the chat template has it")
 
 
 class Format(Fields):
-    type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
+    type: Literal["json_schema"] = Field(description="json_schema, always")
+    schema_: dict[str, Any] = Field(alias="schema", description="a JSON schema")
 
     def for_chat(self) -> dict[str, Any]:
         return {"type": "json_schema", "json_schema": {"name": "format", "schema": self.schema_}}
 
 
 class OutputConfig(Fields):
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="what the chat template makes of it; max is xhigh")
     format: Format | None = Field(None, description="the answer is JSON of this schema")
 
 
@@ -73,7 +75,7 @@ class CountRequest(Fields):
     """`POST /v1/messages/count_tokens`."""
 
     model: str = Field(min_length=1, description="a name of GET /v1/models")
-    messages: list[Turn] = Field(min_length=1, description="the conversation so far")
+    messages: list[Turn] = Field(min_length=1, description="the conversation so far, of `max_messages` at most")
     system: str | None = Field(None, description="a text, or blocks of text")
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="what it may call")
     tool_choice: Choice | None = Field(None, description="whether it must call something; else auto")
@@ -130,7 +132,7 @@ class MessageRequest(CountRequest):
 
     max_tokens: Count = Field(ge=1, description="most tokens of an answer")
     stream: bool | None = Field(None, description="answer with server-sent events")
-    stop_sequences: list[StopSequence] | None = Field(
+    stop_sequences: list[StopText] | None = Field(
         None, max_length=MAX_STOPS, description="texts that end it; left out")
     temperature: float | None = Field(
         None, ge=0, le=2, description="0: the likeliest token, always; else the model's own, or 1")

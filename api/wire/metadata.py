@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from api.wire.body import Fields, read_object, validate
 
@@ -20,7 +20,9 @@ def _bounded(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-Metadata = Annotated[dict[str, str], AfterValidator(_bounded)]
+Metadata = Annotated[dict[str, str], AfterValidator(_bounded), WithJsonSchema({
+    "type": "object", "maxProperties": MAX_PAIRS, "propertyNames": {"maxLength": MAX_NAME_CHARS},
+    "additionalProperties": {"type": "string", "maxLength": MAX_VALUE_CHARS}})]
 
 
 class MetadataRequest(Fields):

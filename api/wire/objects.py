@@ -12,8 +12,23 @@ from typing import (
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from api.wire.batches import Status
+
+KIND = Field(description="what kind of object this is")
 Fingerprint = Annotated[str, Field(description="of the model's weights")]
-Reason = Literal["stop", "length", "tool_calls", "function_call"]
+ID = Annotated[str, Field(description="of this object")]
+Asked = Annotated[str, Field(description="as the request names it")]
+Seconds = Annotated[int, Field(description="seconds since 1970")]
+Expiry = Annotated[int, Field(description="when it expires, in seconds since 1970")]
+FirstID = Annotated[str | None, Field(description="of the first in data; null: there is none")]
+LastID = Annotated[str | None, Field(description="of the last in data, after which the next page begins; null: none")]
+HasMore = Annotated[bool, Field(description="whether more follow")]
+List = Annotated[Literal["list"], KIND]
+LISTED = Field(description="what is listed, in order")
+Assistant = Annotated[Literal["assistant"], Field(description="assistant, always")]
+MaxModelLen = Annotated[int, Field(description="longest context, in tokens")]
+ENDED = Field(description="why it ended; length: at the limit of tokens")
+Reason = Annotated[Literal["stop", "length", "tool_calls", "function_call"] | None, ENDED]
 
 
 class PromptTokensDetails(TypedDict):
@@ -28,177 +43,182 @@ class Usage(TypedDict):
     prompt_tokens: Annotated[int, Field(description="of the prompt, once however many choices there are")]
     completion_tokens: Annotated[int, Field(description="of all choices, what ended them included")]
     total_tokens: Annotated[int, Field(description="the sum of both")]
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
+    prompt_tokens_details: Annotated[PromptTokensDetails, Field(description="some of prompt_tokens")]
+    completion_tokens_details: Annotated[CompletionTokensDetails, Field(description="some of completion_tokens")]
+
+
+Used = Annotated[Usage, Field(description="how many tokens there were")]
 
 
 class CalledFunction(TypedDict):
-    name: str
+    name: Annotated[str, Field(description="of the function that is called")]
     arguments: Annotated[str, Field(description="JSON, unless the answer was cut")]
 
 
 class CalledTool(TypedDict):
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
+    id: Annotated[str, Field(description="by which a tool message answers it")]
+    type: Annotated[Literal["function"], Field(description="function, always")]
+    function: Annotated[CalledFunction, Field(description="what is called")]
 
 
 class AnswerMessage(TypedDict):
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    tool_calls: NotRequired[list[CalledTool]]
-    function_call: NotRequired[CalledFunction]
+    role: Assistant
+    content: Annotated[str | None, Field(description="what is said; null: it calls, and says nothing")]
+    refusal: Annotated[None, Field(description="null, always")]
+    tool_calls: Annotated[NotRequired[list[CalledTool]], Field(description="what it calls")]
+    function_call: Annotated[NotRequired[CalledFunction], Field(description="what it calls, if asked with functions")]
     reasoning_content: Annotated[NotRequired[str], Field(description="what was thought")]
-    reasoning: NotRequired[str]
+    reasoning: Annotated[NotRequired[str], Field(description="as reasoning_content")]
 
 
 class ChatChoice(TypedDict):
-    index: int
-    message: AnswerMessage
-    logprobs: dict[str, Any] | None
-    finish_reason: Reason | None
+    index: Annotated[int, Field(description="of this choice, from 0")]
+    message: Annotated[AnswerMessage, Field(description="what is answered")]
+    logprobs: Annotated[dict[str, Any] | None, Field(description="of each token; null: not asked for")]
+    finish_reason: Reason
 
 
 class ChatCompletion(TypedDict):
-    id: str
-    object: Literal["chat.completion"]
-    created: Annotated[int, Field(description="seconds since 1970")]
-    model: str
-    service_tier: Literal["default"]
+    id: ID
+    object: Annotated[Literal["chat.completion"], KIND]
+    created: Seconds
+    model: Asked
+    service_tier: Annotated[Literal["default"], Field(description="default, always")]
     system_fingerprint: Fingerprint
-    choices: list[ChatChoice]
-    usage: Usage
+    choices: Annotated[list[ChatChoice], Field(description="n of them")]
+    usage: Used
     metadata: Annotated[NotRequired[dict[str, str]], Field(description="where it is stored")]
 
 
 class TextChoice(TypedDict):
-    index: int
-    text: str
-    logprobs: None
-    finish_reason: Literal["stop", "length"] | None
+    index: Annotated[int, Field(description="of this choice, from 0, counted on from prompt to prompt")]
+    text: Annotated[str, Field(description="what follows the prompt")]
+    logprobs: Annotated[None, Field(description="null, always")]
+    finish_reason: Annotated[Literal["stop", "length"] | None, ENDED]
 
 
 class TextCompletion(TypedDict):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
+    id: ID
+    object: Annotated[Literal["text_completion"], KIND]
+    created: Seconds
+    model: Asked
     system_fingerprint: Fingerprint
-    choices: list[TextChoice]
-    usage: Usage
+    choices: Annotated[list[TextChoice], Field(description="n of each prompt")]
+    usage: Used
 
 
 class ResponseObject(TypedDict):
-    id: str
-    object: Literal["response"]
-    created_at: int
-    model: str
-    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
-    error: dict[str, str] | None
-    incomplete_details: dict[str, str] | None
+    id: ID
+    object: Annotated[Literal["response"], KIND]
+    created_at: Seconds
+    model: Asked
+    status: Annotated[Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"],
+                      Field(description="how it stands")]
+    error: Annotated[dict[str, str] | None, Field(description="code and message, where it has failed")]
+    incomplete_details: Annotated[dict[str, str] | None, Field(description="the reason, where it is incomplete")]
     output: Annotated[list[dict[str, Any]], Field(description="items: reasoning, messages, function calls")]
     usage: Annotated[dict[str, Any] | None, Field(description="once it has ended")]
 
 
 class ResponseInputTokens(TypedDict):
-    object: Literal["response.input_tokens"]
+    object: Annotated[Literal["response.input_tokens"], KIND]
     input_tokens: Annotated[int, Field(description="of the whole prompt, the conversation before included")]
 
 
 class MessageObject(TypedDict):
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
+    id: ID
+    type: Annotated[Literal["message"], KIND]
+    role: Assistant
+    model: Asked
     content: Annotated[list[dict[str, Any]], Field(description="blocks: thinking, text, tool_use")]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
-    stop_sequence: str | None
-    usage: dict[str, Any]
+    stop_reason: Annotated[Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None,
+                           Field(description="why it ended; null: it has only begun")]
+    stop_sequence: Annotated[str | None, Field(description="of stop_sequences, the one that ended it")]
+    usage: Annotated[dict[str, Any], Field(description="how many tokens there were; input_tokens: not found computed")]
 
 
 class InputTokens(TypedDict):
-    input_tokens: int
+    input_tokens: Annotated[int, Field(description="of the whole prompt")]
 
 
 class FileObject(TypedDict):
-    id: str
-    object: Literal["file"]
-    bytes: int
-    created_at: int
-    expires_at: int
-    filename: str
-    purpose: str
-    status: Literal["processed"]
+    id: ID
+    object: Annotated[Literal["file"], KIND]
+    bytes: Annotated[int, Field(description="how many it has")]
+    created_at: Seconds
+    expires_at: Expiry
+    filename: Annotated[str, Field(description="its name")]
+    purpose: Annotated[str, Field(description="what it is for")]
+    status: Annotated[Literal["processed"], Field(description="processed, always")]
 
 
 class BatchObject(TypedDict):
-    id: str
-    object: Literal["batch"]
-    endpoint: str
-    errors: dict[str, Any] | None
-    input_file_id: str
-    completion_window: Literal["24h"]
-    status: str
-    output_file_id: str | None
-    error_file_id: str | None
-    created_at: int
-    expires_at: int
-    request_counts: dict[str, int]
-    metadata: dict[str, str] | None
+    id: ID
+    object: Annotated[Literal["batch"], KIND]
+    endpoint: Annotated[str, Field(description="what every line asks")]
+    errors: Annotated[dict[str, Any] | None, Field(description="a list of why it has failed")]
+    input_file_id: Annotated[str, Field(description="of its lines")]
+    completion_window: Annotated[Literal["24h"], Field(description="24h, always")]
+    status: Annotated[Status, Field(description="how far it has come")]
+    output_file_id: Annotated[str | None, Field(description="of what was answered, once it is over")]
+    error_file_id: Annotated[str | None, Field(description="of what has failed, once it is over")]
+    created_at: Seconds
+    expires_at: Expiry
+    request_counts: Annotated[dict[str, int], Field(description="of its lines: total, completed, failed")]
+    metadata: Annotated[dict[str, str] | None, Field(description="kept beside it")]
 
 
 class ChatCompletionPage(TypedDict):
-    object: Literal["list"]
-    data: list[ChatCompletion]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    object: List
+    data: Annotated[list[ChatCompletion], LISTED]
+    first_id: FirstID
+    last_id: LastID
+    has_more: HasMore
 
 
 class Page(TypedDict):
-    object: Literal["list"]
-    data: list[dict[str, Any]]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    object: List
+    data: Annotated[list[dict[str, Any]], LISTED]
+    first_id: FirstID
+    last_id: LastID
+    has_more: HasMore
 
 
 class Deleted(TypedDict):
-    id: str
-    object: str
-    deleted: Literal[True]
+    id: Annotated[str, Field(description="of what was deleted")]
+    object: Annotated[str, Field(description="what kind of object was deleted")]
+    deleted: Annotated[Literal[True], Field(description="true, always")]
 
 
 class Ended(TypedDict):
-    id: str
-    object: Literal["chat.completion"]
-    status: Literal["completed", "cancelled", "failed"]
+    id: Annotated[str, Field(description="of what has ended")]
+    object: Annotated[Literal["chat.completion"], KIND]
+    status: Annotated[Literal["completed", "cancelled", "failed"], Field(description="how it ended, now or before")]
 
 
 class Model(TypedDict):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
+    id: Annotated[str, Field(description="a name by which requests ask for it")]
+    object: Annotated[Literal["model"], KIND]
+    created: Annotated[int, Field(description="of the weights, in seconds since 1970")]
+    owned_by: Annotated[str, Field(description="baton, always")]
     root: Annotated[str, Field(description="its canonical name")]
-    max_model_len: Annotated[int, Field(description="longest context, in tokens")]
+    max_model_len: MaxModelLen
 
 
 class Models(TypedDict):
-    object: Literal["list"]
-    data: list[Model]
+    object: List
+    data: Annotated[list[Model], Field(description="what is served at the moment")]
 
 
 class Tokens(TypedDict):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
+    count: Annotated[int, Field(description="how many tokens there are")]
+    max_model_len: MaxModelLen
+    tokens: Annotated[list[int], Field(description="token ids")]
+    token_strs: Annotated[list[str] | None, Field(description="as the vocabulary writes them; null: not asked for")]
 
 
 class Text(TypedDict):
-    prompt: str
+    prompt: Annotated[str, Field(description="the text of the tokens")]
 
 
 OBJECTS: tuple[Any, ...] = (

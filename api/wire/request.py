@@ -46,8 +46,8 @@ class ToolCall(Fields):
 
 
 class TextPart(TypedDict):
-    type: Literal["text"]
-    text: str
+    type: Annotated[Literal["text"], Field(description="text, always")]
+    text: Annotated[str, Field(description="what is said")]
 
 
 class Message(Fields):
@@ -56,6 +56,7 @@ class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(description="who speaks")
     content: str | None = Field(None, description="what is said; only an assistant that calls tools may say nothing")
     name: str | None = Field(None, description="of the speaker, if the chat template shows it")
+    refusal: str | None = Field(None, description="of an assistant, where there is no content: what it said instead")
     tool_calls: list[ToolCall] | None = Field(None, description="what the assistant called")
     tool_call_id: str | None = Field(None, description="of a tool message: the call that it answers")
     function_call: Function | None = Field(None, description="the older name of one tool call")
@@ -71,6 +72,8 @@ class Message(Fields):
     def _must_say_something(self) -> Message:
         if self.function_call and not self.tool_calls:
             self.tool_calls = [ToolCall(function=self.function_call)]
+        if self.content is None and self.role == "assistant":
+            self.content = self.refusal
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is required")
         if self.role == "tool" and self.tool_call_id is None:
@@ -147,7 +150,7 @@ class ChatRequest(Sampled):
         for tool in tools or ():
             function = tool.get("function")
             if tool.get("type") != "function" or not isinstance(function, dict) or not _is_name(function.get("name")):
-                raise ValueError("a tool is {'type': 'function', 'function': {'name': …}}")
+                raise ValueError("a tool has the type function, and a function with a name")
             if is_deep(tool):
                 raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
             if not isinstance(function.get("parameters") or {}, dict):

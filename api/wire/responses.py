@@ -131,7 +131,7 @@ def in_our_words() -> Iterator[None]:
     except BadRequest as error:
         for chat, ours in RENAMED.items():
             if error.param and error.param.startswith(chat):
-                error.param = ours
+                error.param, error.args = ours, (str(error).replace(f"{chat}:", f"{ours}:", 1),)
         raise
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from api.wire.body import Fields
 from api.wire.format import Constrained
@@ -21,6 +21,10 @@ MAX_STOP_TOKEN_IDS = 128
 
 Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Biases = Annotated[dict[str, float], WithJsonSchema({
+    "type": "object", "maxProperties": MAX_BIASES, "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}})]
 
 
 class StreamOptions(Fields):
@@ -50,15 +54,17 @@ class Drawn(Fields):
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**64, description="the same seed repeats the same answer; else any")
     stop: list[str] | None = Field(
-        None, max_length=MAX_STOPS, description=f"texts of 1 to {MAX_STOP_CHARS} characters that end it; left out")
+        None, max_length=MAX_STOPS, description="texts that end it; left out")
     stop_token_ids: list[TokenId] | None = Field(
         None, max_length=MAX_STOP_TOKEN_IDS, description="tokens that end it, beside the model's own")
-    min_tokens: Count | None = Field(None, ge=0, description="no end before so many tokens; else 0")
+    min_tokens: Count | None = Field(
+        None, ge=0, description="no end before so many tokens, no more than its limit; else 0")
     ignore_eos: bool | None = Field(None, description="true: the model's own end does not end it")
     speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
     user: str | None = Field(None, description="without effect")
 
-    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
+    @field_validator("stop", mode="before", json_schema_input_type=(
+        StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None))
     @classmethod
     def _stop_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
@@ -70,7 +76,7 @@ class Drawn(Fields):
             raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
         return stop
 
-    @field_validator("logit_bias", mode="before")
+    @field_validator("logit_bias", mode="before", json_schema_input_type=Biases | None)
     @classmethod
     def _bias_entries(cls, biases: Any) -> Any:
         # Whole, so that no key of the client's becomes part of an error's path.
@@ -86,7 +92,8 @@ class Sampled(Constrained, Drawn):
     stream: bool | None = Field(None, description="answer with server-sent events")
     stream_options: StreamOptions | None = Field(None, description="with a stream alone")
     max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to one prompt; else 1")
+    n: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="answers to one prompt, of which the model may allow fewer; else 1")
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Sampled:

@@ -22,26 +22,26 @@ NO_TEXT = ("image", "document", "search_result", "container_upload")
 
 
 class TextBlock(Fields):
-    type: Literal["text"]
-    text: str
+    type: Literal["text"] = Field(description="text, always")
+    text: str = Field(description="what is said")
 
 
 class ThinkingBlock(Fields):
-    type: Literal["thinking"]
-    thinking: str
+    type: Literal["thinking"] = Field(description="thinking, always")
+    thinking: str = Field(description="what the assistant thought")
 
 
 class RedactedThinkingBlock(Fields):
     """Nobody can read it, here neither."""
 
-    type: Literal["redacted_thinking"]
+    type: Literal["redacted_thinking"] = Field(description="redacted_thinking, always")
 
 
 class ToolUseBlock(Fields):
-    type: Literal["tool_use"]
-    id: str
-    name: str = Field(min_length=1, max_length=256)
-    input: dict[str, Any]
+    type: Literal["tool_use"] = Field(description="tool_use, always")
+    id: str = Field(description="by which a tool_result answers it")
+    name: str = Field(min_length=1, max_length=256, description="of the tool that was called")
+    input: dict[str, Any] = Field(description=f"what it was given, nested at most {MAX_NESTING} levels deep")
 
     @field_validator("input")
     @classmethod
@@ -52,8 +52,8 @@ class ToolUseBlock(Fields):
 
 
 class TextPiece(TypedDict):
-    type: Literal["text"]
-    text: str
+    type: Annotated[Literal["text"], Field(description="text, always")]
+    text: Annotated[str, Field(description="what is said")]
 
 
 def joined(content: Any) -> Any:
@@ -80,10 +80,10 @@ def _kind(block: Any) -> str:
 
 
 class ToolResultBlock(Fields):
-    type: Literal["tool_result"]
-    tool_use_id: str
-    content: str | None = None
-    is_error: bool | None = None
+    type: Literal["tool_result"] = Field(description="tool_result, always")
+    tool_use_id: str = Field(description="of a tool_use before it")
+    content: str | None = Field(None, description="what the tool has said: a text, or blocks of text; else nothing")
+    is_error: bool | None = Field(None, description="true: the tool has failed")
 
     _joined = field_validator("content", mode="before", json_schema_input_type=str | list[TextPiece] | None)(joined)
 
@@ -102,8 +102,8 @@ SAYS: dict[str, tuple[type[Fields], ...]] = {
 
 
 class Turn(Fields):
-    role: Literal["user", "assistant", "system"]
-    content: list[Block]
+    role: Literal["user", "assistant", "system"] = Field(description="who speaks")
+    content: list[Block] = Field(description="a text, or blocks; a user's are text and tool_result, a system's text")
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[Block])
     @classmethod

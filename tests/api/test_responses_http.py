@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.responses import ResponseItemList
 
 from shared import grammar
 from tests.api.conftest import KEYS, client
@@ -107,6 +108,50 @@ async def test_a_stream_resumes_on_another_pod(pods: list[httpx.AsyncClient], pa
     assert events(behind.text) == told[4:]
     beyond = {"stream": "true", "starting_after": str(len(told))}
     assert (await pods[1].get(f"{ADDRESS}/{script.job.id}", params=beyond)).status_code == 400
+
+
+async def test_behind_the_last_event_there_is_nothing(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
+                                                      ) -> None:
+    """Of an answer that has ended well, and of one that was cancelled: that is an answer too."""
+    response = await respond(pods[0], pair_worker)
+    began = (await pods[0].post(ADDRESS, json=ask(pair_worker, background=True))).json()
+    await pods[0].post(f"{ADDRESS}/{began['id']}/cancel")
+    for response_id in (response["id"], began["id"]):
+        told = await pods[1].get(f"{ADDRESS}/{response_id}", params={"stream": "true"})
+        last = events(told.text)[-1]["sequence_number"]
+        rest = await pods[1].get(f"{ADDRESS}/{response_id}", params={"stream": "true", "starting_after": last})
+        assert (rest.status_code, rest.text) == (200, "")
+
+
+async def test_items_are_listed_as_the_official_client_reads_them(pods: list[httpx.AsyncClient],
+                                                                  pair_worker: ScriptedWorker) -> None:
+    """Under ids of their own, whatever they came with, so that pages end."""
+    given = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "id": "m"},
+             {"type": "message", "role": "user", "content": "So?", "id": "m"},
+             {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "id": 5},
+             {"type": "function_call_output", "call_id": "c", "output": "1"}]
+    response = await respond(pods[0], pair_worker, input=given)
+    path, found, after = f"{ADDRESS}/{response['id']}/input_items", list[dict[str, Any]](), dict[str, str]()
+    while len(found) <= len(given):
+        page = (await pods[1].get(path, params={"limit": "1", "order": "asc"} | after)).json()
+        ResponseItemList.model_validate(page, strict=True)
+        found, after = found + page["data"], {"after": page["last_id"]}
+        if not page["has_more"]:
+            break
+    assert [item["type"] for item in found] == ["message", "message", "message", "function_call",
+                                                "function_call_output"]
+    assert found[1]["content"] == [{"type": "output_text", "text": "Hello", "annotations": []}]
+    assert len({item["id"] for item in found}) == len(given) and {item["status"] for item in found} == {"completed"}
+
+
+@pytest.mark.parametrize(("fields", "param"), [
+    ({"input": [{"type": [], "role": "user", "content": "x"}]}, "input"), ({"input": []}, "input"),
+    ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+    ({"reasoning": {"summary": "bogus"}}, "reasoning.summary")])
+async def test_what_is_no_response_is_refused(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker,
+                                              fields: dict[str, Any], param: str) -> None:
+    error = error_of(await pods[0].post(ADDRESS, json=ask(pair_worker, **fields)), 400)
+    assert error["param"] == param and not (error["message"] or "").startswith("messages")
 
 
 async def test_in_the_background_it_needs_no_reader(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -116,6 +118,35 @@ async def test_a_list_has_pages_and_filters(pods: list[httpx.AsyncClient], pair_
     page = await listed(pods[0], **{"model": model, "metadata[parity]": "1"})
     assert [each["id"] for each in page["data"]] == [stored[1], stored[3]]
     assert page["data"][0]["metadata"] == {"parity": "1"}
+
+
+async def test_a_page_is_filled_with_what_can_be_told(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
+                                                     ) -> None:
+    """However much of what is listed is kept no longer; where nothing is left, there is no more."""
+    stored = [await store(pods[0], pair_worker, str(i), metadata={"i": str(i), "a\nb": "c"}) for i in range(5)]
+    for each in stored[:3]:
+        await pair_worker.queue.erase(each)
+    page = await listed(pods[1], model=pair_worker.model, limit="1")
+    assert ([each["id"] for each in page["data"]], page["has_more"]) == (stored[3:4], True)
+    page = await listed(pods[1], model=pair_worker.model, limit="1", after=stored[3])
+    assert ([each["id"] for each in page["data"]], page["has_more"]) == (stored[4:], False)
+    for response in (await pods[0].get(f"{ADDRESS}/{stored[0]}/messages"),
+                     await pods[0].post(f"{ADDRESS}/{stored[0]}", json={"metadata": {}})):
+        assert error_of(response, 404)["code"] == "completion_not_found"
+    assert error_of(await pods[0].get(ADDRESS, params={"after": "nope"}), 400)["param"] == "after"
+    for name, num_found in (("a\nb", 2), ("", 0)):
+        page = await listed(pods[0], **{"model": pair_worker.model, f"metadata[{name}]": "c"})
+        assert len(page["data"]) == num_found
+
+
+async def test_what_will_never_be_told_leaves_the_list(each_redis: Redis) -> None:
+    """Not what was begun a moment ago: its job may come."""
+    stored = Store(each_redis, Settings())
+    old, new = record(1, 0), replace(record(2, 0), created_ms=round(time.time() * 1000))
+    for each in (old, new):
+        await stored.put("a", replace(each, created_ms=new.created_ms))
+    await stored.unlist("a", [old, new])
+    assert [each.id async for each in stored.listed("a", after=None, newest_first=False)] == [new.id]
 
 
 async def test_a_list_shows_what_has_ended_well(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:

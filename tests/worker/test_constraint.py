@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shared.grammar import Grammars, of_choice, of_grammar, of_regex, of_schema
+from shared.grammar import MAX_FORCED_BYTES, Grammars, of_choice, of_grammar, of_regex, of_schema
 from shared.job import Sampling
 from shared.tokenizer import Tokenizer as ChatTokenizer
 from tests.worker.engine.driver import run, token_ids
@@ -243,7 +243,6 @@ def test_what_must_follow_has_pages_of_its_own(runs_ahead: bool, num_pages: int,
     crowd += [request(f"formed {seed}", literal, max_tokens=700, seed=seed) for seed in range(2)]
     expected = {key: token_ids(outputs) for each in crowd for key, outputs in run(engine, {0: [each]}).items()}
     monkeypatch.setattr("worker.engine.engine.MAX_FORCED_TOKENS", 300)
-    monkeypatch.setattr("worker.engine.sequence.MAX_FORCED_SEEN", 10**6)
     other = make_engine(folder, runs_ahead=runs_ahead, max_model_len=1024,
                         kv_cache_bytes=num_pages * PAGE_LEN * engine.model.kv_bytes_per_token)
     crowd[2:] = [request(f"formed {seed}", literal, max_tokens=700, seed=seed) for seed in range(2)]
@@ -252,10 +251,41 @@ def test_what_must_follow_has_pages_of_its_own(runs_ahead: bool, num_pages: int,
     assert (other.num_preempted > 0) == (num_pages == 6)
 
 
-def test_much_that_must_follow_is_looked_at_a_little_at_a_time(engine: Engine) -> None:
-    """Each look goes through all of it."""
-    outputs = run(engine, {0: [request("long", of_choice(["yes " * 500, "no"]), max_tokens=90, seed=1)]})["long", 0]
-    assert max(len(output.token_ids) for output in outputs) == 1
+SPELLED = ["a<|im_end|>b", "<think>", "x <tool_call> y", "</think>9"]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"num_logprobs": 1}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("text", SPELLED)
+def test_what_spells_a_special_token_is_text(text: str, sampling: dict[str, Any], engine: Engine) -> None:
+    """Of which an answer may consist, whole."""
+    for grammar in (of_choice([text]), of_schema({"const": text})):
+        outputs = run(engine, {0: [request("spelled", grammar, **sampling)]})["spelled", 0]
+        assert text_of(token_ids(outputs)) in (text, json.dumps(text)) and outputs[-1].finish_reason == "stop"
+
+
+def test_who_gives_up_has_not_ended(engine: Engine) -> None:
+    """A grammar that turns out to be too much behind what was looked at when it was compiled."""
+    grammar = of_choice(["x" + "ab" * 90_000, "y"])
+    outputs = [run(engine, {0: [request("much", grammar, max_tokens=3, seed=seed)]})["much", 0] for seed in range(9)]
+    ends = {(text_of(token_ids(each))[:1], each[-1].finish_reason) for each in outputs}
+    assert ends == {("x", "length"), ("y", "stop")} or ("x", NO_WAY_ON) in ends or ("", NO_WAY_ON) in ends
+
+
+def test_of_long_text_a_little_is_looked_at(engine: Engine) -> None:
+    constraint = GrammarConstraint.of(GRAMMARS, of_schema({"const": "z" * 20_000}), [])
+    for _ in range(9):
+        assert 0 < len(constraint.forced) <= MAX_FORCED_BYTES
+        assert constraint.accept(constraint.forced[0])
+
+
+def test_no_answer_is_too_short_that_may_be_longer(engine: Engine) -> None:
+    """Neither its end nor a token that stops it comes before; where only the end may follow, it comes."""
+    stop = TOKENIZER.encode("a", add_special_tokens=False).ids[0]
+    for regex, stops, least in (("[a-f]*", (), 30), ("[a-f]{60}", (stop,), 30), ("[ab]{5}", (), 5)):
+        for seed in range(5):
+            asked = request("long", of_regex(regex), min_tokens=30, seed=seed, stop_token_ids=stops)
+            outputs = run(engine, {0: [asked]})["long", 0]
+            assert len(text_of(token_ids(outputs))) >= least and outputs[-1].finish_reason == "stop"
 
 
 def test_an_answer_ends_within_what_must_follow(engine: Engine) -> None:

@@ -324,7 +324,7 @@ class Engine:
         for sequence, same in groupby(sequences):
             allowed = None
             if sequence.constraint and self._asks_first(sequence):
-                allowed = sequence.constraint.allowed()
+                allowed = sequence.allowed()
             elif sequence.constraint:
                 draws_first = True
             rows += [Row(sequence.slot, sequence.num_output_tokens + offset, allowed) for offset, _ in enumerate(same)]
@@ -359,10 +359,9 @@ class Engine:
         """Of all that may follow."""
         assert flight.logits is not None
         sequences = [flight.sequences[place] for place in refused]
-        constraints = [sequence.constraint for sequence in sequences if sequence.constraint]
-        _prepare(constraints)
-        rows = [flight.rows[place]._replace(allowed=constraint.allowed())
-                for place, constraint in zip(refused, constraints, strict=True)]
+        _prepare(sequence.constraint for sequence in sequences if sequence.constraint)
+        rows = [flight.rows[place]._replace(allowed=sequence.allowed())
+                for place, sequence in zip(refused, sequences, strict=True)]
         again = Flight(sequences, rows, None, self.sampler.sample(flight.logits[list(refused)], rows))
         for place, (draw, (_, *behind)) in enumerate(zip(again.draws.read(), refused.values(), strict=True)):
             self._take(again, place, [draw, *behind])

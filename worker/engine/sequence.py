@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from worker.engine.draft import Drafter
 from worker.engine.params import Params
 from worker.engine.sampler import Draw
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
 
 WAITING = -1    # for a slot
 PENDING = -1    # in the place of a token id that only the device knows yet
-MAX_FORCED_SEEN = 1000      # tokens that must follow, looked at in one step, each time from the next one on
 
 # [0, num_computed_tokens)            keys and values are in the slot
 # [num_computed_tokens, num_tokens)   to be computed: the prompt's chunks, replayed tokens, or the one just drawn, which
@@ -127,6 +129,16 @@ class Sequence:
             self.drafter.learn(len(draft), len(taken) - 1)
         return taken
 
+    def allowed(self) -> npt.NDArray[np.int32] | None:
+        """What its constraint allows; while it is too short not what would end it, if anything else may follow."""
+        allowed = self.constraint.allowed() if self.constraint else None
+        if allowed is None or self.num_output_tokens >= self.sampling.min_tokens:
+            return allowed
+        longer = allowed.view(np.uint32).copy()
+        for token_id in self.params.stop_token_ids:
+            longer[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
+        return longer.view(np.int32) if longer.any() else allowed
+
     @property
     def forced(self) -> list[int]:
         """What must follow, whatever is drawn. Penalties count what the sampler draws, and log probabilities come from
@@ -136,11 +148,9 @@ class Sequence:
         return self.constraint.forced
 
     def take_forced(self, most: int) -> list[Draw]:
-        """What must follow is drawn without a forward; the next one computes it as if it was replayed. Each look at it
-        goes through all of it: so many tokens of much of it take their time."""
-        taken, num_seen = list[Draw](), 0
-        while (forced := self.forced) and self.constraint and len(taken) < most and num_seen < MAX_FORCED_SEEN:
-            num_seen += len(forced)
+        """What must follow is drawn without a forward; the next one computes it as if it was replayed."""
+        taken = list[Draw]()
+        while (forced := self.forced) and self.constraint and len(taken) < most:
             if self.finish_reason or not self.constraint.accept(forced[0]):
                 break
             taken.append(Draw(forced[0], None, True))
@@ -157,7 +167,9 @@ class Sequence:
     def finish_reason(self) -> str | None:
         if not self.output_token_ids:
             return None
-        if self.output_token_ids[-1] in self.params.stop_token_ids or (self.constraint and self.constraint.is_complete):
+        is_stopped = self.output_token_ids[-1] in self.params.stop_token_ids and (
+            len(self.output_token_ids) > self.sampling.min_tokens)
+        if is_stopped or (self.constraint and self.constraint.is_complete):
             return "stop"
         return "length" if len(self.output_token_ids) >= self.sampling.max_tokens else None
 

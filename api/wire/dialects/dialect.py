@@ -16,6 +16,7 @@ from shared.grammar import within
 
 MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
 MAX_NAME_CHARS = 256
+NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 Tools = Iterable[Mapping[str, Any]]                     # functions, as OpenAI describes them
 AddedId = Callable[[str], int | None]                   # of a text that is one added token of the model's tokenizer
@@ -109,8 +110,10 @@ def quoted(text: str) -> str:
 
 
 def schema_of(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a tool's arguments. One that is not strict is kept as far as it can be enforced."""
-    return with_options(dict(tool.get("parameters") or {"type": "object"}), is_strict=bool(tool.get("strict")))
+    """Of a tool's arguments: none, where nothing is said of them. One that is not strict is kept as far as it can be
+    enforced."""
+    return with_options(dict(NOTHING if tool.get("parameters") is None else tool["parameters"] or {"type": "object"}),
+                        is_strict=bool(tool.get("strict")))
 
 
 def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
