@@ -32,7 +32,7 @@ LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step
                         verbose_errors=False)
 # A model in doubt may write blanks for ever: what separates JSON's parts is short.
 # Of what must follow, llguidance would make tokens of its own, of all of it and at every token, and special ones too.
-FREE = '%llguidance {"no_forcing": true}\nstart: @form'
+FREE = '%llguidance {"no_forcing": true}\nstart: @whole'
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
 ANY_OBJECT = {"type": "object"}
 
@@ -118,7 +118,7 @@ class Grammars:
             if found is not None:
                 self._compiled.move_to_end(grammar)
                 return found.deep_copy()
-        matcher = LLMatcher(self._tokenizer, within(FREE, form=grammar), log_level=0, limits=LIMITS)
+        matcher = LLMatcher(self._tokenizer, within(FREE, whole=grammar), log_level=0, limits=LIMITS)
         trial = matcher.deep_copy()
         if not trial.compute_ff_bytes().startswith(TOKEN):      # behind a token that must follow there is no mask
             trial.compute_bitmask()                     # some only show then what they are

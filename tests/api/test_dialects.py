@@ -163,6 +163,12 @@ def test_json_says_any_name(dialect: Dialect) -> None:
         assert read([text], dialect)[0] == ("call", 'g "quoted"')
 
 
+@pytest.mark.parametrize("dialect", JSON_DIALECTS.values(), ids=JSON_DIALECTS)
+def test_of_whose_arguments_nothing_is_said_has_none(dialect: Dialect) -> None:
+    for text in drawn(dialect, [{"name": "g"}]):
+        assert all(json.loads(piece.value) == {} for piece in read([text], dialect) if piece.kind == "arguments")
+
+
 ODD: list[Any] = [5, "x", None, [], [[1]], {}, {"a": 5}, {"a": []}, {"a": None}, [{"type": 5}], ["a", 5], [{}], True]
 
 

@@ -83,6 +83,13 @@ def test_content_comes_as_text_or_as_parts() -> None:
     assert [message.content for message in read(messages=messages).messages] == ["a\nb"] * 4
 
 
+def test_a_refusal_is_what_an_assistant_said() -> None:
+    """As it comes back from a client that keeps whole messages; in nobody else's mouth."""
+    said = {"role": "assistant", "content": None, "refusal": "No."}
+    assert read(messages=[USER, said]).messages[1].content == "No."
+    assert refused(json.dumps(ASK | {"messages": [said | {"role": "user"}]}).encode()).param == "messages[0]"
+
+
 def test_a_tool_call_reaches_the_template_with_its_arguments_as_an_object() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     (message,) = read(messages=[{"role": "assistant", "tool_calls": [call]}]).messages
