@@ -30,9 +30,9 @@ TOKEN = b"\xff"             # in it, before the [id] of a token that is no text
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=50_000,
                         max_items_in_row=20_000, max_lexer_states=50_000, max_grammar_size=200_000,
                         verbose_errors=False)
-# A model in doubt may write blanks for ever: what separates JSON's parts is short.
-# Of what must follow, llguidance would make tokens of its own, of all of it and at every token, and special ones too.
+# Of what must follow, llguidance would make tokens by itself: of all of it, at every token, and special ones too.
 FREE = '%llguidance {"no_forcing": true}\nstart: @whole'
+# A model in doubt may write blanks for ever: what separates JSON's parts is short.
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
 ANY_OBJECT = {"type": "object"}
 
