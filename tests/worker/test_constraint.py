@@ -233,22 +233,22 @@ def test_what_must_follow_takes_no_step(options: dict[str, Any], folder: Path, m
     assert num_steps[1] < 0.6 * num_steps[0]
 
 
-@pytest.mark.parametrize("num_pages", [64, 6])
+@pytest.mark.parametrize(("most", "num_pages"), [(MAX_FORCED_TOKENS, 64), (600, 64), (600, 7)])
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_what_must_follow_has_pages_of_its_own(runs_ahead: bool, num_pages: int, folder: Path, engine: Engine,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_must_follow_has_pages_of_its_own(runs_ahead: bool, most: int, num_pages: int, folder: Path,
+                                               engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one at once, and none of a neighbour's; where there are none, the youngest gives way."""
     literal = of_regex("[a-z]{3}" + "yes " * 140 + "[a-z ]{60}")
     crowd = [request(f"free {seed}", "", max_tokens=200, seed=seed, ignore_eos=True) for seed in range(2)]
     crowd += [request(f"formed {seed}", literal, max_tokens=700, seed=seed) for seed in range(2)]
     expected = {key: token_ids(outputs) for each in crowd for key, outputs in run(engine, {0: [each]}).items()}
-    monkeypatch.setattr("worker.engine.engine.MAX_FORCED_TOKENS", 300)
+    monkeypatch.setattr("worker.engine.engine.MAX_FORCED_TOKENS", most)
     other = make_engine(folder, runs_ahead=runs_ahead, max_model_len=1024,
                         kv_cache_bytes=num_pages * PAGE_LEN * engine.model.kv_bytes_per_token)
     crowd[2:] = [request(f"formed {seed}", literal, max_tokens=700, seed=seed) for seed in range(2)]
     found = {key: token_ids(outputs) for key, outputs in run(other, {0: crowd}).items()}
     assert found == expected
-    assert (other.num_preempted > 0) == (num_pages == 6)
+    assert (other.num_preempted > 0) == (num_pages == 7)
 
 
 SPELLED = ["a<|im_end|>b", "<think>", "x <tool_call> y", "</think>9"]
@@ -266,9 +266,10 @@ def test_what_spells_a_special_token_is_text(text: str, sampling: dict[str, Any]
 def test_who_gives_up_has_not_ended(engine: Engine) -> None:
     """A grammar that turns out to be too much behind what was looked at when it was compiled."""
     grammar = of_choice(["x" + "ab" * 90_000, "y"])
-    outputs = [run(engine, {0: [request("much", grammar, max_tokens=3, seed=seed)]})["much", 0] for seed in range(9)]
-    ends = {(text_of(token_ids(each))[:1], each[-1].finish_reason) for each in outputs}
-    assert ends == {("x", "length"), ("y", "stop")} or ("x", NO_WAY_ON) in ends or ("", NO_WAY_ON) in ends
+    found = [run(engine, {0: [request("much", grammar, max_tokens=3, seed=seed)]})["much", 0] for seed in range(9)]
+    ends = {(text_of(token_ids(outputs)), outputs[-1].finish_reason) for outputs in found}
+    assert ("y", "stop") in ends and len(ends) > 1
+    assert {reason for text, reason in ends if text != "y"} == {NO_WAY_ON}
 
 
 def test_of_long_text_a_little_is_looked_at(engine: Engine) -> None:
