@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worker.model.products import INT8, RowLinear
+from worker.model.products import RowLinear, pack
 
 MIN_WEIGHTS = 1 << 20       # of a layer that is worth it
 
 
 class Int8Linear(RowLinear):
-    tiles = INT8
     min_tile_len = 128
-    num_programs = 256
 
     def __init__(self, plain: Any):
         weight, scales = quantize(plain.weight.detach())
-        super().__init__(weight, plain.bias, scales)
+        super().__init__(pack(weight), plain.bias, scales)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

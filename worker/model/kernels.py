@@ -23,7 +23,7 @@ from worker.model.chain import chained, follow, lead
 
 SPLIT_LEN = 256             # tokens that one program reduces
 BLOCK_LEN = 64              # of them that it reads at a time
-NUM_WARPS, NUM_STAGES = 4, 3
+NUM_WARPS, NUM_STAGES = 4, 2
 MIN_DOT = 16                # the least rows and columns of a product on tensor cores
 
 

@@ -22,7 +22,7 @@ from worker.model.chain import chained, follow, lead
 MAX_ROWS = 256              # beyond: cuBLAS, which multiplies faster where it is no longer memory that counts
 MAX_SPLITS = 8
 MIN_SPLIT_LEN = 512         # inputs
-SPLIT_UNIT = 128            # inputs: of every tile a multiple
+UNIT = 128                  # inputs: of every tile a multiple, and of which a word of packed weights holds four
 DTYPES = (torch.bfloat16, torch.float16)                # float32 has no tensor cores that keep its precision
 
 
@@ -40,15 +40,15 @@ class Tile(NamedTuple):
 
 
 Tiles = dict[int, Tile]                                 # of up to so many rows
-PLAIN: Tiles = {16: Tile(64, 128, 4, 5), 64: Tile(64, 128, 4, 4), 128: Tile(64, 64, 4, 5), 256: Tile(128, 64, 8, 4)}
+PLAIN: Tiles = {16: Tile(64, 128, 4, 5), 64: Tile(64, 128, 4, 4), 256: Tile(64, 64, 4, 5)}
+WIDE: Tiles = PLAIN | {128: Tile(128, 64, 4, 3), 256: Tile(128, 64, 8, 4)}      # where there are outputs enough
 GATED: Tiles = {16: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 5), 128: Tile(64, 64, 4, 3)}
-INT8: Tiles = {32: Tile(128, 128, 8, 3), 128: Tile(128, 64, 4, 4)}
+INT8: Tiles = {16: Tile(128, 128, 4, 4), 64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 4)}    # of one UNIT each
 
 
 class RowLinear(nn.Module):
-    """x · weightᵀ + bias, for a weight of [num_out, num_in]; `scales` of [num_out] where weights are whole numbers."""
+    """x · weightᵀ + bias, for a weight of [num_out, num_in]; `scales` of [num_out] where weights are `pack`ed int8."""
 
-    tiles = PLAIN
     min_tile_len = 64           # outputs
     num_programs = 128          # for so many there are splits: one for each multiprocessor of a large GPU
 
@@ -59,6 +59,7 @@ class RowLinear(nn.Module):
         self.bias, self.scales = None if bias is None else bias.detach(), scales
         num_tiles = triton.cdiv(len(weight), self.min_tile_len)
         self.num_splits = num_splits(num_tiles, weight.shape[1], self.num_programs)
+        self.tiles = INT8 if scales is not None else WIDE if num_tiles >= 2 * self.num_programs else PLAIN
         num_row_tiles = MAX_ROWS // max(self.tiles)
         self.arrived = torch.zeros(num_row_tiles * num_tiles, dtype=torch.int32, device=weight.device)
 
@@ -96,25 +97,28 @@ def multiply(x: Tensor, weight: Tensor, tiles: Tiles, *, bias: Tensor | None = N
              arrived: Tensor | None = None, num_splits: int = 1, is_gated: bool = False) -> Tensor:
     """[rows, num_in] by [num_out, num_in]ᵀ: [rows, num_out], or half of them where gates are multiplied.
 
-    `arrived`: int32 zeros, one for each tile of rows and outputs, which are zeros again when it has ended. Of more than
-    `MAX_ROWS` rows there are programs enough without splits.
+    `weight`: int8 is `pack`ed. `arrived`: int32 zeros, one for each tile of rows and outputs, which are zeros again
+    when it has ended. Of more than `MAX_ROWS` rows there are programs enough without splits.
     """
     (num_rows, num_in), num_out = x.shape, len(weight) // 2 if is_gated else len(weight)
-    assert x.stride(1) == 1 and weight.is_contiguous()
+    num_parts = 4 if weight.dtype == torch.int8 else 1
+    assert x.stride(1) == 1 and weight.is_contiguous() and not (num_parts > 1 and is_gated)
     block_rows = min(max(tiles), max(16, triton.next_power_of_2(num_rows)))
     num_splits = num_splits if num_rows <= MAX_ROWS else 1
     tile = next(tile for most, tile in tiles.items() if most >= block_rows)
     stage_bytes = tile.num_in * (x.itemsize * block_rows + (1 + is_gated) * weight.itemsize * tile.num_out)
     tile = tile.within(_shared_bytes(x.device), stage_bytes)
-    split_len = triton.cdiv(triton.cdiv(num_in, num_splits), SPLIT_UNIT) * SPLIT_UNIT
+    split_len = triton.cdiv(triton.cdiv(num_in, num_splits), UNIT) * UNIT
     out = torch.empty(num_rows, num_out, dtype=x.dtype, device=x.device)
     parts = torch.empty(num_splits, num_rows, num_out, dtype=torch.float32, device=x.device) if num_splits > 1 else out
     assert num_splits == 1 or arrived is not None
     _multiply[(triton.cdiv(num_rows, block_rows), triton.cdiv(num_out, tile.num_out), num_splits)](
-        x, weight, out if scales is None else scales, out if bias is None else bias, out, parts,
-        out if arrived is None else arrived, x.stride(0), num_rows, num_out, num_in, split_len, BLOCK_ROWS=block_rows,
-        BLOCK_OUT=tile.num_out, BLOCK_IN=tile.num_in, NUM_SPLITS=num_splits, IS_GATED=is_gated,
+        x, weight.view(torch.int32) if num_parts > 1 else weight, out if scales is None else scales,
+        out if bias is None else bias, out, parts, out if arrived is None else arrived, x.stride(0),
+        weight.shape[1] // num_parts, num_rows, num_out, num_in, split_len, BLOCK_ROWS=block_rows,
+        BLOCK_OUT=tile.num_out, BLOCK_IN=tile.num_in, NUM_SPLITS=num_splits, NUM_PARTS=num_parts, IS_GATED=is_gated,
         IS_EVEN=num_in == split_len * num_splits, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None,
+        IS_QUICK=num_parts > 1 and x.is_cuda and x.dtype == torch.bfloat16,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **chained(x.device))
     return out
 
@@ -126,6 +130,32 @@ def _shared_bytes(device: torch.device) -> int:
     return int(gpu.shared_memory_per_block_optin)
 
 
+def pack(weight: Tensor) -> Tensor:
+    """Bytes of int8 [num_out, num_in] in another order, filled up to whole units: of 128 inputs word i has i, i + 32,
+    i + 64 and i + 96. So a kernel reads words, and the bytes of many of the same place are a product's neighbours."""
+    num_out, num_in = weight.shape
+    units = nn.functional.pad(weight, (0, -num_in % UNIT)).view(num_out, -1, 4, UNIT // 4)
+    return units.transpose(2, 3).reshape(num_out, -1)
+
+
+# Of two words the bytes of each place, as two numbers in bfloat16. With b for the byte and s for its sign, 128 or 0,
+# that is 128 + (b & 127) less 128 + s: both are bfloat16 whose lower half is of the byte. A conversion takes longer.
+_WIDENED = tl.constexpr("{ .reg .b32 both, high, low, minus; mov.b32 minus, 0xbf80bf80;" + "".join(f"""
+    prmt.b32 both, $4, $5, {places}; lop3.b32 high, both, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 low, both, 0x00800080, 0x43004300, 0xea; fma.rn.bf16x2 ${part}, low, minus, high;"""
+    for part, places in enumerate(("0x4400", "0x5511", "0x6622", "0x7733"))) + "}")
+
+
+@triton.jit
+def _unpack(words, dtype: tl.constexpr, IS_QUICK: tl.constexpr):
+    """Of each word its four bytes, the lowest first."""
+    if IS_QUICK:
+        return tl.inline_asm_elementwise(_WIDENED, "=r,=r,=r,=r,r,r", [words], is_pure=True, pack=2, dtype=(
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16))
+    return ((words << 24 >> 24).to(dtype), (words << 16 >> 24).to(dtype), (words << 8 >> 24).to(dtype),
+            (words >> 24).to(dtype))
+
+
 @triton.jit
 def _read(places, at, num_in, IS_EVEN: tl.constexpr, EVICTION: tl.constexpr):
     if IS_EVEN:
@@ -134,27 +164,35 @@ def _read(places, at, num_in, IS_EVEN: tl.constexpr, EVICTION: tl.constexpr):
 
 
 @triton.jit
-def _multiply(x, weight, scales, bias, out, parts, arrived, row_stride, num_rows, num_out, num_in, split_len,
-              BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, NUM_SPLITS: tl.constexpr,
-              IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
-              IS_CHAINED: tl.constexpr):
+def _multiply(x, weight, scales, bias, out, parts, arrived, row_stride, weight_stride, num_rows, num_out, num_in,
+              split_len, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+              NUM_SPLITS: tl.constexpr, NUM_PARTS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
+              HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_QUICK: tl.constexpr, IS_CHAINED: tl.constexpr):
     """What lies beyond the last row or output is computed of others, and not kept."""
     tile, split = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    weights = weight + (outs % num_out).to(tl.int64)[:, None] * num_in
+    weights = weight + (outs % num_out).to(tl.int64)[:, None] * weight_stride
     inputs = x + (rows % num_rows)[:, None] * row_stride
     total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     ups = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     follow(IS_CHAINED)
     for start in range(split * split_len, tl.minimum((split + 1) * split_len, num_in), BLOCK_IN):
-        at = start + tl.arange(0, BLOCK_IN)
-        v = tl.trans(_read(inputs, at, num_in, IS_EVEN, "evict_last"))
-        w = _read(weights, at, num_in, IS_EVEN, "evict_first")
-        total = tl.dot(w.to(v.dtype), v, total, input_precision="ieee")
+        at = start + tl.arange(0, BLOCK_IN // NUM_PARTS)
+        if NUM_PARTS > 1:
+            words = tl.load(weights + (start // NUM_PARTS + tl.arange(0, BLOCK_IN // NUM_PARTS))[None, :],
+                            eviction_policy="evict_first")
+            ws = _unpack(words, x.dtype.element_ty, IS_QUICK)
+            for part in tl.static_range(NUM_PARTS):
+                v = tl.trans(_read(inputs, at + part * (BLOCK_IN // NUM_PARTS), num_in, IS_EVEN, "evict_last"))
+                total = tl.dot(ws[part], v, total, input_precision="ieee")
+        else:
+            v = tl.trans(_read(inputs, at, num_in, IS_EVEN, "evict_last"))
+            w = _read(weights, at, num_in, IS_EVEN, "evict_first")
+            total = tl.dot(w, v, total, input_precision="ieee")
         if IS_GATED:
-            w = _read(weights + num_out.to(tl.int64) * num_in, at, num_in, IS_EVEN, "evict_first")
-            ups = tl.dot(w.to(v.dtype), v, ups, input_precision="ieee")
+            w = _read(weights + num_out.to(tl.int64) * weight_stride, at, num_in, IS_EVEN, "evict_first")
+            ups = tl.dot(w, v, ups, input_precision="ieee")
     lead(IS_CHAINED)
     places = rows.to(tl.int64)[None, :] * num_out + outs[:, None]
     is_there = (rows < num_rows)[None, :] & (outs < num_out)[:, None]

@@ -20,7 +20,7 @@ from tests.worker.families import FAMILIES, MORE_FAMILIES
 require_package("triton")
 from worker.model import experts, kernels, pointwise, products
 from worker.model.attention import TILE_LEN, KVLayer, Scores
-from worker.model.int8 import Int8Linear
+from worker.model.int8 import Int8Linear, quantize
 from worker.model.linear import agree
 from worker.model.paged import PagedMemory
 from worker.model.products import RowLinear
@@ -156,9 +156,13 @@ def test_a_product_of_few_rows(num_rows: int, num_in: int, num_out: int, has_bia
     quantized = Int8Linear(plain)
     assert plain.num_splits == quantized.num_splits == {200: 1, 1100: 2, 2048: 4}[num_in]
     assert quantized.scales is not None
-    widened = quantized.weight.double() * quantized.scales[:, None].double()
+    in_order = quantized.weight.view(num_out, -1, products.UNIT // 4, 4).transpose(2, 3).reshape(num_out, -1)
+    assert not in_order[:, num_in:].any()
+    widened = in_order[:, :num_in].double() * quantized.scales[:, None].double()
     assert (widened - weight.double()).abs().max() <= 0.51 * quantized.scales.max()
-    for layer, weights in ((plain, weight.double()), (quantized, widened)):
+    wide = RowLinear(weight, bias)
+    wide.tiles = products.WIDE
+    for layer, weights in ((plain, weight.double()), (wide, weight.double()), (quantized, widened)):
         expected = linear(x.double(), weights, None if bias is None else bias.double())
         gate, up = expected.chunk(2, dim=-1)
         for _ in range(2):
@@ -170,14 +174,21 @@ def test_a_product_of_few_rows(num_rows: int, num_in: int, num_out: int, has_bia
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
-@pytest.mark.parametrize(("num_in", "num_out"), [(4096, 6144), (4096, 4096), (14_336, 4096), (896, 1152), (1100, 130)])
-def test_the_bits_of_a_product_do_not_depend_on_how_many_rows_there_are(num_in: int, num_out: int) -> None:
+@pytest.mark.parametrize("kind", [RowLinear, Int8Linear])
+@pytest.mark.parametrize(("num_in", "num_out"), [(4096, 6144), (4096, 4096), (14_336, 4096), (896, 1152), (1100, 130),
+                                                 (640, 16_400)])
+def test_the_bits_of_a_product_do_not_depend_on_how_many_rows_there_are(num_in: int, num_out: int,
+                                                                        kind: type[RowLinear]) -> None:
     """Of every tile; nor on what stands in the others."""
     torch.manual_seed(num_in)
-    layer = RowLinear((torch.randn(num_out, num_in) / num_in ** 0.5).to(DEVICE, torch.bfloat16), None)
+    weight = (torch.randn(num_out, num_in) / num_in ** 0.5).to(DEVICE, torch.bfloat16)
+    layer = RowLinear(weight, None)
+    if kind is Int8Linear:
+        whole, scales = quantize(weight)
+        layer, weight = Int8Linear(layer), (whole * scales[:, None]).to(torch.bfloat16)
     x = torch.randn(products.MAX_ROWS, num_in).to(DEVICE, torch.bfloat16)
     expected, gated = layer(x), layer.silu_and_multiply(x)
-    assert agree(expected, linear(x, layer.weight))
+    assert agree(expected, linear(x, weight))
     for num_rows in (1, 2, 16, 17, 64, 100, 128, 200, products.MAX_ROWS):
         rows = torch.cat([x[:num_rows - 1], x[-1:]])
         assert torch.equal(layer(rows), torch.cat([expected[:num_rows - 1], expected[-1:]]))
@@ -267,13 +278,14 @@ for capability, has, dtype in (80, True, "*bf16"), (90, False, "*bf16"), (90, Tr
     tensors = dict.fromkeys(("keys", "values", "new_keys", "new_values", "query", "out", "x", "cos", "sin", "gate_up",
                              "added", "weight", "total", "bias"), dtype) | POINTERS
     flags = dict.fromkeys(("HAS_ANGLES", "HAS_SOFTCAP", "HAS_WINDOW", "HAS_SINKS", "HAS_ADDED", "HAS_BIAS",
-                           "HAS_SCALES", "IS_EVEN"), has)
+                           "HAS_SCALES", "IS_EVEN", "IS_QUICK"), has)
     flags |= {"IS_GATED": not has, "IS_CHAINED": capability == 90}
     for kernel in KERNELS:
         constants = {name: value for name, value in (SIZES | flags).items() if name in kernel.arg_names}
         kinds = dict.fromkeys(kernel.arg_names, "i32") | {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"} | tensors
         if kernel is products._multiply:
-            kinds |= {"weight": "*i8", "scales": "*fp32"} if has else {"scales": dtype}
+            kinds |= {"weight": "*i32", "scales": "*fp32"} if has else {"scales": dtype}
+            constants |= {"NUM_PARTS": 4 if has else 1, "IS_QUICK": has and dtype == "*bf16"}
         if kernel in (drawing._draw, drawing._log_totals):
             kinds |= DRAWING | {"logits": dtype, "raw": dtype, "out": "*i64" if kernel is drawing._draw else "*fp32"}
         signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
