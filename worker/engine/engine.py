@@ -155,8 +155,9 @@ class Engine:
         progress = [_progress(sequence) for sequence in self._computing()]
         if fixed := self.runner.fixed:
             plan = schedule(progress, max_rows=self.max_rows, prefill_chunk=self.prefill_chunk, min_chunk_cost=0,
-                            max_short=self.max_rows)
-            return pack(plan, max_rows=self.max_rows, max_tiled_rows=fixed.tiles.num_rows, tile_len=TILE_LEN)
+                            max_short=fixed.max_short)
+            return pack(plan, max_rows=self.max_rows, max_short=fixed.max_short, max_tiled_rows=fixed.tiles.num_rows,
+                        tile_len=TILE_LEN)
         plan = schedule(progress, max_rows=self.max_rows, prefill_chunk=self.prefill_chunk,
                         prefill_budget=self.prefill_budget,
                         min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)

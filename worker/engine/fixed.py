@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 WARM_UPS = 3                                            # forwards before a capture, as torch asks for
 MIN_WIDTH = 1024 // PAGE_LEN                            # pages that rows of the smallest graph may reach
+MAX_SHORT = 64                                          # tokens of a chunk that is computed as decode rows are
 WIDTH_FACTOR = 4                                        # from one graph to the next
 
 
@@ -138,6 +139,7 @@ class FixedForwards:
                  is_exact: bool):
         self.memory = memory
         self.max_rows = model.max_rows
+        self.max_short = min(self.max_rows, MAX_SHORT)
         few = [size for size in FEW_ROWS if size < self.max_rows]
         sizes = model.row_sizes if is_exact else [*few, self.max_rows]
         num_pages = memory.table.shape[1]

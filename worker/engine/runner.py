@@ -59,7 +59,7 @@ class Runner:
                  ) -> tuple[list[Sequence], Tensor, Tensor]:
         """Tokens of a short chunk are decode rows as good as any; long ones come in tiles."""
         decodes, prefills = forward
-        if forward.num_rows <= fixed.max_rows:
+        if all(end - begin <= fixed.max_short for _, begin, end in prefills):
             rows = _Rows.of(decodes, prefills, sequences)
             logits = fixed.run_rows(rows.token_ids, rows.slots, rows.positions, rows.kept)
         else:

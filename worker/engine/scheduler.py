@@ -111,11 +111,11 @@ def share(plan: Plan, *, max_rows: int, min_rows: int = 1) -> list[Forward]:
     return forwards
 
 
-def pack(plan: Plan, *, max_rows: int, max_tiled_rows: int, tile_len: int) -> list[Forward]:
-    """For forwards of fixed shapes: short chunks join decode rows, long ones join each other in whole tiles."""
+def pack(plan: Plan, *, max_rows: int, max_short: int, max_tiled_rows: int, tile_len: int) -> list[Forward]:
+    """For forwards of fixed shapes: chunks of up to `max_short` tokens join decode rows, others each other in tiles."""
     few, many = [Forward(spans, []) for spans in plan.decodes], list[Forward]()
     for span in plan.prefills:
-        is_short = span.end - span.begin <= max_rows
+        is_short = span.end - span.begin <= max_short
         forwards, most, unit = (few, max_rows, 1) if is_short else (many, max_tiled_rows, tile_len)
         if forwards and forwards[-1].num_rows_in(unit) + _in(unit, span) <= most:
             forwards[-1].prefills.append(span)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.engine.scheduler import CALM_STEPS, MAX_REPLAY_ROWS, MIN_CHUNK_COST, BatchLimit, Progress, schedule, share
+from worker.engine.scheduler import (
+    CALM_STEPS,
+    MAX_REPLAY_ROWS,
+    MIN_CHUNK_COST,
+    BatchLimit,
+    Progress,
+    pack,
+    schedule,
+    share,
+)
 
 MAX_ROWS, CHUNK = 8, 64
 
@@ -77,6 +86,25 @@ def test_chunks_share_what_has_room_and_short_ones_nothing(batch: list[Progress]
         num_parts = bool(forward.decodes) + len(forward.prefills)
         shortest = min((span.end - span.begin for span in forward.prefills), default=min_rows)
         assert num_parts == 1 or (forward.num_rows <= max_rows and shortest >= min_rows)
+
+
+@given(batches(), st.integers(1, 8), st.integers(1, 4))
+def test_in_fixed_shapes_a_chunk_is_computed_by_its_length_alone(batch: list[Progress], max_short: int, num_tiles: int
+                                                                 ) -> None:
+    """Whatever else there is: its bits are those of the forward that computes it. Everything once, within shapes."""
+    tile_len = 16
+    max_tiled_rows = max(num_tiles * tile_len, CHUNK)
+    plan = schedule(batch, max_rows=MAX_ROWS, prefill_chunk=CHUNK, prefill_budget=4 * CHUNK, min_chunk_cost=0,
+                    max_short=max_short)
+    forwards = pack(plan, max_rows=MAX_ROWS, max_short=max_short, max_tiled_rows=max_tiled_rows, tile_len=tile_len)
+    assert [forward.decodes for forward in forwards if forward.decodes] == plan.decodes
+    assert sorted(span for forward in forwards for span in forward.prefills) == sorted(plan.prefills)
+    for forward in forwards:
+        are_short = {span.end - span.begin <= max_short for span in forward.prefills}
+        if False in are_short:
+            assert are_short == {False} and not forward.decodes and forward.num_rows_in(tile_len) <= max_tiled_rows
+        else:
+            assert 0 < forward.num_rows <= MAX_ROWS
 
 
 def test_a_step_is_one_forward_where_any_number_of_rows_may_share_it() -> None:
