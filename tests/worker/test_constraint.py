@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
@@ -75,8 +75,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_engine(folder: Path, **options: Any) -> Engine:
-    return Engine(load(str(folder), dtype="float32"), **{"max_num_seqs": 8, "prefill_chunk": 16} | options)
+ON_A_GPU = pytest.param({"device": "cuda", "kv_cache_bytes": 1 << 22}, id="on a GPU", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))
+
+
+def make_engine(folder: Path, device: Literal["cpu", "cuda"] = "cpu", **options: Any) -> Engine:
+    return Engine(load(str(folder), dtype="float32", device=device),
+                  **{"max_num_seqs": 8, "prefill_chunk": 16} | options)
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +139,17 @@ def batch() -> list[Request]:
                    for number, sampling in enumerate(SAMPLINGS[:4])]
 
 
-@pytest.mark.parametrize("options", [{"runs_ahead": True}, {"numerics": "fast"}, {"kv_cache_bytes": 3 * PAGE_LEN}],
-                         ids=str)
+@pytest.mark.parametrize("options", [{"runs_ahead": True}, {"numerics": "fast"}, {"num_pages": 3}, ON_A_GPU], ids=str)
 def test_however_it_is_computed(options: dict[str, Any], folder: Path, engine: Engine) -> None:
     """A step ahead, in shared forwards, and short of memory, where the younger one gives way and replays."""
-    if "kv_cache_bytes" in options:
-        options = {"kv_cache_bytes": options["kv_cache_bytes"] * engine.model.kv_bytes_per_token, "max_model_len": 512}
+    num_pages = options.get("num_pages")
+    if num_pages:
+        options = {"kv_cache_bytes": num_pages * PAGE_LEN * engine.model.kv_bytes_per_token, "max_model_len": 512}
     other = make_engine(folder, **options)
     expected, found = ({key: token_ids(outputs) for key, outputs in run(each, {0: batch()}).items()}
                        for each in (engine, other))
     assert found == expected
-    assert other.num_preempted == 0 or "kv_cache_bytes" in options
-    assert other.num_preempted > 0 or "kv_cache_bytes" not in options
+    assert (other.num_preempted > 0) == (num_pages is not None)
 
 
 def test_a_form_begins_behind_a_token_and_no_answer_ends_before(engine: Engine) -> None:
@@ -213,8 +217,8 @@ FORCED = of_schema({"type": "object", "additionalProperties": False, "required":
                     "properties": {"available": {"type": "boolean"}, "refundable": {"enum": ["never", "always"]}}})
 
 
-@pytest.mark.parametrize("options", [{}, {"runs_ahead": True}, {"num_speculative_tokens": 0}, {"numerics": "fast"}],
-                         ids=str)
+@pytest.mark.parametrize("options", [{}, {"runs_ahead": True}, {"num_speculative_tokens": 0}, {"numerics": "fast"},
+                                     ON_A_GPU], ids=str)
 def test_what_must_follow_takes_no_step(options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it change what is said, also where log probabilities and penalties want every token drawn."""
     answers, num_steps = [], []
