@@ -43,7 +43,7 @@ class Sampling:
     repetition_penalty: float = 1.0                     # of tokens in the prompt or generated so far
     logit_bias: tuple[tuple[int, float], ...] = ()      # (token id, added to its logit)
     num_logprobs: int | None = None                     # None: none; k: of the drawn token and of the k likeliest
-    min_tokens: int = 0                                 # no end-of-sequence or stop token before
+    min_tokens: int = 0                                 # no end-of-sequence, stop token or stop string before
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()                          # texts; matched by worker/output, not by the engine
     stop_token_ids: tuple[int, ...] = ()

@@ -42,7 +42,7 @@ class Answer:
         self.is_exact = claimed.is_like                 # what it says is what any like worker would have said
         self.num_cached_tokens = 0                      # of the prompt, when the answer began
         sampling = self.job.sampling
-        self.choices = [Choice(TextStream(tokenizer, sampling.stop, sampling.shown_token_ids))
+        self.choices = [Choice(TextStream(tokenizer, sampling.stop, sampling.shown_token_ids, sampling.min_tokens))
                         for _ in range(self.job.n)]
         for delta in (delta for entry in log if entry.kind == "delta" for delta in entry.deltas):
             choice = self.choices[delta.index]

@@ -58,7 +58,7 @@ class Drawn(Fields):
     stop_token_ids: list[TokenId] | None = Field(
         None, max_length=MAX_STOP_TOKEN_IDS, description="tokens that end it, beside the model's own")
     min_tokens: Count | None = Field(
-        None, ge=0, description="no end before so many tokens, no more than its limit; else 0")
+        None, ge=0, description="no end and no stop before so many tokens, no more than its limit; else 0")
     ignore_eos: bool | None = Field(None, description="true: the model's own end does not end it")
     speculative: bool | None = Field(None, description="false: draft no tokens; the answer is the same")
     user: str | None = Field(None, description="without effect")

@@ -20,7 +20,8 @@ class StopScanner:
         self._stop = [(text, _borders(text)) for text in stop if text]
         self._matched = [0] * len(self._stop)       # of each string, how much of it the text now ends with
 
-    def scan(self, piece: str) -> Scan:
+    def scan(self, piece: str, *, may_find: bool = True) -> Scan:
+        """What it may not find yet it goes by, to find what begins in it."""
         for position, character in enumerate(piece if self._stop else ""):
             longest = ""
             for i, (text, borders) in enumerate(self._stop):
@@ -31,7 +32,7 @@ class StopScanner:
                 if self._matched[i] == len(text):
                     longest = max(longest, text, key=len)
                     self._matched[i] = borders[len(text)]
-            if longest:
+            if longest and may_find:
                 return Scan(position + 1 - len(longest), 0, longest)
         return Scan(None, max(self._matched, default=0))
 

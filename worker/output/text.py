@@ -15,8 +15,10 @@ from worker.output.stops import StopScanner
 
 
 class TextStream:
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), shown: Collection[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), shown: Collection[int] = (),
+                 min_tokens: int = 0):
         self.stop = ""                  # the stop string that was found: the text ends before it
+        self._num_early = min_tokens    # tokens that are still to come with which it does not end
         self._decoder = vocabulary(tokenizer).decoder(frozenset(shown))
         self._scanner = StopScanner(stop)
         self._held = ""
@@ -27,7 +29,12 @@ class TextStream:
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """What may be shown now. One call or many give the same text."""
-        return self._show("".join([self._decoder.feed(token_id) for token_id in token_ids]))
+        num_early, self._num_early = self._num_early, max(0, self._num_early - len(token_ids))
+        text = self._show(self._decode(token_ids[:num_early]), may_stop=False) if num_early else ""
+        return text + self._show(self._decode(token_ids[num_early:]))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._decoder.feed(token_id) for token_id in token_ids])
 
     def finish(self) -> str:
         """At the last token: what was held back."""
@@ -35,10 +42,10 @@ class TextStream:
         released, self._held = self._held, ""
         return text + released
 
-    def _show(self, piece: str) -> str:
+    def _show(self, piece: str, *, may_stop: bool = True) -> str:
         if self.stopped:
             return ""
-        found, num_held, self.stop = self._scanner.scan(piece)
+        found, num_held, self.stop = self._scanner.scan(piece, may_find=may_stop)
         text = self._held + piece
         if found is not None:
             text = text[:len(self._held) + found]

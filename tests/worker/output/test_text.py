@@ -81,12 +81,14 @@ def test_any_tokens_at_all_make_the_text_of_decode(ids: list[int]) -> None:
     assert "".join(shown(TextStream(tokenizer), ids)) == whole(tokenizer, ids)
 
 
-@given(kind=kinds, ids=st.lists(st.integers(0, 400), max_size=30), cuts=st.sets(st.integers(0, 30)))
-def test_the_text_does_not_depend_on_how_the_tokens_came(kind: str, ids: list[int], cuts: set[int]) -> None:
+@given(kind=kinds, ids=st.lists(st.integers(0, 400), max_size=30), cuts=st.sets(st.integers(0, 30)),
+       min_tokens=st.integers(0, 30))
+def test_the_text_does_not_depend_on_how_the_tokens_came(kind: str, ids: list[int], cuts: set[int], min_tokens: int
+                                                         ) -> None:
     """Fed one by one, or as a log has gathered them: what is shown after the same tokens is the same."""
     tokenizer = TOKENIZERS[kind]
     ids = [token_id % tokenizer.get_vocab_size() for token_id in ids]
-    one_by_one, gathered = TextStream(tokenizer, ("END",)), TextStream(tokenizer, ("END",))
+    one_by_one, gathered = (TextStream(tokenizer, ("END",), min_tokens=min_tokens) for _ in range(2))
     left, right, begin = "", "", 0
     for end in sorted({*(cut for cut in cuts if cut < len(ids)), len(ids)}):
         left += "".join(one_by_one.feed([token_id]) for token_id in ids[begin:end])
@@ -104,23 +106,29 @@ def test_no_character_is_ever_split(text: str, kind: str) -> None:
 
 
 @given(text=st.text(alphabet="ENDx ", max_size=24), stop=st.lists(
-    st.sampled_from(["END", "EN", "ND ", "x", "NDEN", "DD", " E"]), min_size=1, max_size=3, unique=True))
-@settings(max_examples=300)
-def test_a_stop_string_ends_the_text_before_it_and_nothing_of_it_is_shown(text: str, stop: list[str]) -> None:
-    """Against a search that reads the whole text: the string that is complete first wins, of several the longest."""
+    st.sampled_from(["END", "EN", "ND ", "x", "NDEN", "DD", " E"]), min_size=1, max_size=3, unique=True),
+       min_tokens=st.just(0) | st.integers(1, 12))
+@settings(max_examples=400)
+def test_a_stop_string_ends_the_text_before_it_and_nothing_of_it_is_shown(text: str, stop: list[str], min_tokens: int
+                                                                          ) -> None:
+    """Against a search that reads the whole text: the string that is complete first wins, of several the longest; but
+    none that is complete with the first `min_tokens`."""
     tokenizer = TOKENIZERS["byte_level"]
-    stream = TextStream(tokenizer, tuple(stop))
-    pieces = shown(stream, tokenizer.encode(text).ids)
-    assert "".join(pieces) == expected_text(text, stop)
-    assert stream.stopped == any(each in text for each in stop)
+    stream = TextStream(tokenizer, tuple(stop), min_tokens=min_tokens)
+    ids = tokenizer.encode(text).ids
+    end, begin = expected_stop(text, stop, len(whole(tokenizer, ids[:min_tokens])))
+    pieces = shown(stream, ids)
+    assert "".join(pieces) == text[:begin]
+    assert stream.stop == text[begin:end]
 
 
-def expected_text(text: str, stop: list[str]) -> str:
-    for end in range(1, len(text) + 1):
+def expected_stop(text: str, stop: list[str], num_early: int) -> tuple[int, int]:
+    """Where it ends, and where it begins: where the text ends if there is none."""
+    for end in range(num_early + 1, len(text) + 1):
         found = [each for each in stop if text[:end].endswith(each)]
         if found:
-            return text[:end - max(map(len, found))]
-    return text
+            return end, end - max(map(len, found))
+    return len(text), len(text)
 
 
 def test_a_stop_string_at_the_very_start_leaves_nothing() -> None:
