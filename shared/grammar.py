@@ -8,8 +8,9 @@ grammar is llguidance's own form of it, one string that travels with the job.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -22,8 +23,6 @@ MAX_GRAMMAR_CHARS = 256 << 10
 MAX_CHOICES = 1000
 MAX_CACHED = 64             # compiled grammars of one tokenizer
 MAX_CACHED_CHARS = 4 << 20  # of all of them
-MAX_ERROR_CHARS = 300
-TERSE = "<non-verbose/>"    # at the end of what the compiler says, without what it was doing
 MAX_FORCED_BYTES = 64       # of what must follow, as tokens: more of it costs time at each of them
 TOKEN = b"\xff"             # in it, before the [id] of a token that is no text
 # A limit of work each, at some 50,000 units of fuel in a millisecond when compiled and 14,000 in a step.
@@ -35,20 +34,80 @@ FREE = '%llguidance {"no_forcing": true}\nstart: @whole'
 # A model in doubt may write blanks for ever: what separates JSON's parts is short.
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
 ANY_OBJECT = {"type": "object"}
+BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+UNENFORCED = ("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
+              "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
+              "$dynamicRef", "$recursiveRef")
+VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
+# What the compiler says of a grammar, in words that are in it, and what is told of that. Its own words hold the input.
+REASONS = (
+    ("Unimplemented keys", "a keyword of the schema is none that is enforced"),
+    ("Unsatisfiable schema", "the schema contradicts itself"),
+    ("oneOf constraints", "several schemas of a oneOf may fit the same, which an anyOf allows"),
+    ("Unknown format", "the format is none that is enforced"),
+    ("does not fetch", "the schema refers to what is not in it, and nothing is fetched"),
+    ("Pointer", "a reference leads to nothing in the schema"),
+    ("Invalid type", "a type of the schema is none of JSON's"),
+    ("only supported when", "a number of properties is enforced where all that are listed are required"),
+    ("look", "a regular expression looks around itself"),
+    ("backreference", "a regular expression refers back"),
+    ("regex parse error", "a regular expression is not written right"),
+    ("too many", "it is too large"), ("Too many", "it is too large, or never ends"), ("too large", "it is too large"),
+    ("fuel", "it takes too much work"), ("Unable to determine", "it takes too much work"),
+    ("special token", "it names a token that is none of this model's"),
+    ("oken range", "it names a token that is none of this model's"),
+    ("unknown", "it names something that it does not have"), ("Unknown", "it names something that it does not have"),
+    ("circular", "something in it is defined by itself"),
+    ("xpected", "a part of it is not what must stand there"), ("must be", "a part of it is not what must stand there"))
 
 
 def of_schema(schema: dict[str, Any] | str) -> str:
     """A JSON schema, or its text."""
-    text = schema if isinstance(schema, str) else json.dumps(schema)
     try:
+        text = _bounded(schema if isinstance(schema, str) else json.dumps(schema))
+        require_exact(json.loads(text))
         return _bounded(LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS))
     except (ValueError, RecursionError):
         raise InvalidGrammar("The schema is nested too deeply, or is no JSON object.") from None
 
 
+def require_exact(schema: Any) -> None:
+    """Raises InvalidGrammar where llguidance (1.9) would let pass what a schema excludes: a whole number, of numbers
+    between it and less than the next."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if part.get("type") != "integer" and _excludes_a_whole_alone(list(_bounds(part))):
+                raise InvalidGrammar("This cannot be enforced: bounds less than 1 apart, of which the one nearer to 0 "
+                                     "is a whole number and is excluded.")
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+
+
+def _bounds(schema: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Of a number, also those of what it must fit besides."""
+    besides = schema.get("allOf")
+    for part in (schema, *(besides if isinstance(besides, list) else ())):
+        for key in BOUNDS if isinstance(part, dict) else ():
+            if isinstance(part.get(key), int | float):
+                yield key, part[key]
+
+
+def _excludes_a_whole_alone(bounds: list[tuple[str, float]]) -> bool:
+    low = max(((value, key != "minimum") for key, value in bounds if key.endswith("inimum")), default=None)
+    high = max(((-value, key != "maximum") for key, value in bounds if key.endswith("aximum")), default=None)
+    return low is not None and high is not None and any(
+        is_excluded and 0 <= near == near // 1 and -other < near + 1
+        for (near, is_excluded), (other, _) in ((low, high), (high, low)))
+
+
 def of_regex(regex: str) -> str:
     if (len(regex) - len(regex.rstrip("\\"))) % 2:
         raise InvalidGrammar("A regular expression ends behind what a backslash stands before.")
+    if "\n" in regex and VERBOSE.search(regex):          # llguidance would write them as \n, and then they are said
+        raise InvalidGrammar("A regular expression with the flag x has no line breaks.")
     return _bounded(LLMatcher.grammar_from_regex(regex))
 
 
@@ -108,7 +167,7 @@ class Grammars:
             raise InvalidGrammar("Nothing can be enforced with this model's tokenizer.") from None
 
     def check(self, grammar: str) -> None:
-        """Raises InvalidGrammar, with the compiler's own words."""
+        """Raises InvalidGrammar, which says why."""
         self.matcher(grammar)
 
     def matcher(self, grammar: str) -> LLMatcher:
@@ -123,7 +182,7 @@ class Grammars:
         if not trial.compute_ff_bytes().startswith(TOKEN):      # behind a token that must follow there is no mask
             trial.compute_bitmask()                     # some only show then what they are
         if trial.is_error():
-            raise InvalidGrammar(_cause(trial.get_error()))
+            raise InvalidGrammar(_reason(trial.get_error()))
         with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > MAX_CACHED or sum(map(len, self._compiled)) > MAX_CACHED_CHARS:
@@ -139,6 +198,8 @@ class Grammars:
         return self._tokenizer.tokenize_partial(begun, recent_tokens=last)[0]
 
 
-def _cause(error: str) -> str:
-    """What the compiler says, as one line."""
-    return f"This cannot be enforced: {' '.join(error.removesuffix(TERSE).split())[:MAX_ERROR_CHARS]}"
+def _reason(error: str) -> str:
+    """What is told of what the compiler says: nothing of the input, but for names that stand above."""
+    found = next((reason for words, reason in REASONS if words in error), "it has a part that is not understood")
+    named = [key for key in UNENFORCED if f'"{key}"' in error] if found == REASONS[0][1] else []
+    return f"This cannot be enforced: {found}" + (f" ({', '.join(named)})" if named else "") + "."

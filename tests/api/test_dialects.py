@@ -185,5 +185,14 @@ def test_what_is_no_schema_breaks_nothing(dialect: Dialect, key: str) -> None:
                 dialect.grammar([tool], is_one=True, added_id=lambda _: None)
 
 
+@pytest.mark.parametrize("dialect", CHOICES, ids=[dialect.name for dialect in CHOICES])
+def test_a_strict_tool_whose_bounds_would_not_be_kept_is_refused(dialect: Dialect) -> None:
+    share = {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": share}}}
+    assert dialect.grammar([tool], is_one=True, added_id=lambda _: None)
+    with pytest.raises(InvalidGrammar, match="bounds less than 1 apart"):
+        dialect.grammar([tool | {"strict": True}], is_one=True, added_id=lambda _: None)
+
+
 def test_arguments_are_what_the_model_wrote() -> None:
     assert json.loads(read([CALL], HERMES)[1].value) == {"a": '}"<tool_call>', "b": [1, {"c": "\\"}]}

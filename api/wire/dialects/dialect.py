@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from shared.errors import InvalidGrammar
-from shared.grammar import within
+from shared.grammar import require_exact, within
 
 MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
 MAX_NAME_CHARS = 256
@@ -117,6 +117,9 @@ def schema_of(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
+    """As llguidance is to enforce it. Raises InvalidGrammar where it would not."""
+    if is_strict:
+        require_exact(schema)
     options = {"whitespace_pattern": "[ ]?"} | ({} if is_strict else {"lenient": True})
     return schema | {"x-guidance": options}
 
