@@ -98,5 +98,7 @@ def _schemas() -> dict[str, Any]:
     for kind in (*REQUESTS, *OBJECTS):
         mode: Any = "validation" if kind in REQUESTS else "serialization"
         one = TypeAdapter(kind).json_schema(ref_template=COMPONENTS + "{model}", mode=mode)
-        schemas |= one.pop("$defs", {}) | {kind.__name__: one}
+        parts = one.pop("$defs", {}) | {kind.__name__: one}
+        assert all(schemas.get(name, part) == part for name, part in parts.items()), "two schemas have one name"
+        schemas |= parts
     return schemas

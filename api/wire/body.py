@@ -6,10 +6,10 @@ Refusals hold names of ours and numbers alone, not a word of the input. It knows
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from shared.errors import BadRequest, InvalidType, InvalidValue, MissingField, NotJSON
 
@@ -23,9 +23,20 @@ class Fields(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def names_of(*models: type[BaseModel]) -> frozenset[str]:
+def names_of(*models: Any) -> frozenset[str]:
     """The names of their fields, as clients write them."""
-    return frozenset(field.alias or name for model in models for name, field in model.model_fields.items())
+    return frozenset(name for model in models for name in _names(model))
+
+
+def shown_as(kind: Any) -> BeforeValidator:
+    """What /docs says of a field whose rules are checked elsewhere."""
+    return BeforeValidator(lambda value: value, json_schema_input_type=kind)
+
+
+def _names(model: Any) -> Iterable[str]:
+    if not issubclass(model, BaseModel):                # a TypedDict
+        return list(model.__annotations__)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def validate(model: type[Model], raw: dict[str, Any], names: Collection[str]) -> Model:

@@ -14,11 +14,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from api.wire.body import Fields, names_of, read_object, validate
+from api.wire.body import Fields, names_of, read_object, shown_as, validate
 from api.wire.format import JSONSchema, ResponseFormat, StructuredOutputs
 from api.wire.metadata import Metadata
 from api.wire.sampled import Count, Sampled, StreamOptions
-from api.wire.tools import ToolChoice, read_choice, require_names
+from api.wire.tools import (
+    ChatChoice,
+    ChatTool,
+    FunctionName,
+    LegacyChoice,
+    ToolChoice,
+    ToolFunction,
+    read_choice,
+    require_names,
+)
 from shared.errors import InvalidValue, UnsupportedContent, UnsupportedParameter
 from shared.job import MAX_TOP_LOGPROBS
 
@@ -123,16 +132,19 @@ def is_deep(value: Any, room: int = MAX_NESTING) -> bool:
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, description="the conversation so far")
+    messages: list[Message] = Field(min_length=1, description="the conversation so far, of `max_messages` at most")
     max_completion_tokens: Count | None = Field(None, ge=1, description="the newer name of max_tokens; it wins")
     logprobs: bool | None = Field(None, description="true: with the log probability of each token; else none")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="with logprobs: also of so many likeliest tokens; else 0")
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="functions that it may call")
-    tool_choice: str | dict[str, Any] | None = Field(
+    tools: list[ChatTool] | None = Field(
+        None, max_length=MAX_TOOLS, description=f"functions that it may call, of different names; each nested at most "
+                                                f"{MAX_NESTING} levels deep")
+    tool_choice: Annotated[str | dict[str, Any] | None, shown_as(ChatChoice)] = Field(
         None, description="none, auto, required, a function, or some of them; else auto")
-    functions: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="the older name of tools")
-    function_call: str | dict[str, Any] | None = Field(None, description="the older name of tool_choice")
+    functions: list[ToolFunction] | None = Field(None, max_length=MAX_TOOLS, description="the older name of tools")
+    function_call: Annotated[str | dict[str, Any] | None, shown_as(LegacyChoice)] = Field(
+        None, description="the older name of tool_choice")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="what the chat template makes of it; none: enable_thinking is false")
@@ -146,15 +158,9 @@ class ChatRequest(Sampled):
 
     @field_validator("tools")
     @classmethod
-    def _tools_are_functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        for tool in tools or ():
-            function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict) or not _is_name(function.get("name")):
-                raise ValueError("a tool has the type function, and a function with a name")
-            if is_deep(tool):
-                raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
-            if not isinstance(function.get("parameters") or {}, dict):
-                raise ValueError("a tool's parameters are a JSON schema")
+    def _tools_are_apart(cls, tools: list[ChatTool] | None) -> list[ChatTool] | None:
+        if any(is_deep(tool) for tool in tools or ()):
+            raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
         require_names(tools or ())
         return tools
 
@@ -179,12 +185,13 @@ class ChatRequest(Sampled):
     def _modernize(self) -> None:
         if self.tools is not None or self.tool_choice is not None:
             raise InvalidValue("functions and tools cannot both be given.", param="functions")
+        if self.function_call not in (None, "none", "auto") and not isinstance(self.function_call, dict):
+            raise InvalidValue("function_call is none, auto, or the name of a function.", param="function_call")
         try:
-            self.tools = self._tools_are_functions([{"type": "function", "function": each}
-                                                    for each in self.functions or ()])
-        except ValueError:
-            raise InvalidValue("A function has a name of its own and parameters that are a JSON schema.",
-                               param="functions") from None
+            self.tools = self._tools_are_apart(
+                [{"type": "function", "function": each} for each in self.functions or ()])
+        except ValueError as error:
+            raise InvalidValue(f"functions: {error}", param="functions") from None
         named = self.function_call if isinstance(self.function_call, dict) else None
         self.tool_choice = self.function_call if named is None else {"type": "function", "function": named}
         self.parallel_tool_calls = False
@@ -222,7 +229,7 @@ class ChatRequest(Sampled):
         return any(tool["function"].get("strict") is True for tool in self.offered_tools or ())
 
     @property
-    def offered_tools(self) -> list[dict[str, Any]] | None:
+    def offered_tools(self) -> list[ChatTool] | None:
         """What the model is shown."""
         choice = self.calls
         if choice.mode == "none" or not self.tools:
@@ -240,11 +247,8 @@ def require_calls(messages: Sequence[Message]) -> None:
                                param=f"messages[{number}].tool_call_id")
 
 
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and 0 < len(name) <= 256
-
-
-NAMES = names_of(ChatRequest, Message, ToolCall, Function, StreamOptions, ResponseFormat, JSONSchema, StructuredOutputs)
+NAMES = names_of(ChatRequest, Message, ToolCall, Function, StreamOptions, ResponseFormat, JSONSchema, StructuredOutputs,
+                 ChatTool, ToolFunction, FunctionName)
 
 
 def parse(body: bytes, max_messages: int) -> ChatRequest:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator, with_config
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from api.wire.body import Fields, names_of, read_object, validate
+from api.wire.body import Fields, names_of, read_object, shown_as, validate
 from api.wire.format import JSONSchema
 from api.wire.items import Item, chat_messages
 from api.wire.metadata import Metadata
-from api.wire.request import MAX_TOOLS, NAMES, ChatRequest, require_few_messages
+from api.wire.request import MAX_NESTING, MAX_TOOLS, NAMES, ChatRequest, require_few_messages
 from api.wire.sampled import Count, Drawn, require_stream
+from api.wire.tools import AS_WRITTEN, FunctionName, Mode, ToolFunction
 from shared.errors import BadRequest, InvalidValue, UnsupportedParameter
 from shared.job import MAX_TOP_LOGPROBS
 
@@ -39,6 +41,26 @@ class TextFormat(JSONSchema):
     name: str = Field("schema", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="without effect")
 
 
+@with_config(AS_WRITTEN)
+class ResponseTool(ToolFunction):
+    """The names of a function stand one level higher than in a chat."""
+
+    type: Annotated[Literal["function"], Field(description="function, always")]
+
+
+class ResponseToolName(FunctionName):
+    type: Annotated[Literal["function"], Field(description="function, always")]
+
+
+class AllowedResponseTools(TypedDict):
+    type: Annotated[Literal["allowed_tools"], Field(description="allowed_tools, always")]
+    mode: Annotated[Literal["auto", "required"], Field(description="whether it must call one of them")]
+    tools: Annotated[list[ResponseToolName], Field(min_length=1, description="which it may call")]
+
+
+ResponseChoice = Mode | ResponseToolName | AllowedResponseTools | None
+
+
 class TextOptions(Fields):
     format: TextFormat | None = Field(None, description="else text")
 
@@ -47,7 +69,7 @@ class ResponseRequest(Drawn):
     """`POST /v1/responses`."""
 
     model: str = Field(min_length=1, description="a name of GET /v1/models")
-    input: str | list[Item] = Field(description="a text, or items of a conversation")
+    input: str | list[Item] = Field(description="a text, or items of a conversation, `max_messages` at most")
     instructions: str | None = Field(None, description="said before the conversation, and not kept for the next one")
     previous_response_id: str | None = Field(None, description="of a stored response, whose conversation goes on")
     stream: bool | None = Field(None, description="answer with server-sent events")
@@ -57,8 +79,10 @@ class ResponseRequest(Drawn):
     metadata: Metadata | None = Field(None, description="kept beside it")
     max_output_tokens: Count | None = Field(
         None, ge=1, description="most tokens of the response, thoughts included; else what the context leaves")
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, description="functions")
-    tool_choice: str | dict[str, Any] | None = Field(
+    tools: list[ResponseTool] | None = Field(
+        None, max_length=MAX_TOOLS, description=f"functions that it may call, of different names; each nested at most "
+                                                f"{MAX_NESTING} levels deep")
+    tool_choice: Annotated[str | dict[str, Any] | None, shown_as(ResponseChoice)] = Field(
         None, description="none, auto, required, a function, or some of them; else auto")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
     text: TextOptions | None = Field(None, description="the form that the answer must keep")
@@ -70,6 +94,14 @@ class ResponseRequest(Drawn):
     conversation: str | dict[str, Any] | None = Field(None, description="refused")
     prompt: dict[str, Any] | None = Field(None, description="refused")
     context_management: list[Any] | None = Field(None, description="refused")
+
+    @field_validator("tools", mode="before", json_schema_input_type=list[ResponseTool] | None)
+    @classmethod
+    def _functions_alone(cls, tools: Any) -> Any:
+        kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+        if any(isinstance(kind, str) and kind != "function" for kind in kinds):
+            raise UnsupportedParameter("This server offers functions alone, no tools of its own.", param="tools")
+        return tools
 
     @model_validator(mode="after")
     def _together(self) -> ResponseRequest:
@@ -140,19 +172,17 @@ def parse_response(body: bytes, max_items: int) -> ResponseRequest:
     raw = read_object(body)
     with in_our_words():
         require_few_messages({"messages": raw.get("input")}, max_items)
-    names = names_of(ResponseRequest, Reasoning, TextOptions, TextFormat)
+    names = names_of(ResponseRequest, Reasoning, TextOptions, TextFormat, ResponseTool)
     return validate(ResponseRequest, raw, names)
 
 
-def _chat_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    if any(tool.get("type") != "function" for tool in tools or ()):
-        raise UnsupportedParameter("This server offers functions alone, no tools of its own.", param="tools")
-    return tools and [{"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
-                      for tool in tools]
+def _chat_tools(tools: list[ResponseTool] | None) -> list[dict[str, Any]] | None:
+    return None if tools is None else [
+        {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+        for tool in tools]
 
 
 def _chat_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    """The names stand one level higher here."""
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):

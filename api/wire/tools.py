@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from shared.errors import InvalidValue
 
 Tools = Sequence[Mapping[str, Any]]
+Name = Annotated[str, Field(min_length=1, max_length=256, description="by which it is called")]
+AS_WRITTEN = ConfigDict(strict=True, extra="allow")     # the model's template may read more of it
+
+
+@with_config(AS_WRITTEN)
+class ToolFunction(TypedDict):
+    name: Name
+    description: NotRequired[Annotated[str | None, Field(description="what the model is told of it")]]
+    parameters: NotRequired[Annotated[dict[str, Any] | None, Field(
+        description="a JSON schema of its arguments; else it takes none")]]
+    strict: NotRequired[Annotated[bool | None, Field(
+        description="true: it is called as parameters say, and not otherwise; else as far as can be enforced")]]
+
+
+@with_config(AS_WRITTEN)
+class ChatTool(TypedDict):
+    type: Annotated[Literal["function"], Field(description="function, always")]
+    function: Annotated[ToolFunction, Field(description="what may be called")]
+
+
+class FunctionName(TypedDict):
+    name: Annotated[str, Field(description="of one of the tools")]
+
+
+class ChatToolName(TypedDict):
+    type: Annotated[Literal["function"], Field(description="function, always")]
+    function: Annotated[FunctionName, Field(description="which")]
+
+
+class AllowedChatTools(TypedDict):
+    mode: Annotated[Literal["auto", "required"], Field(description="whether it must call one of them")]
+    tools: Annotated[list[ChatToolName], Field(min_length=1, description="which it may call")]
+
+
+class AllowedChatChoice(TypedDict):
+    type: Annotated[Literal["allowed_tools"], Field(description="allowed_tools, always")]
+    allowed_tools: Annotated[AllowedChatTools, Field(description="some of the tools")]
+
+
+Mode = Literal["none", "auto", "required"]
+ChatChoice = Mode | ChatToolName | AllowedChatChoice | None         # `read_choice` tells what is wrong with one
+LegacyChoice = Literal["none", "auto"] | FunctionName | None
 
 
 class ToolChoice(NamedTuple):
-    mode: Literal["none", "auto", "required"]
+    mode: Mode
     names: frozenset[str] | None = None                 # only these; None: all
     is_named: bool = False                              # one, and once
 

@@ -355,7 +355,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a stop token outside the vocabulary": ({"stop_token_ids": [258]}, "invalid_value", "stop_token_ids"),
     "more at least than at most": ({"min_tokens": 6, "max_tokens": 5}, "invalid_value", "min_tokens"),
     "tools that are nested too deeply": ({"tools": [{"type": "function", "function": {"name": "f", "parameters":
-                                          json.loads("[" * 100 + "]" * 100)}}]}, "invalid_value", "tools"),
+                                          {"enum": json.loads("[" * 100 + "]" * 100)}}}]}, "invalid_value", "tools"),
 }
 
 
