@@ -10,10 +10,12 @@ from pydantic import TypeAdapter
 
 from api.wire.batches import BatchRequest
 from api.wire.completions import CompletionRequest
+from api.wire.message_objects import MESSAGE_OBJECTS
 from api.wire.messages import CountRequest, MessageRequest
 from api.wire.metadata import MetadataRequest
 from api.wire.objects import OBJECTS
 from api.wire.request import ChatRequest
+from api.wire.response_objects import RESPONSE_OBJECTS
 from api.wire.responses import ResponseRequest
 from api.wire.tokens import DetokenizeRequest, TokenizeRequest
 from api.wire.uploads import MIN_EXPIRES_S, PURPOSES
@@ -21,6 +23,8 @@ from api.wire.uploads import MIN_EXPIRES_S, PURPOSES
 COMPONENTS = "#/components/schemas/"
 REQUESTS: tuple[Any, ...] = (ChatRequest, CompletionRequest, ResponseRequest, MessageRequest, CountRequest,
                              BatchRequest, MetadataRequest, TokenizeRequest, DetokenizeRequest)
+
+ANSWERS = (*OBJECTS, *RESPONSE_OBJECTS, *MESSAGE_OBJECTS)
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object", "required": ["error"],
@@ -95,7 +99,7 @@ def complete(app: FastAPI) -> None:
 
 def _schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = {}
-    for kind in (*REQUESTS, *OBJECTS):
+    for kind in (*REQUESTS, *ANSWERS):
         mode: Any = "validation" if kind in REQUESTS else "serialization"
         one = TypeAdapter(kind).json_schema(ref_template=COMPONENTS + "{model}", mode=mode)
         parts = one.pop("$defs", {}) | {kind.__name__: one}

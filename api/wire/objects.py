@@ -1,4 +1,7 @@
-"""The objects of answers, as /docs describes them. The folds make them, and know nothing of this page."""
+"""The objects of answers, as /docs describes them; those of responses and of messages have files of their own.
+
+The folds make them, and know nothing of this page.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ ID = Annotated[str, Field(description="of this object")]
 Asked = Annotated[str, Field(description="as the request names it")]
 Seconds = Annotated[int, Field(description="seconds since 1970")]
 Expiry = Annotated[int, Field(description="when it expires, in seconds since 1970")]
+ReachedAt = Annotated[int | None, Field(description="when it came to this, in seconds since 1970; null: it has not")]
 FirstID = Annotated[str | None, Field(description="of the first in data; null: there is none")]
 LastID = Annotated[str | None, Field(description="of the last in data, after which the next page begins; null: none")]
 HasMore = Annotated[bool, Field(description="whether more follow")]
@@ -71,10 +75,25 @@ class AnswerMessage(TypedDict):
     reasoning: Annotated[NotRequired[str], Field(description="as reasoning_content")]
 
 
+class TopLogprob(TypedDict):
+    token: Annotated[str, Field(description="its text; what is no character shows as U+FFFD")]
+    logprob: Annotated[float, Field(description="of its probability; -9999: none to speak of")]
+    bytes: Annotated[list[int], Field(description="its text in UTF-8, or the part of a character that it is")]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: Annotated[list[TopLogprob], Field(description="of the likeliest, as many as were asked for")]
+
+
+class ChatLogprobs(TypedDict):
+    content: Annotated[list[TokenLogprob], Field(description="of each token")]
+    refusal: Annotated[None, Field(description="null, always")]
+
+
 class ChatChoice(TypedDict):
     index: Annotated[int, Field(description="of this choice, from 0")]
     message: Annotated[AnswerMessage, Field(description="what is answered")]
-    logprobs: Annotated[dict[str, Any] | None, Field(description="of each token; null: not asked for")]
+    logprobs: Annotated[ChatLogprobs | None, Field(description="null: not asked for")]
     finish_reason: Reason
 
 
@@ -107,40 +126,6 @@ class TextCompletion(TypedDict):
     usage: Used
 
 
-class ResponseObject(TypedDict):
-    id: ID
-    object: Annotated[Literal["response"], KIND]
-    created_at: Seconds
-    model: Asked
-    status: Annotated[Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"],
-                      Field(description="how it stands")]
-    error: Annotated[dict[str, str] | None, Field(description="code and message, where it has failed")]
-    incomplete_details: Annotated[dict[str, str] | None, Field(description="the reason, where it is incomplete")]
-    output: Annotated[list[dict[str, Any]], Field(description="items: reasoning, messages, function calls")]
-    usage: Annotated[dict[str, Any] | None, Field(description="once it has ended")]
-
-
-class ResponseInputTokens(TypedDict):
-    object: Annotated[Literal["response.input_tokens"], KIND]
-    input_tokens: Annotated[int, Field(description="of the whole prompt, the conversation before included")]
-
-
-class MessageObject(TypedDict):
-    id: ID
-    type: Annotated[Literal["message"], KIND]
-    role: Assistant
-    model: Asked
-    content: Annotated[list[dict[str, Any]], Field(description="blocks: thinking, text, tool_use")]
-    stop_reason: Annotated[Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None,
-                           Field(description="why it ended; null: it has only begun")]
-    stop_sequence: Annotated[str | None, Field(description="of stop_sequences, the one that ended it")]
-    usage: Annotated[dict[str, Any], Field(description="how many tokens there were; input_tokens: not found computed")]
-
-
-class InputTokens(TypedDict):
-    input_tokens: Annotated[int, Field(description="of the whole prompt")]
-
-
 class FileObject(TypedDict):
     id: ID
     object: Annotated[Literal["file"], KIND]
@@ -150,13 +135,32 @@ class FileObject(TypedDict):
     filename: Annotated[str, Field(description="its name")]
     purpose: Annotated[str, Field(description="what it is for")]
     status: Annotated[Literal["processed"], Field(description="processed, always")]
+    status_details: Annotated[None, Field(description="null, always")]
+
+
+class BatchError(TypedDict):
+    code: Annotated[str | None, Field(description="for programs")]
+    message: Annotated[str, Field(description="for people")]
+    param: Annotated[str | None, Field(description="the field that it is about")]
+    line: Annotated[int | None, Field(description="of the input file, from 1")]
+
+
+class BatchErrors(TypedDict):
+    object: List
+    data: Annotated[list[BatchError], Field(description="the first of them")]
+
+
+class RequestCounts(TypedDict):
+    total: Annotated[int, Field(description="in the input file")]
+    completed: Annotated[int, Field(description="have a line in the output file")]
+    failed: Annotated[int, Field(description="have a line in the error file")]
 
 
 class BatchObject(TypedDict):
     id: ID
     object: Annotated[Literal["batch"], KIND]
     endpoint: Annotated[str, Field(description="what every line asks")]
-    errors: Annotated[dict[str, Any] | None, Field(description="a list of why it has failed")]
+    errors: Annotated[BatchErrors | None, Field(description="why it has failed")]
     input_file_id: Annotated[str, Field(description="of its lines")]
     completion_window: Annotated[Literal["24h"], Field(description="24h, always")]
     status: Annotated[Status, Field(description="how far it has come")]
@@ -164,7 +168,14 @@ class BatchObject(TypedDict):
     error_file_id: Annotated[str | None, Field(description="of what has failed, once it is over")]
     created_at: Seconds
     expires_at: Expiry
-    request_counts: Annotated[dict[str, int], Field(description="of its lines: total, completed, failed")]
+    in_progress_at: ReachedAt
+    finalizing_at: ReachedAt
+    completed_at: ReachedAt
+    failed_at: ReachedAt
+    expired_at: ReachedAt
+    cancelling_at: ReachedAt
+    cancelled_at: ReachedAt
+    request_counts: Annotated[RequestCounts, Field(description="of its lines")]
     metadata: Annotated[dict[str, str] | None, Field(description="kept beside it")]
 
 
@@ -221,6 +232,5 @@ class Text(TypedDict):
     prompt: Annotated[str, Field(description="the text of the tokens")]
 
 
-OBJECTS: tuple[Any, ...] = (
-    ChatCompletion, TextCompletion, ResponseObject, ResponseInputTokens, MessageObject, InputTokens, FileObject,
-    BatchObject, ChatCompletionPage, Page, Deleted, Ended, Model, Models, Tokens, Text)
+OBJECTS: tuple[Any, ...] = (ChatCompletion, TextCompletion, FileObject, BatchObject, ChatCompletionPage, Page, Deleted,
+                            Ended, Model, Models, Tokens, Text)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +20,7 @@ from schemathesis.generation import GenerationMode
 
 from api.app import make_app
 from api.pod import Pod
+from api.wire.batches import OVER
 from shared.settings import Settings
 from tests.nursery import Nursery
 from tests.system import MODEL, System
@@ -80,6 +84,78 @@ def test_every_field_says_what_it_means(served: System) -> None:
     schemas = httpx.get(f"{served.url}/openapi.json").json()["components"]["schemas"]
     assert {"Error", "MessageError", "ChatRequest", "ChatCompletion"} <= schemas.keys()
     assert [name for kind, schema in schemas.items() for name in _unsaid(kind, schema)] == []
+
+
+TOOL = {"name": "get_weather", "description": "Weather of a city.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}}
+HI = [{"role": "user", "content": "Weather in Rome?"}]
+ASKED: dict[str, tuple[str, str, dict[str, Any]]] = {        # where, the schema of what is answered, and what is asked
+    "chat": ("/v1/chat/completions", "ChatCompletion", {"messages": HI, "logprobs": True, "top_logprobs": 2, "n": 2}),
+    "call": ("/v1/chat/completions", "ChatCompletion", {
+        "messages": HI, "tools": [{"type": "function", "function": TOOL}], "tool_choice": "required", "store": True}),
+    "function": ("/v1/chat/completions", "ChatCompletion", {
+        "messages": HI, "functions": [TOOL], "function_call": {"name": "get_weather"}}),
+    "text": ("/v1/completions", "TextCompletion", {"prompt": ["a", "b"]}),
+    "response": ("/v1/responses", "ResponseObject", {
+        "input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 1, "user": "u",
+        "max_output_tokens": 3}),
+    "response that calls": ("/v1/responses", "ResponseObject", {
+        "input": "Weather in Rome?", "tools": [{"type": "function", **TOOL}], "tool_choice": "required"}),
+    "background": ("/v1/responses", "ResponseObject", {"input": "Hi", "background": True, "metadata": {"a": "b"}}),
+    "response's tokens": ("/v1/responses/input_tokens", "ResponseInputTokens", {"input": "Hi"}),
+    "message": ("/v1/messages", "MessageObject", {"messages": HI, "max_tokens": 40}),
+    "message that calls": ("/v1/messages", "MessageObject", {
+        "messages": HI, "max_tokens": 60, "tool_choice": {"type": "any"},
+        "tools": [{"name": "get_weather", "input_schema": TOOL["parameters"]}]}),
+    "message's tokens": ("/v1/messages/count_tokens", "InputTokens", {"messages": HI}),
+    "tokens": ("/tokenize", "Tokens", {"prompt": "Hi", "return_token_strs": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def closed(served: System) -> dict[str, Any]:
+    """The page's schemas, of which what is answered has no member that is not described."""
+    schemas: dict[str, Any] = httpx.get(f"{served.url}/openapi.json").json()["components"]["schemas"]
+    for schema in schemas.values():
+        if "properties" in schema:
+            schema["additionalProperties"] = False
+    return {"components": {"schemas": schemas}}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_every_member_of_an_answer_is_described(name: str, served: System, closed: dict[str, Any]) -> None:
+    path, schema, asked = ASKED[name]
+    answer = httpx.post(f"{served.url}{path}", json={"model": served.model} | asked, timeout=60)
+    assert answer.status_code == 200
+    jsonschema.validate(answer.json(), closed | {"$ref": f"#/components/schemas/{schema}"})
+
+
+def test_every_member_of_files_batches_and_models_is_described(served: System, closed: dict[str, Any]) -> None:
+    """Of a batch that is completed, and of one that has failed."""
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+            "body": {"model": served.model, "messages": HI, "max_tokens": 3}}
+    told: list[tuple[str, Any]] = []
+    for lines in (line, line | {"method": "PUT"}):
+        file = httpx.post(f"{served.url}/v1/files", files={"file": ("x.jsonl", json.dumps(lines).encode())},
+                          data={"purpose": "batch"}).json()
+        batch = httpx.post(f"{served.url}/v1/batches", json={
+            "input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}).json()
+        told += [("FileObject", file), ("BatchObject", batch)]
+        told += [("BatchObject", each) for each in _until_over(f"{served.url}/v1/batches/{batch['id']}")]
+    assert {each["status"] for _, each in told} >= {"completed", "failed"}
+    assert any(each.get("errors") for _, each in told)
+    told.append(("Models", httpx.get(f"{served.url}/v1/models").json()))
+    for schema, each in told:
+        jsonschema.validate(each, closed | {"$ref": f"#/components/schemas/{schema}"})
+
+
+def _until_over(url: str) -> Iterator[dict[str, Any]]:
+    while True:
+        batch = httpx.get(url).json()
+        yield batch
+        if batch["status"] in OVER:
+            return
+        time.sleep(0.02)
 
 
 def _unsaid(name: str, schema: dict[str, Any]) -> Iterator[str]:
