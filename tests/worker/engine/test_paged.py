@@ -256,6 +256,37 @@ def test_bits_do_not_depend_on_what_runs_beside(tmp_path: Path, paged: None) -> 
     assert tight.num_preempted > 0 == roomy.num_preempted
 
 
+def test_a_chunk_is_computed_by_its_length_whatever_there_is_beside(tmp_path: Path, paged: None,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it would fit into a forward of decode rows: one number of tokens has one way to its bits."""
+    monkeypatch.setattr(fixed, "MAX_SHORT", 3)
+    engine = make_engine(save("llama", tmp_path))
+    assert forwards(engine).max_rows > forwards(engine).max_short == 3
+    seen = dict[str, set[int]]()
+
+    def watch(kind: str) -> None:
+        original = getattr(forwards(engine), kind)
+
+        def watched(token_ids: Sequence[int], slots: Sequence[int], *rest: Any) -> Any:
+            seen.setdefault(kind, set()).update(slots)
+            return original(token_ids, slots, *rest)
+
+        monkeypatch.setattr(forwards(engine), kind, watched)
+
+    watch("run_rows")
+    watch("run_tiles")
+
+    def ways(*prompts: int) -> list[tuple[bool, bool]]:
+        """Of prompts of so many tokens, which decode nothing: whether they are rows, and whether they are tiles."""
+        seen.clear()
+        run(engine, {0: [Request(str(i), tuple(range(10 * i, 10 * i + num)), greedy(1))
+                         for i, num in enumerate(prompts)]})
+        return [(i in seen.get("run_rows", ()), i in seen.get("run_tiles", ())) for i in range(len(prompts))]
+
+    assert ways(3) == [(True, False)] and ways(5) == [(False, True)]
+    assert ways(3, 5) == ways(3) + ways(5)
+
+
 class Recorder:
     """In the place of CUDA's graphs, which need a GPU: a forward that is computed on the same tensors again."""
 
