@@ -9,6 +9,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
+FORMS = ThreadPoolExecutor(4, "form")                   # they wait while forms are tried, and hold up nothing else
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
@@ -54,11 +56,12 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
     prompt = (await asyncio.to_thread(encode, request, served.tokenizer) if is_long else
               encode(request, served.tokenizer))
     reading = (Reading.of(prompt, card.chat_templates.values(), served.tokenizer.added_id, wanted=settings.tool_dialect,
-                          tools=request.offered_tools) if isinstance(request, ChatRequest) else Reading())
+                          tools=request.offered_tools, keeps_form=request.is_constrained and not request.must_call)
+               if isinstance(request, ChatRequest) else Reading())
     sampling = replace(resolve_sampling(request, card, len(prompt)), shown_token_ids=reading.shown_token_ids,
                        tells_stop=order.language == "messages")
     if request.is_constrained or (isinstance(request, ChatRequest) and (request.must_call or request.has_strict_tools)):
-        grammar = await asyncio.to_thread(_compile, request, served.tokenizer, reading)
+        grammar = await asyncio.get_running_loop().run_in_executor(FORMS, _compile, request, served.tokenizer, reading)
         sampling = replace(sampling, grammar=grammar,
                            grammar_after=reading.think_end_id if reading.reasoning == "open" else None)
     n, created_s = request.n or 1, int(time.time())
@@ -167,7 +170,7 @@ def resolve_sampling(request: Sampled, card: Card, num_prompt_tokens: int) -> Sa
         raise ContextTooLong(f"This model's maximum context length is {card.max_model_len} tokens. However, you "
                              f"requested {num_prompt_tokens} tokens in the {param}{asked}.", param=param)
     if (request.min_tokens or 0) > max_tokens:
-        raise InvalidValue("min_tokens must not be above max_tokens.", param="min_tokens")
+        raise InvalidValue("min_tokens must not be above the limit of tokens.", param="min_tokens")
     biases = {int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()}
     _refuse_unknown_ids(biases, card, "logit_bias")
     _refuse_unknown_ids(request.stop_token_ids or (), card, "stop_token_ids")

@@ -7,10 +7,11 @@ grammar is llguidance's own form of it, one string that travels with the job.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -18,89 +19,60 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from shared.errors import InvalidGrammar
+from shared.schemas import ESCAPES, enforceable
 
 MAX_GRAMMAR_CHARS = 256 << 10
 MAX_CHOICES = 1000
-MAX_CACHED = 64             # compiled grammars of one tokenizer
+MAX_CACHED = 16             # compiled grammars of one tokenizer: each may take as much as a trial lets it
 MAX_CACHED_CHARS = 4 << 20  # of all of them
+TRIAL_STEPS = 8             # tokens that a grammar is tried with before a job is queued
 MAX_FORCED_BYTES = 64       # of what must follow, as tokens: more of it costs time at each of them
 TOKEN = b"\xff"             # in it, before the [id] of a token that is no text
 # A limit of work each, at some 50,000 units of fuel in a millisecond when compiled and 14,000 in a step.
-LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=50_000,
-                        max_items_in_row=20_000, max_lexer_states=50_000, max_grammar_size=200_000,
+LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=20_000,
+                        max_items_in_row=5_000, max_lexer_states=50_000, max_grammar_size=200_000,
                         verbose_errors=False)
 # Of what must follow, llguidance would make tokens by itself: of all of it, at every token, and special ones too.
 FREE = '%llguidance {"no_forcing": true}\nstart: @whole'
 # A model in doubt may write blanks for ever: what separates JSON's parts is short.
-JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"}
+JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"} | ESCAPES
 ANY_OBJECT = {"type": "object"}
-BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 UNENFORCED = ("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
               "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
               "$dynamicRef", "$recursiveRef")
 VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
-# What the compiler says of a grammar, in words that are in it, and what is told of that. Its own words hold the input.
-REASONS = (
-    ("Unimplemented keys", "a keyword of the schema is none that is enforced"),
-    ("Unsatisfiable schema", "the schema contradicts itself"),
-    ("oneOf constraints", "several schemas of a oneOf may fit the same, which an anyOf allows"),
-    ("Unknown format", "the format is none that is enforced"),
-    ("does not fetch", "the schema refers to what is not in it, and nothing is fetched"),
-    ("Pointer", "a reference leads to nothing in the schema"),
-    ("Invalid type", "a type of the schema is none of JSON's"),
-    ("only supported when", "a number of properties is enforced where all that are listed are required"),
-    ("look", "a regular expression looks around itself"),
-    ("backreference", "a regular expression refers back"),
-    ("regex parse error", "a regular expression is not written right"),
-    ("too many", "it is too large"), ("Too many", "it is too large, or never ends"), ("too large", "it is too large"),
-    ("fuel", "it takes too much work"), ("Unable to determine", "it takes too much work"),
-    ("special token", "it names a token that is none of this model's"),
-    ("oken range", "it names a token that is none of this model's"),
-    ("unknown", "it names something that it does not have"), ("Unknown", "it names something that it does not have"),
-    ("circular", "something in it is defined by itself"),
-    ("xpected", "a part of it is not what must stand there"), ("must be", "a part of it is not what must stand there"))
+# How the compiler's words of a grammar begin, and what is told of that. What comes behind holds the input.
+REASONS = tuple((re.compile(words, re.MULTILINE), reason) for words, reason in (
+    (r"Unimplemented keys", "a keyword of the schema is none that is enforced"),
+    (r"Unsatisfiable schema", "the schema contradicts itself"),
+    (r"oneOf constraints", "several schemas of a oneOf may fit the same, which an anyOf allows"),
+    (r"Unknown format", "the format is none that is enforced"),
+    (r"Resource '", "the schema refers to what is not in it, and nothing is fetched"),
+    (r"Pointer '", "a reference leads to nothing in the schema"),
+    (r"Invalid type", "a type of the schema is none of JSON's"),
+    (r"min/maxProperties", "a number of properties is enforced where all that are listed are required"),
+    (r"(invalid regex|regex parse error)(?s:.)*^error: look-around|(invalid regex .*: )?lookarounds",
+     "a regular expression looks around itself"),
+    (r"(invalid regex|regex parse error)(?s:.)*^error: backreferences", "a regular expression refers back"),
+    (r"invalid regex|regex parse error", "a regular expression is not written right"),
+    (r"lexer error: too many|[pP]arser [eE]rror: (Too many|Current row)|schema too large",
+     "it is too large, or never ends"),
+    (r"Unable to determine if", "it takes too much work"),
+    (r"unknown special token|Token range", "it names a token that is none of this model's"),
+    (r"unknown (name|grammar)|Unknown common regex", "it names something that it does not have"),
+    (r"circular reference", "something in it is defined by itself"),
+    (r"([$\w]+ must be|(\d+\(\d+\): )?Expected|invalid type|range end) ", "a part of it is not what must stand there")))
+PLACE = re.compile(r"(at \d+\(\d+\): )?(failed to compile JSON schema: )?")
 
 
 def of_schema(schema: dict[str, Any] | str) -> str:
     """A JSON schema, or its text."""
     try:
         text = _bounded(schema if isinstance(schema, str) else json.dumps(schema))
-        require_exact(json.loads(text))
+        text = json.dumps(enforceable(json.loads(text)), allow_nan=False)
         return _bounded(LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS))
     except (ValueError, RecursionError):
         raise InvalidGrammar("The schema is nested too deeply, or is no JSON object.") from None
-
-
-def require_exact(schema: Any) -> None:
-    """Raises InvalidGrammar where llguidance (1.9) would let pass what a schema excludes: a whole number, of numbers
-    between it and less than the next."""
-    parts = [schema]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            if part.get("type") != "integer" and _excludes_a_whole_alone(list(_bounds(part))):
-                raise InvalidGrammar("This cannot be enforced: bounds less than 1 apart, of which the one nearer to 0 "
-                                     "is a whole number and is excluded.")
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
-
-
-def _bounds(schema: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Of a number, also those of what it must fit besides."""
-    besides = schema.get("allOf")
-    for part in (schema, *(besides if isinstance(besides, list) else ())):
-        for key in BOUNDS if isinstance(part, dict) else ():
-            if isinstance(part.get(key), int | float):
-                yield key, part[key]
-
-
-def _excludes_a_whole_alone(bounds: list[tuple[str, float]]) -> bool:
-    low = max(((value, key != "minimum") for key, value in bounds if key.endswith("inimum")), default=None)
-    high = max(((-value, key != "maximum") for key, value in bounds if key.endswith("aximum")), default=None)
-    return low is not None and high is not None and any(
-        is_excluded and 0 <= near == near // 1 and -other < near + 1
-        for (near, is_excluded), (other, _) in ((low, high), (high, low)))
 
 
 def of_regex(regex: str) -> str:
@@ -166,9 +138,28 @@ class Grammars:
         except ValueError:                              # a kind of tokenizer that llguidance does not know
             raise InvalidGrammar("Nothing can be enforced with this model's tokenizer.") from None
 
+    def prepare(self) -> None:
+        """Makes the tokenizer, if it is one."""
+        with contextlib.suppress(InvalidGrammar):
+            _ = self._tokenizer
+
     def check(self, grammar: str) -> None:
-        """Raises InvalidGrammar, which says why."""
-        self.matcher(grammar)
+        """Raises InvalidGrammar, which says why; here, without a limit of time (shared/trial.py)."""
+        self.compile(grammar, TRIAL_STEPS)
+
+    def compile(self, grammar: str, num_steps: int = 0) -> LLMatcher:
+        """Tried so many tokens far: some only show then what they are. Raises InvalidGrammar."""
+        matcher = LLMatcher(self._tokenizer, within(FREE, whole=_bounded(grammar)), log_level=0, limits=LIMITS)
+        trial = matcher.deep_copy()
+        for step in range(num_steps + 1):
+            if trial.is_stopped() or trial.compute_ff_bytes().startswith(TOKEN):
+                break                                   # behind a token that must follow there is no mask
+            allowed = trial.compute_bitmask()
+            if step < num_steps:
+                trial.consume_token(_some(allowed, step))
+        if trial.is_error():
+            raise InvalidGrammar(_reason(trial.get_error()))
+        return matcher
 
     def matcher(self, grammar: str) -> LLMatcher:
         """At the beginning of an answer. Raises InvalidGrammar."""
@@ -177,12 +168,7 @@ class Grammars:
             if found is not None:
                 self._compiled.move_to_end(grammar)
                 return found.deep_copy()
-        matcher = LLMatcher(self._tokenizer, within(FREE, whole=grammar), log_level=0, limits=LIMITS)
-        trial = matcher.deep_copy()
-        if not trial.compute_ff_bytes().startswith(TOKEN):      # behind a token that must follow there is no mask
-            trial.compute_bitmask()                     # some only show then what they are
-        if trial.is_error():
-            raise InvalidGrammar(_reason(trial.get_error()))
+        matcher = self.compile(grammar)
         with self._lock:
             self._compiled[grammar] = matcher
             while len(self._compiled) > MAX_CACHED or sum(map(len, self._compiled)) > MAX_CACHED_CHARS:
@@ -198,8 +184,19 @@ class Grammars:
         return self._tokenizer.tokenize_partial(begun, recent_tokens=last)[0]
 
 
+def _some(allowed: bytes, step: int) -> int:
+    """One of the tokens of a mask; at each step from another place on."""
+    begin = len(allowed) * (step % 4) // 4
+    place = begin + len(allowed[begin:]) - len(allowed[begin:].lstrip(b"\0"))
+    if place == len(allowed):
+        place = len(allowed) - len(allowed.lstrip(b"\0"))
+    byte = allowed[place] if place < len(allowed) else 1            # nothing may follow: the matcher says so
+    return 8 * place + (byte & -byte).bit_length() - 1
+
+
 def _reason(error: str) -> str:
     """What is told of what the compiler says: nothing of the input, but for names that stand above."""
-    found = next((reason for words, reason in REASONS if words in error), "it has a part that is not understood")
-    named = [key for key in UNENFORCED if f'"{key}"' in error] if found == REASONS[0][1] else []
+    said = PLACE.sub("", error, count=1)
+    found = next((reason for words, reason in REASONS if words.match(said)), "it has a part that is not understood")
+    named = [key for key in UNENFORCED if f'"{key}"' in said] if found == REASONS[0][1] else []
     return f"This cannot be enforced: {found}" + (f" ({', '.join(named)})" if named else "") + "."

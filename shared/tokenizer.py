@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from shared import byte_level
 from shared.card import Card
 from shared.errors import BadRequest, TemplateRefused
-from shared.grammar import Grammars
 from shared.template import ChatTemplate
+from shared.trial import Trials
 
 CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]    # noncharacters: in no text that is meant to be read
 
@@ -38,7 +38,7 @@ class Tokenizer:
         # The lookahead finds occurrences that overlap as well.
         self._written = re.compile("(?=" + "|".join(map(re.escape, contents)) + ")") if contents else None
         self._token_bytes = _token_bytes(card.tokenizer_json)
-        self._grammars = Grammars(card.tokenizer_json, card.vocab_size, card.eos_token_ids)
+        self._trials = Trials(card.tokenizer_json, card.vocab_size, tuple(card.eos_token_ids))
 
     def added_id(self, text: str) -> int | None:
         """Of a text that is one added token."""
@@ -46,8 +46,8 @@ class Tokenizer:
         return token_id if token_id in self._added else None
 
     def check_grammar(self, grammar: str) -> None:
-        """Raises InvalidGrammar."""
-        self._grammars.check(grammar)
+        """Raises InvalidGrammar, or Unavailable."""
+        self._trials.check(grammar)
 
     def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None,
                     variables: Mapping[str, Any] = MappingProxyType({})) -> list[int]:

@@ -98,7 +98,8 @@ def _of_format(wanted: ResponseFormat | None) -> tuple[str, Any] | None:
         return None
     if wanted.type == "json_object":
         return "schema", grammar.ANY_OBJECT
-    kind, value = {"json_schema": ("schema", wanted.json_schema and (wanted.json_schema.schema_ or {})),
+    kind, value = {"json_schema": ("schema", wanted.json_schema and (
+                       grammar.ANY_OBJECT if wanted.json_schema.schema_ is None else wanted.json_schema.schema_)),
                    "regex": ("regex", wanted.pattern), "grammar": ("grammar", wanted.grammar)}[wanted.type]
     if value is None:
         name = "pattern" if kind == "regex" else wanted.type

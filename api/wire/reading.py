@@ -25,11 +25,14 @@ class Reading:
 
     @classmethod
     def of(cls, prompt: Sequence[int], templates: Iterable[str], added_id: AddedId, *, wanted: str,
-           tools: Sequence[Mapping[str, Any]] | None) -> Reading:
-        """`wanted` is the setting `tool_dialect`; `tools` are those that the request offers."""
+           tools: Sequence[Mapping[str, Any]] | None, keeps_form: bool = False) -> Reading:
+        """`wanted` is the setting `tool_dialect`; `tools` are those that the request offers. Where an answer must keep
+        a form, what looks like a call alone is none."""
         templates = list(templates)
         chosen = choose_dialect(wanted, templates, has_tools=bool(tools))
         dialect = chosen.of(added_id) if chosen else None
+        if dialect and dialect.is_leading and keeps_form:
+            dialect = None
         begin_id, end_id = added_id(BEGIN), added_id(END)
         reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], begin_id, end_id, templates)
         if dialect and dialect.end_of_thought:

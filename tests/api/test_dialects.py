@@ -28,8 +28,13 @@ from api.wire.dialects import (
     dialect_of,
 )
 from shared.errors import InvalidGrammar
+from shared.grammar import Grammars
 from shared.settings import Settings
-from tests.api.pieces import TOOLS, drawn, read, reads_as
+from tests.api.pieces import EOS, TOOLS, drawn, read, reads_as
+from tests.api.scripted import byte_tokenizer
+
+TOKENIZER = byte_tokenizer("<|end of text|>")
+GRAMMARS = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), [EOS])
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\"<tool_call>", "b": [1, {"c": "\\\\"}]}}\n</tool_call>'
 ARGUMENTS = '{"a": "}\\"<tool_call>", "b": [1, {"c": "\\\\"}]}'
@@ -192,6 +197,33 @@ def test_a_strict_tool_whose_bounds_would_not_be_kept_is_refused(dialect: Dialec
     assert dialect.grammar([tool], is_one=True, added_id=lambda _: None)
     with pytest.raises(InvalidGrammar, match="bounds less than 1 apart"):
         dialect.grammar([tool | {"strict": True}], is_one=True, added_id=lambda _: None)
+
+
+def test_the_end_of_an_argument_in_its_own_string_is_no_end() -> None:
+    """Of JSON; what begins as none is read up to the first end."""
+    said = '<tool_call>\n<function=f>\n<parameter=a>\n%s\n</parameter>\n</function>\n</tool_call>'
+    typed: Any = SimpleNamespace(reader=lambda: QWEN_CODER.reader_of(["f.a"]))
+    for value in ('["</parameter>"]', ' \n ["x</parameter>\\n</function>", {"b": "\\"</parameter>"}]',
+                  '"</parameter>"', "5"):
+        text = said % value
+        for pieces in ([text], list(text)):
+            found = read(pieces, typed)
+            assert [piece.kind for piece in found] == ["call", "arguments"]
+            assert json.loads(found[1].value) == {"a": json.loads(value)}
+    assert json.loads(read([said % "it's 5\" of"], typed)[1].value) == {"a": "it's 5\" of"}
+
+
+@pytest.mark.parametrize(("tool", "right", "wrong"), [
+    ({"name": "f", "strict": True}, "[f()]", "[f(x=1)]"),
+    ({"name": "f", "strict": True, "parameters": {"type": "object", "additionalProperties": {"type": "integer"}}},
+     "[f(x=1)]", '[f(x="no")]'),
+    ({"name": "f", "parameters": {}}, '[f(x="any")]', "[g()]")], ids=["nothing", "whole numbers", "anything"])
+def test_of_python_too_a_tool_takes_what_it_says(tool: dict[str, Any], right: str, wrong: str) -> None:
+    matcher = GRAMMARS.matcher(PYTHONIC.grammar([tool], is_one=True, added_id=lambda _: None))
+    for text, is_right in ((right, True), (wrong, False)):
+        ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+        copy = matcher.deep_copy()
+        assert (copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()) == is_right
 
 
 def test_arguments_are_what_the_model_wrote() -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from shared.errors import InvalidGrammar
-from shared.grammar import require_exact, within
+from shared.grammar import within
+from shared.schemas import ESCAPES, enforceable
 
 MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
 MAX_NAME_CHARS = 256
@@ -52,6 +53,7 @@ class Dialect(ABC):
     without_tools: Dialect | None = None                # how an answer is read that may call nothing; None: as text
     with_tokens: Dialect | None = None                  # how it is read where its first marker is a token
     can_call: bool = True
+    is_leading: bool = False                            # its calls begin an answer, as other answers may begin too
     opening: str = ""                                   # the marker that calls begin with, and nothing else
     fold_version: int = 3                               # the first that reads it (api/wire/chat.py)
 
@@ -70,11 +72,12 @@ class Dialect(ABC):
 
     def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
         """Of text that may hold such calls, behind a thought if the model may have one. Here a token tells that calls
-        begin, and a thought is text like any other; empty where there is no such token."""
-        token_id = added_id(self.opening) if self.opening else None
-        times = "?" if is_one else "*"
-        frame = f"start: text (@calls text){times}\ntext: <[^{token_id}]>*\n"
-        return "" if token_id is None else within(frame, calls=calls)
+        begin, none of the others is text, and a thought is text like any other; empty where there is no such token."""
+        if not self.opening or added_id(self.opening) is None:
+            return ""
+        markers = [token_id for token_id in map(added_id, self.markers) if token_id is not None]
+        times, apart = "?" if is_one else "*", ",".join(map(str, sorted(markers)))
+        return within(f"start: text (@calls text){times}\ntext: <[^{apart}]>*\n", calls=calls)
 
     def framed(self, form: str, added_id: AddedId) -> str:
         """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""
@@ -119,8 +122,8 @@ def schema_of(tool: Mapping[str, Any]) -> dict[str, Any]:
 def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
     """As llguidance is to enforce it. Raises InvalidGrammar where it would not."""
     if is_strict:
-        require_exact(schema)
-    options = {"whitespace_pattern": "[ ]?"} | ({} if is_strict else {"lenient": True})
+        schema = enforceable(schema)
+    options = {"whitespace_pattern": "[ ]?"} | ESCAPES | ({} if is_strict else {"lenient": True})
     return schema | {"x-guidance": options}
 
 

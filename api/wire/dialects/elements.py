@@ -1,7 +1,8 @@
 """Reads Qwen3-Coder's calls, elements of elements, as JSON (qwen_coder.py shows one).
 
-Inside a value nothing but its end is a marker. A string is what is written, but for the line breaks about it; any
-other value is JSON, or else a string. What does not become a call is text, as it was written.
+Inside a value nothing but its end is a marker, and in JSON's strings not that. A string is what is written, but for
+the line breaks about it; any other value is JSON, or else a string. What does not become a call is text, as it was
+written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from typing import NoReturn
 
 from api.wire.dialects.dialect import MAX_NAME_CHARS, Piece, quoted
+from api.wire.dialects.json_value import JsonValue
 from api.wire.markers import MAX_BLANKS, Splitter, trimmed
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
@@ -40,16 +42,22 @@ class ElementReader:
         self._name = self._key = ""
         self._num_arguments = 0
         self._typed: list[str] | None = None            # a value that is no string, so far
-        self._is_fresh = False              # nothing of the value was read
+        self._json: JsonValue | None = None             # the same, where it is JSON that may hold strings
+        self._is_fresh = self._is_blank = False         # nothing of the value was read, or blanks alone
 
     def feed(self, text: str) -> list[Piece]:
         pieces: list[Piece] = []
         for is_marker, run in self._splitter.feed(text):
-            if is_marker and (self._read != self._value or run == END_PARAMETER):
+            if is_marker and (self._read != self._value or (run == END_PARAMETER and not self._in_string)):
                 self._take(run, pieces)
             else:
                 self._read(run, pieces)
         return pieces
+
+    @property
+    def _in_string(self) -> bool:
+        """Of a value that is JSON: there its end is a part of it."""
+        return self._json is not None and self._json.in_string
 
     def finish(self) -> list[Piece]:
         """What was held back: text, or what closes a call that lacks no more than that."""
@@ -148,7 +156,8 @@ class ElementReader:
             is_typed = argument(self._name, key) in self._typed_arguments
             pieces.append(Piece("arguments", f"{comma}{quoted(key)}: " + ("" if is_typed else '"')))
             self._num_arguments += 1
-            self._typed, self._held, self._is_fresh = [] if is_typed else None, "", True
+            self._typed, self._json, self._held = [] if is_typed else None, None, ""
+            self._is_fresh = self._is_blank = True
             self._read = self._value
             self._value(rest, pieces)
         elif key is not None:
@@ -162,6 +171,11 @@ class ElementReader:
         value, self._held = self._held.removesuffix("\n"), "\n" if self._held.endswith("\n") else ""
         if self._typed is not None:
             self._typed.append(value)
+            if self._is_blank and (begun := value.lstrip()):
+                self._is_blank, value = False, begun
+                self._json = JsonValue() if begun[0] in '[{"' else None
+            if self._json is not None:
+                self._json.feed(value)
         elif value:
             pieces.append(Piece("arguments", quoted(value)[1:-1]))
 

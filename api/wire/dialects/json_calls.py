@@ -30,7 +30,7 @@ from api.wire.markers import MAX_BLANKS, num_begun, trimmed
 
 @dataclass(frozen=True)
 class JsonDialect(Dialect):
-    """Each call between two markers, or all of them at an answer's beginning."""
+    """Each call between two markers; of one that is leading all of them, and no text comes before."""
 
     fold_version: int = 2
     begin: str = ""
@@ -38,7 +38,6 @@ class JsonDialect(Dialect):
     key: str = "arguments"
     between: str = "\n"                                 # two calls
     blank: str = ""                                     # between a marker and the JSON
-    is_leading: bool = False                            # begin and end are about all calls, and no text comes before
     hidden: str = ""                                    # a token before them, which no text shows
     may_hide: str = ""                                  # one that may be before them, and before text
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from api.wire.dialects.dialect import (
     MAX_NAME_CHARS,
+    NOTHING,
     AddedId,
     Dialect,
     Piece,
@@ -75,12 +76,14 @@ class Pythonic(Dialect):
 
 def _arguments(rule: str, tool: Mapping[str, Any]) -> list[str]:
     """Rules for the properties in their order: `first` where none was said yet, `rest` behind one."""
-    schema, is_strict = tool.get("parameters") or {}, bool(tool.get("strict"))
+    given, is_strict = tool.get("parameters"), bool(tool.get("strict"))
+    schema = NOTHING if given is None else given
     if is_strict and not schema.keys() <= ENFORCED:
         raise InvalidGrammar("The arguments of a strict tool are an object with properties, for this model.")
     properties, required = arguments_of(tool)
     if not properties and schema.get("additionalProperties") is not False:
-        return [f'{rule}_first_0: ({rule}_any (", " {rule}_any)*)?', f'{rule}_any: /[a-z_][a-z0-9_]*/ "=" %json {{}}']
+        return [f'{rule}_first_0: ({rule}_any (", " {rule}_any)*)?', f'{rule}_any: /[a-z_][a-z0-9_]*/ "=" {rule}_value',
+                f"{rule}_value: {_value(schema.get('additionalProperties'), definitions_of(tool), is_strict)}"]
     names = [name for name in properties if _is_name(name)]
     if not set(required) <= set(names):
         raise InvalidGrammar("A required argument has no schema, or this model cannot write its name.")
@@ -233,4 +236,5 @@ class PythonicReader:
         return False
 
 
-PYTHONIC = Pythonic("pythonic", (("func_name1(",), (BEGINS[1],), ("<|tool_list_start|>",)), BEGINS + ENDS)
+PYTHONIC = Pythonic("pythonic", (("func_name1(",), (BEGINS[1],), ("<|tool_list_start|>",)), BEGINS + ENDS,
+                    is_leading=True)

@@ -1,0 +1,68 @@
+"""JSON schemas as llguidance (1.9) enforces them: where it would let pass what JSON Schema excludes, a schema is said
+otherwise, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from shared.bounds import BY_NAME, DATA, require_exact
+from shared.errors import InvalidGrammar
+
+# With escapes of any character, "\u0061" would be another name than "a", for properties and for their patterns.
+ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
+
+
+def enforceable(schema: Any) -> Any:
+    """Says the same. Raises InvalidGrammar."""
+    require_exact(schema)
+    return _said(schema)
+
+
+def _said(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_said(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    least, required = schema.get("minProperties"), schema.get("required")
+    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+        raise InvalidGrammar("This cannot be enforced: minProperties, where fewer properties are required.")
+    return {key: _said_of(key, value) for key, value in schema.items() if key != "x-guidance"}
+
+
+def _said_of(key: str, value: Any) -> Any:
+    if key in DATA:
+        if key in ("const", "enum") and not all(map(_is_told, value if isinstance(value, list) else [value])):
+            raise InvalidGrammar("This cannot be enforced: a whole number that takes more than 53 bits.")
+        return value
+    if key == "pattern" and isinstance(value, str):
+        return _quotes_apart(value)
+    if key == "patternProperties" and isinstance(value, dict):
+        return {_quotes_apart(pattern): _said(part) for pattern, part in value.items()}
+    if key in BY_NAME and isinstance(value, dict):
+        return {name: _said(part) for name, part in value.items()}
+    return _said(value)
+
+
+def _is_told(value: Any) -> bool:
+    return not isinstance(value, int) or abs(value) <= 1 << 53 or int(float(value)) == value
+
+
+def _quotes_apart(pattern: str) -> str:
+    """A class that holds all control characters would hold quotes and backslashes too, however they are excluded: NUL
+    is taken out of those that are told by what they exclude."""
+    return "".join(_parts(pattern))
+
+
+def _parts(pattern: str) -> Iterator[str]:
+    place = 0
+    while place < len(pattern):
+        part = pattern[place:place + (2 if pattern[place] == "\\" else 1)]
+        if pattern.startswith("[^", place):
+            first = pattern[place + 2:place + 3]
+            part = pattern[place:place + (3 if first in "]-" else 2)]           # which are themselves there
+            yield r"[^\x00" + ("\\" + first if len(part) > 2 else "")
+        else:
+            yield part
+        place += len(part)

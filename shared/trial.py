@@ -1,0 +1,173 @@
+"""Grammars are tried in processes of their own: none takes more time, memory or stack there than it may, whatever is in
+it, and who asks is not harmed by one that wants more.
+
+A server that holds the tokenizer forks for each trial, which ends itself at its limits. It is reached through one
+socket, over which it is handed another one for each trial. It ends with who has started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from collections import OrderedDict
+from threading import BoundedSemaphore, Lock
+
+from shared.errors import InvalidGrammar, Unavailable
+from shared.grammar import TRIAL_STEPS, Grammars
+
+CPU_S = 0.5                 # of a trial,
+WALL_S = 10.0               # where others want the processor
+STACK_BYTES = 4 << 20       # half of what a thread has that compiles it afterwards
+HEAP_BYTES = 256 << 20      # while it is compiled,
+KEPT_BYTES = 16 << 20       # and of what is compiled
+NICENESS = 5
+START_S = 60.0              # until a tokenizer is made
+MAX_AT_ONCE = 2
+MAX_KNOWN = 4096            # verdicts
+TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
+BEGUN = b"\1"              # said by a trial, before anything else
+
+
+class Trials:
+    """Of one tokenizer. Safe among threads."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._what = json.dumps([tokenizer_json, vocab_size, eos_token_ids]).encode()
+        self._server: Server | None = None
+        self._known = OrderedDict[bytes, str]()         # hash of a grammar → why it is refused
+        self._lock, self._starts, self._places = Lock(), Lock(), BoundedSemaphore(MAX_AT_ONCE)
+
+    def check(self, grammar: str) -> None:
+        """Raises InvalidGrammar, or Unavailable where no process can be had."""
+        digest = hashlib.sha256(grammar.encode()).digest()
+        with self._lock:
+            reason = self._known.get(digest)
+        if reason is None:
+            with self._places:
+                reason = self._try(grammar.encode())
+            with self._lock:
+                self._known[digest] = reason
+                while len(self._known) > MAX_KNOWN:
+                    self._known.popitem(last=False)
+        if reason:
+            raise InvalidGrammar(reason)
+
+    def _try(self, grammar: bytes) -> str:
+        for _ in range(2):
+            with self._starts, contextlib.suppress(OSError):
+                self._server = self._server or Server(self._what)
+            if not (server := self._server):
+                break                                   # there is no room for a process
+            begun, reason = server.ask(grammar).partition(BEGUN)[1:]
+            if begun and not reason:
+                raise InvalidGrammar(TOO_MUCH)          # it has ended at one of its limits
+            if begun:
+                return str(json.loads(reason))
+            self._server = None                         # it has ended, or can make no process
+        raise Unavailable(retry_after_s=1.0)
+
+
+class Server:
+    def __init__(self, what: bytes) -> None:
+        self._door, theirs = socket.socketpair()
+        command = "import sys; from shared.trial import serve; serve(int(sys.argv[1]))"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", command, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+        self._end = weakref.finalize(self, _end, self._door, self._process)
+        self.ask(what, START_S)
+
+    def ask(self, what: bytes, timeout_s: float = WALL_S + 1) -> bytes:
+        """What is answered, until the other side has ended."""
+        ours, theirs = socket.socketpair()
+        with ours, contextlib.suppress(OSError):
+            with theirs:
+                socket.send_fds(self._door, [b"\0"], [theirs.fileno()])
+            ours.settimeout(timeout_s)
+            ours.sendall(what)
+            ours.shutdown(socket.SHUT_WR)
+            return _read(ours)
+        return b""
+
+
+def _end(door: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    door.close()
+    process.wait()
+
+
+def serve(door_fd: int) -> None:
+    """First comes what makes a tokenizer, then grammars."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # nobody waits for trials
+    os.nice(NICENESS)
+    with socket.socket(fileno=door_fd) as door:
+        with _receive(door) as made:
+            tokenizer_json, vocab_size, eos_token_ids = json.loads(_read(made))
+            grammars = Grammars(tokenizer_json, vocab_size, eos_token_ids)
+            grammars.prepare()
+            made.sendall(BEGUN)
+        with contextlib.suppress(EOFError):
+            while True:
+                with _receive(door) as asked:
+                    _try(grammars, asked)
+
+
+def _try(grammars: Grammars, asked: socket.socket) -> None:
+    with contextlib.suppress(OSError):                  # no room for another process
+        if os.fork() != 0:
+            return
+        try:
+            asked.sendall(BEGUN)
+            _judge(grammars, asked)
+        finally:
+            os._exit(0)
+
+
+def _judge(grammars: Grammars, asked: socket.socket) -> None:
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)
+    signal.setitimer(signal.ITIMER_REAL, WALL_S)
+    resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    grammar, reason, before = _read(asked).decode(), "", _data_bytes()
+    if before:
+        resource.setrlimit(resource.RLIMIT_DATA, (before + HEAP_BYTES,) * 2)
+    try:
+        _kept = grammars.compile(grammar, TRIAL_STEPS)
+        if _data_bytes() - before > KEPT_BYTES:
+            reason = TOO_MUCH
+    except InvalidGrammar as error:
+        reason = str(error)
+    asked.sendall(json.dumps(reason).encode())
+
+
+def _data_bytes() -> int:
+    """Of the heap and all else that is ours alone; 0 where nobody says."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[5]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _receive(door: socket.socket) -> socket.socket:
+    """Raises EOFError when nobody will ask any more."""
+    _, fds, _, _ = socket.recv_fds(door, 1, 1)
+    if not fds:
+        raise EOFError
+    return socket.socket(fileno=fds[0])
+
+
+def _read(source: socket.socket) -> bytes:
+    pieces = []
+    while piece := source.recv(1 << 20):
+        pieces.append(piece)
+    return b"".join(pieces)

@@ -1,0 +1,86 @@
+"""What a schema excludes does not pass; tried against the compiler itself, whose next version may be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from shared.bounds import MAX_LOOKS, require_exact
+from shared.errors import InvalidGrammar
+from shared.grammar import Grammars, of_schema
+from worker import tiny
+
+TOKENIZER = Tokenizer.from_file(str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"))
+GRAMMARS = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), ())
+NUMBERS = ["0", "-0", "1", "-1", "5", "-5", "0.1", "-0.1", "0.5", "1.5", "-1.5", "5.5", "6", "-6", "5.0", "-5.2", "0.0"]
+
+Schema = dict[str, Any]
+WAYS: dict[str, Callable[[Schema, Schema], Schema]] = {
+    "beside": lambda one, other: one | other,
+    "both": lambda one, other: {"allOf": [one, other]},
+    "within": lambda one, other: {"allOf": [{"allOf": [{"allOf": [one]}]}]} | other,
+    "one of": lambda one, other: one | {"anyOf": [{"type": "string"}, other]},
+    "either": lambda one, other: one | {"oneOf": [other]},
+    "elsewhere": lambda one, other: {"$ref": "#/$defs/a~1b", "$defs": {"a/b": one}} | other,
+    "both elsewhere": lambda one, other: {"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+                                          "$defs": {"a": one, "b": other}},
+}
+
+
+def accepts(schema: Schema, text: str) -> bool:
+    matcher = GRAMMARS.compile(of_schema(schema))
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("low", "high"), [(0, 0.5), (5, 5.5), (1, 1.001), (-0.5, 0), (-5.5, -5)])
+def test_bounds_that_would_let_pass_what_they_exclude_are_refused(low: float, high: float, way: str) -> None:
+    keys = ("exclusiveMinimum", "maximum") if low >= 0 else ("minimum", "exclusiveMaximum")
+    schema = WAYS[way]({"type": "number", keys[0]: low}, {keys[1]: high})
+    for place in (schema, {"properties": {"default": schema}, "$defs": schema.get("$defs", {})}):
+        with pytest.raises(InvalidGrammar, match="bounds less than 1 apart"):
+            of_schema(place)
+
+
+bounds = st.dictionaries(st.sampled_from(["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"]),
+                         st.sampled_from([-5.5, -5, -1, -0.5, 0, 0.5, 1, 1.5, 5, 5.5]), max_size=2)
+
+
+@given(one=bounds, other=bounds, way=st.sampled_from(sorted(WAYS)))
+def test_what_is_not_refused_is_enforced(one: Schema, other: Schema, way: str) -> None:
+    schema = WAYS[way]({"type": "number"} | one, other)
+    try:
+        passed = [text for text in NUMBERS if accepts(schema, text)]
+    except InvalidGrammar:
+        return
+    for text in passed:
+        jsonschema.validate(float(text), schema)
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "integer", "exclusiveMinimum": 0, "maximum": 0.5}, {"exclusiveMinimum": 0, "maximum": 1},
+    {"type": ["integer", "null"], "exclusiveMinimum": 0, "maximum": 0.5},
+    {"type": "string", "exclusiveMinimum": 0, "maximum": 0.5},
+    {"const": {"exclusiveMinimum": 0, "maximum": 0.5}}, {"default": {"exclusiveMinimum": 0, "maximum": 0.5}},
+    {"enum": [{"exclusiveMinimum": 0, "maximum": 0.5}]}, {"exclusiveMinimum": {"maximum": 0.5}},
+    {"anyOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}]}, {"allOf": {"exclusiveMinimum": 0}, "maximum": 0.5},
+    {"properties": {"a": {"exclusiveMinimum": 0}, "b": {"maximum": 0.5}}}, {"$ref": "#", "maximum": 0.5},
+    {"allOf": [{"$ref": "#"}], "exclusiveMinimum": 0}, {"$ref": "#/a/b/c"}, {"$ref": 5}, 5, None], ids=str)
+def test_nothing_else_is_refused(schema: Any) -> None:
+    require_exact(schema)
+
+
+def test_what_refers_to_itself_over_and_over_is_looked_at_so_often() -> None:
+    many: Schema = {"$defs": {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"$ref": f"#/$defs/a{i + 1}"}]}
+                              for i in range(2000)}}
+    with pytest.raises(InvalidGrammar, match="too much work"):
+        require_exact(many)
+    assert MAX_LOOKS <= 100_000

@@ -1,0 +1,150 @@
+"""No grammar harms who asks about it: real processes, real limits."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from tokenizers import Tokenizer
+
+from shared import trial
+from shared.errors import InvalidGrammar, Unavailable
+from shared.grammar import of_choice, of_grammar, of_regex, of_schema
+from shared.trial import Trials
+from worker import tiny
+
+TOKENIZER_JSON = (Path(tiny.MODEL_FOLDER) / "tokenizer.json").read_text()
+VOCAB_SIZE = Tokenizer.from_str(TOKENIZER_JSON).get_vocab_size()
+
+
+@pytest.fixture
+def trials() -> Trials:
+    return Trials(TOKENIZER_JSON, VOCAB_SIZE, (256,))
+
+
+def process_of(trials: Trials) -> psutil.Process:
+    assert trials._server
+    return psutil.Process(trials._server._process.pid)
+
+
+def chain(length: int, rule: Callable[[int], str], last: str) -> str:
+    return "\n".join([*map(rule, range(length)), f"r{length}: {last}", "start: r0"])
+
+
+def refers(length: int) -> str:
+    """Each schema to the next, as a property that must be there."""
+    one = {f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}, "required": ["x"]}
+           for i in range(length)}
+    return of_schema({"$ref": "#/$defs/a0", "$defs": one | {f"a{length}": {"type": "integer"}}})
+
+
+HOSTILE: dict[str, Callable[[], str]] = {
+    "rules of rules": lambda: of_grammar(chain(18_000, lambda i: f"r{i}: r{i + 1}", '"b"')),
+    "rules behind letters": lambda: of_grammar(chain(12_000, lambda i: f'r{i}: "a" r{i + 1}', '"b"')),
+    "schemas of schemas": lambda: refers(2500),
+    "multiples of a large number": lambda: of_schema({"type": "integer", "multipleOf": 9_999_991}),
+    "multiples of several": lambda: of_schema({"type": "integer", "allOf": [
+        {"multipleOf": 101}, {"multipleOf": 103}, {"multipleOf": 107}]}),
+    "one of many objects": lambda: of_schema({"anyOf": [{"type": "object", "properties": {
+        f"k{i}_{j}": {"type": "integer"} for j in range(10)}} for i in range(500)]}),
+    "one of many words": lambda: of_grammar("start: " + " | ".join(f'"w{i}"' for i in range(20_000))),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_would_end_a_process_or_never_end_is_refused(name: str, trials: Trials) -> None:
+    """And the next one is tried as if nothing had been."""
+    with pytest.raises(InvalidGrammar, match=r"too (much|large)"):
+        trials.check(HOSTILE[name]())
+    server = process_of(trials)
+    trials.check(of_choice(["yes", "no"]))
+    assert process_of(trials) == server
+
+
+def test_what_is_in_order_is_accepted_and_what_is_not_is_refused_in_words(trials: Trials) -> None:
+    for _ in range(2):
+        trials.check(of_schema({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(300)}}))
+        with pytest.raises(InvalidGrammar, match="not written right"):
+            trials.check(of_regex("(("))
+
+
+def test_what_was_tried_is_not_tried_again(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "MAX_KNOWN", 2)
+    asked: list[bytes] = []
+    ask = trials._try
+
+    def watched(grammar: bytes) -> str:
+        asked.append(grammar)
+        return ask(grammar)
+
+    monkeypatch.setattr(trials, "_try", watched)
+    grammars = [of_choice([word]) for word in "abc"]
+    for grammar in (grammars[0], grammars[0], grammars[1], grammars[2], grammars[2], grammars[0]):
+        trials.check(grammar)
+    assert [grammars.index(each.decode()) for each in asked] == [0, 1, 2, 0]
+
+
+def test_many_ask_at_once_and_a_slow_one_holds_up_none(trials: Trials) -> None:
+    """As many as there may be are tried at a time; what is slow takes the place of one."""
+    trials.check(of_choice(["warm"]))
+    ended: list[str] = []
+
+    def check(name: str, grammar: str) -> None:
+        try:
+            trials.check(grammar)
+        except InvalidGrammar:
+            assert name == "slow"
+        ended.append(name)
+
+    with ThreadPoolExecutor(12) as pool:
+        pool.submit(check, "slow", HOSTILE["multiples of a large number"]())
+        for number in range(10):
+            pool.submit(check, "quick", of_regex(f"[a-z]{{{number + 1}}}"))
+    assert ended == ["quick"] * 10 + ["slow"]
+
+
+def test_a_server_that_is_killed_is_replaced(trials: Trials) -> None:
+    trials.check(of_choice(["a"]))
+    first = process_of(trials)
+    first.send_signal(signal.SIGKILL)
+    trials.check(of_choice(["b"]))
+    assert process_of(trials) != first
+
+
+def test_where_no_process_can_be_had_it_is_not_the_grammars_fault(trials: Trials, monkeypatch: pytest.MonkeyPatch
+                                                                  ) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(Unavailable):
+        trials.check(of_choice(["a"]))
+
+
+def test_it_ends_with_who_has_started_it() -> None:
+    """Whether that one lets it go or is killed."""
+    trials = Trials(TOKENIZER_JSON, VOCAB_SIZE, (256,))
+    trials.check(of_choice(["a"]))
+    server = process_of(trials)
+    del trials
+    gc.collect()
+    assert not server.is_running()
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            other = Trials(TOKENIZER_JSON, VOCAB_SIZE, (256,))
+            other.check(of_choice(["a"]))
+            os.write(writer, str(process_of(other).pid).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    server = psutil.Process(int(os.read(reader, 20)))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader)
+    os.close(writer)
+    server.wait(timeout=10)
