@@ -297,6 +297,15 @@ class JobFailed(JobEnded):
     text = "The request failed on several workers and was given up."
 
 
+class FormTooComplex(JobEnded):
+    """The limits of work and memory are those of every worker: no other one would come further."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "form_too_complex"
+    text = "The form that the answer must keep takes too much work to go on with: ask for a smaller one."
+
+
 class DeadlineExceeded(JobEnded):
     status = 504
     type = "timeout_error"
@@ -317,7 +326,7 @@ class StreamLost(JobEnded):
 
 
 JOB_ERRORS: dict[str, type[JobEnded]] = {
-    error.code: error for error in (JobFailed, DeadlineExceeded, Cancelled, StreamLost) if error.code
+    error.code: error for error in (JobFailed, FormTooComplex, DeadlineExceeded, Cancelled, StreamLost) if error.code
 }
 
 

@@ -21,6 +21,8 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from shared.grammar import Grammars
 
 BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
+MAY_TAKE_S = 0.002                                      # the look-up of a token; what it takes more is late,
+MAX_LATE_S = 0.5                                        # and what others take less makes up for it
 MIN_WARY_TOKENS, MAX_WARY_TOKENS = 3, 128               # before which a mask is made, from the refused one on
 
 
@@ -92,6 +94,7 @@ class GrammarConstraint:
         self._last: list[int] = []                      # token, of those that it has taken
         self._after = after                             # the token that has to come before it begins
         self._is_lost = False                           # what was drawn by others it would not have allowed
+        self._late_s = 0.0
         self._trust = Trust()
         self._bits: npt.NDArray[np.int32] | None = None         # of what may follow, once `_future` is done
         self._future: Future[None] | None = None
@@ -102,7 +105,7 @@ class GrammarConstraint:
         """Of a choice that has drawn these; until the token `after` it may say anything, but not end. Raises
         InvalidGrammar."""
         constraint = cls(grammars, grammar, after)
-        constraint._is_lost = not all(map(constraint._goes_on, token_ids))
+        constraint._is_lost |= not all(map(constraint._goes_on, token_ids))
         constraint._look_ahead()
         return constraint
 
@@ -169,16 +172,25 @@ class GrammarConstraint:
 
     def _goes_on(self, token_id: int) -> bool:
         """False: it may not follow, or nobody can say what may."""
+        if self._is_lost:
+            return False
         if self._after is not None:
             self._after = None if token_id == self._after else self._after
             return True
+        began_s = time.perf_counter()
         if token_id in self._grammars.eos_token_ids:    # which may be what a part of the grammar stops at
             has_taken = not self._matcher.is_error() and self._matcher.consume_token(token_id)
         else:
             has_taken = self._matcher.try_consume_tokens([token_id]) == 1
+        self._note(time.perf_counter() - began_s)
         if has_taken:
             self._last, self._bits = [token_id], None
         return has_taken
+
+    def _note(self, took_s: float) -> None:
+        """Some grammars are slower at every token: who waits beside them waits no longer than a moment."""
+        self._late_s = max(0.0, self._late_s + took_s - MAY_TAKE_S)
+        self._is_lost |= self._late_s > MAX_LATE_S
 
     def _look_ahead(self) -> None:
         """What must follow comes in the tokenizer's own tokens, unless those are special ones, which text is not. A

@@ -33,7 +33,7 @@ from shared.reaper import reap
 from shared.settings import Settings
 from worker.answer import Answer
 from worker.engine.engine import Engine, Output
-from worker.engine.request import FAILURES, NOT_A_NUMBER, Request
+from worker.engine.request import FAILURES, NO_WAY_ON, NOT_A_NUMBER, Request
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,8 @@ class Worker:
                 for write in answer.flush(now_s)]
 
     async def _give_up(self, failures: Sequence[Output]) -> None:
-        """Others try, as when a worker dies of a job. A worker that computes no numbers leaves, with all it holds."""
+        """Others try, as when a worker dies of a job; where they would come no further, it has ended. A worker that
+        computes no numbers leaves, with all it holds."""
         await self._settle()
         job_ids = {output.request_id: output.finish_reason for output in failures
                    if output.request_id in self._answers}
@@ -216,7 +217,11 @@ class Worker:
             self.stop()
         while job_ids:
             try:
-                await self.queue.release(self.name, list(job_ids), has_failed=True)
+                for job_id in [job_id for job_id, why in job_ids.items() if why == NO_WAY_ON]:
+                    await self.queue.cancel(job_id, "form_too_complex")
+                    del job_ids[job_id]
+                if job_ids:
+                    await self.queue.release(self.name, list(job_ids), has_failed=True)
                 return
             except AWAY as error:
                 log.warning("release: Redis is away (%s)", type(error).__name__)

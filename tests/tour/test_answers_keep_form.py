@@ -94,11 +94,25 @@ def test_a_form_leaves_room_for_calls(client: openai.Client) -> None:
 
 @pytest.mark.parametrize("schema", [
     {"type": "integer", "minimum": 5, "maximum": 3}, {"$ref": "https://example.org/x.json"},
-    {"enum": [f"value number {i}" for i in range(20_000)]}, {"not": {"type": "string"}}],
-    ids=["contradictory", "elsewhere", "huge", "unsupported"])
+    {"enum": [f"value number {i}" for i in range(20_000)]}, {"not": {"type": "string"}},
+    {"$ref": "#/$defs/a0", "$defs": {f"a{i}": {"type": "object", "required": ["x"], "properties": {
+        "x": {"$ref": f"#/$defs/a{(i + 1) % 2000}"}}} for i in range(2000)}},
+    {"type": "integer", "multipleOf": 9_999_991}],
+    ids=["contradictory", "elsewhere", "huge", "unsupported", "a chain that would end the pod", "endless work"])
 def test_what_cannot_be_enforced_is_refused_and_harms_nobody(schema: dict[str, Any], client: openai.Client) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**WILD, stream=True, response_format={
             "type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
     assert (refused.value.code, refused.value.param) == ("invalid_grammar", "response_format")
     assert client.chat.completions.create(**WILD, extra_body={"choice": ["yes"]}).choices[0].message.content == "yes"
+
+
+def test_a_form_that_turns_out_to_be_too_complex_ends_the_answer(client: openai.Client) -> None:
+    """No other worker would come further, and the client's form is what it is."""
+    grammar = "start: /[a-c]{90}/ " + " ".join(f'"w{i}"?' for i in range(4000))
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**WILD, extra_body={"grammar": grammar})
+    assert refused.value.code == "form_too_complex"
+    stream = client.chat.completions.create(**WILD, stream=True, extra_body={"grammar": grammar})
+    with pytest.raises(openai.APIError, match="takes too much work"):
+        list(stream)

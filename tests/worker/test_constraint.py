@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -274,6 +274,20 @@ def test_who_gives_up_has_not_ended(engine: Engine) -> None:
     ends = {(text_of(token_ids(outputs)), outputs[-1].finish_reason) for outputs in found}
     assert ("y", "stop") in ends and len(ends) > 1
     assert {reason for text, reason in ends if text != "y"} == {NO_WAY_ON}
+
+
+@pytest.mark.parametrize(("times", "end"), [((0.0, 0.003), "stop"), ((0.0, 0.03), NO_WAY_ON)])
+def test_a_form_that_is_slow_at_most_tokens_is_given_up(times: tuple[float, ...], end: str, engine: Engine,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbour would wait for it at every step; for one that is slow now and then it does."""
+    free = request("free", "", max_tokens=40, ignore_eos=True)
+    alone = token_ids(run(engine, {0: [free]})["free", 0])
+    note, took = GrammarConstraint._note, cycle(times)
+    monkeypatch.setattr(GrammarConstraint, "_note", lambda self, _: note(self, next(took)))
+    found = run(engine, {0: [request("slow", of_regex("[ab]{200}"), max_tokens=300), free]})
+    assert found["slow", 0][-1].finish_reason == end
+    assert len(token_ids(found["slow", 0])) > 10
+    assert token_ids(found["free", 0]) == alone
 
 
 def test_of_long_text_a_little_is_looked_at(engine: Engine) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NOT_A_NUMBER = "not a number"                       # failures: its logits were none,
 OUT_OF_MEMORY = "out of memory"                     # or a step had no room for it alone
-NO_WAY_ON = "its grammar is too complex here"       # or what it must be could not be followed within the limits
+NO_WAY_ON = "its form is too complex"               # or what it must be could not be followed within the limits
 FAILURES = (NOT_A_NUMBER, OUT_OF_MEMORY, NO_WAY_ON)
 
 MAX_LOGPROBS = 64
