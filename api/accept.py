@@ -52,12 +52,13 @@ async def submit_once(pod: Pod, served: Served, order: Order, key: str, body: by
 
     Who comes second submits as well: the first may have died before it did, and the same id twice is one job.
     """
-    reservation = await pod.reservations.reserve(order.tenant, key, body, new_id(served, order))
+    what = order.tenant, key, order.language, body
+    reservation = await pod.reservations.reserve(*what, new_id(served, order))
     if not await _is_known(pod, reservation):
-        if reservation.age_s > UNSUBMITTED_S:
+        if reservation.age_s > UNSUBMITTED_S or await _is_erased(pod, reservation):
             # Its answer is not kept any more. Another one has another id: the key begins anew.
             await pod.reservations.give_back(reservation)
-            reservation = await pod.reservations.reserve(order.tenant, key, body, new_id(served, order))
+            reservation = await pod.reservations.reserve(*what, new_id(served, order))
         await _submit_reserved(pod, served, order, reservation)
     return reservation.completion_id
 
@@ -71,6 +72,10 @@ async def _submit_reserved(pod: Pod, served: Served, order: Order, reservation: 
             await pod.reservations.give_back(reservation)
         raise
     pod.relay.close(stream)                             # who asked reads the log from its start, as all who come later
+
+
+async def _is_erased(pod: Pod, reservation: Reservation) -> bool:
+    return not reservation.is_ours and await pod.directory.queue(reservation.shard).is_erased(reservation.completion_id)
 
 
 async def _is_known(pod: Pod, reservation: Reservation) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
@@ -11,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import docs
@@ -22,6 +24,8 @@ from api.sse import COMPLETION_ID
 from shared.errors import APIError, BadRequest, MethodNotAllowed, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
+
+METHODS = ("DELETE", "GET", "HEAD", "POST")
 
 EXPOSED_HEADERS = [REQUEST_ID, "retry-after", "retry-after-ms", COMPLETION_ID]
 
@@ -77,7 +81,17 @@ async def _http_error(request: Request, error: Exception) -> Response:
     known: dict[int, type[APIError]] = {404: NotFound, 405: MethodNotAllowed}
     response = answer(known.get(error.status_code, BadRequest)(), request.scope)
     response.headers.update(error.headers or {})
+    if error.status_code == MethodNotAllowed.status:    # the framework names those of the first route alone
+        response.headers["allow"] = ", ".join(_methods(request))
     return response
+
+
+def _methods(request: Request) -> Iterator[str]:
+    """That the address takes."""
+    for method in METHODS:
+        scope = dict(request.scope) | {"method": method}
+        if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
+            yield method
 
 
 class _Outermost:

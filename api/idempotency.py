@@ -1,4 +1,5 @@
-"""Idempotency-Key: under one key, the same body is the same completion, on any pod, for as long as its answer is kept.
+"""Idempotency-Key: under one key, the same body in the same language is the same completion, on any pod, for as long as
+its answer is kept.
 
 A key is reserved before anything is submitted, and given back when nothing is. It knows nothing of HTTP.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from redis.asyncio import Redis
 
 from shared.errors import IdempotencyKeyReused, InvalidValue
+from shared.job import Language
 from shared.keys import Shard, shard_of, tenant_key
 from shared.queue import LUA
 from shared.settings import Settings
@@ -47,13 +49,14 @@ class Reservations:
         self._unreserve = redis.register_script((LUA / "unreserve.lua").read_text())
         self._lifetime_ms = round((settings.request_deadline_s + settings.retain_s) * 1000)
 
-    async def reserve(self, tenant: str, key: str, body: bytes, completion_id: str) -> Reservation:
+    async def reserve(self, tenant: str, key: str, language: Language, body: bytes, completion_id: str) -> Reservation:
         """This completion, or the one for which the key stands already. Raises IdempotencyKeyReused, InvalidValue."""
         raw = key.encode("latin-1")
         if not 0 < len(raw) <= MAX_KEY_BYTES:
             raise InvalidValue(f"An Idempotency-Key has 1 to {MAX_KEY_BYTES} bytes.", param="Idempotency-Key")
         redis_key = tenant_key(tenant, f"idempotency:{hashlib.sha256(raw).hexdigest()}")
-        ours = f"{hashlib.sha256(body).hexdigest()} {completion_id}"
+        said = body if language == "chat" else f"{language}\n".encode() + body
+        ours = f"{hashlib.sha256(said).hexdigest()} {completion_id}"
         stored, left_ms = await self._reserve(keys=[redis_key], args=[ours, self._lifetime_ms])
         value = stored.decode()
         if value.partition(" ")[0] != ours.partition(" ")[0]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from redis.asyncio import Redis
@@ -56,7 +56,7 @@ class Store:
     async def put(self, tenant: str, record: Record) -> None:
         """Before its job is submitted: a record without a job is found by nobody. Raises StorageFull."""
         with refusals():
-            if not await self._place(tenant, record.id, json.dumps(asdict(record))):
+            if not await self._place(tenant, record.id, json.dumps(_encode(record))):
                 raise StorageFull(FULL)
             if record.language == "chat":
                 index = tenant_key(tenant, "completions")
@@ -74,7 +74,7 @@ class Store:
         """Metadata are bounded by themselves: what they take more is not counted."""
         changed = replace(record, metadata=metadata)
         with refusals():
-            await self._redis.set(_key(tenant, record.id), json.dumps(asdict(changed)), xx=True, keepttl=True)
+            await self._redis.set(_key(tenant, record.id), json.dumps(_encode(changed)), xx=True, keepttl=True)
         return changed
 
     async def remove(self, tenant: str, completion_id: str) -> None:
@@ -109,6 +109,10 @@ class Store:
 
 def _key(tenant: str, completion_id: str) -> str:
     return tenant_key(tenant, f"stored:{completion_id}")
+
+
+def _encode(record: Record) -> dict[str, Any]:
+    return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
 def _decode(raw: Any) -> Record | None:

@@ -210,6 +210,10 @@ class Queue:
         """Ends a job if it lives; nobody finds it any more. False when it is unknown."""
         return await self._run("erase", job_id, round(ERASED_S * 1000)) is not None
 
+    async def is_erased(self, job_id: str) -> bool:
+        """For `ERASED_S`; then it is unknown."""
+        return bool(await self.redis.hexists(self.shard.key(f"job:{job_id}"), "erased"))
+
     async def attend(self, pod: str, job_ids: Sequence[str]) -> int:
         """This pod relays these jobs: they have a reader for `reader_ttl_s` more. How many of them live."""
         num_live = 0

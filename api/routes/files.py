@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from api import docs
 from api.auth import Door
 from api.files import PIECE_BYTES, File, new_file
 from api.pod import Pod
-from api.routes.listing import After, Limit, Sorting, is_newest_first, page_of, page_size
+from api.routes.listing import After, Sorting, is_newest_first, page_of, page_size
 from api.wire.uploads import Upload
 from shared import connection
 from shared.errors import BadRequest, Draining, FileTooLarge, MissingField, TooSlow
 
 ADDRESS = "/v1/files"
 MAX_LISTED = 10_000
+FileLimit = Annotated[str | None, Query(description=f"1 to {MAX_LISTED}; else {MAX_LISTED}")]
 DRAINED_BYTES = 1 << 20                                 # of a body that is too large, and of what a form is besides
 SILENCE_S = 60.0                                        # in the middle of an upload
 UPLOAD_TIMEOUT_S = 3600.0
@@ -44,8 +45,8 @@ def router(pod: Pod, door: Door) -> APIRouter:
             raise
 
     @routes.get(ADDRESS, openapi_extra=docs.says(gives="Page"))
-    async def list_files(purpose: str | None = None, after: After = None, limit: Limit = None, order: Sorting = None,
-                         tenant: str = Depends(door)) -> dict[str, Any]:
+    async def list_files(purpose: str | None = None, after: After = None, limit: FileLimit = None,
+                         order: Sorting = None, tenant: str = Depends(door)) -> dict[str, Any]:
         """The files of the key."""
         bodies = [file.body() for file in await pod.files.list(tenant) if purpose in (None, file.purpose)]
         return page_of(bodies, after, page_size(limit, default=MAX_LISTED, most=MAX_LISTED),

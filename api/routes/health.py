@@ -14,11 +14,13 @@ def router(pod: Pod) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/health")
+    @routes.head("/health", include_in_schema=False)
     async def health() -> dict[str, str]:
         """200 as long as the process lives, whatever Redis does."""
         return {"status": "ok"}
 
     @routes.get("/ready")
+    @routes.head("/ready", include_in_schema=False)
     async def ready() -> dict[str, object]:
         """200 when this pod can accept jobs: Redis has answered lately, and the pod is not draining."""
         if not pod.ready:

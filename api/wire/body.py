@@ -6,6 +6,7 @@ Refusals hold names of ours and numbers alone, not a word of the input. It knows
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     """Raises NotJSON."""
     try:
         text = body.decode()                            # json.loads takes other encodings, and bytes that are no text
-        raw = json.loads(text, parse_constant=_refuse_constant)
+        raw = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         if "\\ud" in text or "\\uD" in text:            # half a surrogate pair is JSON, but no text either
             json.dumps(raw, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
@@ -63,6 +64,12 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)                              # NaN and Infinity are not JSON
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(digits)                        # too large a number: nothing could tell it again
+    return value
 
 
 def _refusal(error: ValidationError, names: Collection[str]) -> BadRequest:

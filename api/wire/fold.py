@@ -102,7 +102,7 @@ class WholeFold(Whole[Entry]):
 
 
 def dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def head(completion_id: str, kind: str, header: Header, **more: Any) -> str:

@@ -56,10 +56,10 @@ def listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[st
         ids.add(own)
         kind = item.get("type", "message")
         more: dict[str, Any] = {} if kind == "reasoning" else {"status": item.get("status") or "completed"}
-        if kind == "message" and isinstance(item["content"], str):
-            is_said = item["role"] == "assistant"
-            more["content"] = [{"type": "output_text", "text": item["content"], "annotations": []} if is_said else
-                               {"type": "input_text", "text": item["content"]}]
+        if kind == "message":
+            said = "output_text" if item["role"] == "assistant" else "input_text"
+            parts = [{"type": said, "text": item["content"]}] if isinstance(item["content"], str) else item["content"]
+            more["content"] = [({"annotations": []} if part["type"] == "output_text" else {}) | part for part in parts]
         shown.append({"type": kind} | dict(item) | more | {"id": own})
     return shown
 

@@ -174,6 +174,8 @@ class ChatRequest(Sampled):
         require_calls(self.messages)
         if self.is_legacy:
             self._modernize()
+        elif self.function_call not in (None, "none", "auto"):
+            raise InvalidValue("function_call is only allowed when functions are given.", param="function_call")
         read_choice(self.tool_choice, self.tools or ())
         return self
 
@@ -191,8 +193,10 @@ class ChatRequest(Sampled):
             self.tools = self._tools_are_apart(
                 [{"type": "function", "function": each} for each in self.functions or ()])
         except ValueError as error:
-            raise InvalidValue(f"functions: {error}", param="functions") from None
+            raise InvalidValue(f"functions: {str(error).replace('tool', 'function')}", param="functions") from None
         named = self.function_call if isinstance(self.function_call, dict) else None
+        if named is not None and named.get("name") not in [each["name"] for each in self.functions or ()]:
+            raise InvalidValue("function_call names a function that is none of the functions.", param="function_call")
         self.tool_choice = self.function_call if named is None else {"type": "function", "function": named}
         self.parallel_tool_calls = False
 

@@ -5,6 +5,7 @@ What items stand for, api/wire/items.py knows. It knows nothing of Redis, HTTP o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from api.wire.body import Fields, names_of, read_object, shown_as, validate
 from api.wire.format import JSONSchema
 from api.wire.items import Item, chat_messages
 from api.wire.metadata import Metadata
-from api.wire.request import MAX_NESTING, MAX_TOOLS, NAMES, ChatRequest, require_few_messages
+from api.wire.request import MAX_NESTING, MAX_TOOLS, NAMES, ChatRequest, is_deep, require_few_messages
 from api.wire.sampled import Count, Drawn, require_stream
 from api.wire.tools import AS_WRITTEN, FunctionName, Mode, ToolFunction
 from shared.errors import BadRequest, InvalidValue, UnsupportedParameter
@@ -109,6 +110,8 @@ class ResponseRequest(Drawn):
             if getattr(self, param):
                 raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
         require_stream(self.stream, self.stream_options)
+        if is_deep(self.tool_choice):
+            raise InvalidValue(f"tool_choice is nested at most {MAX_NESTING} levels deep.", param="tool_choice")
         if self.background and self.store is False:
             raise InvalidValue("A response in the background is stored.", param="store")
         return self
@@ -163,7 +166,7 @@ def in_our_words() -> Iterator[None]:
     except BadRequest as error:
         for chat, ours in RENAMED.items():
             if error.param and error.param.startswith(chat):
-                error.param, error.args = ours, (str(error).replace(f"{chat}:", f"{ours}:", 1),)
+                error.param, error.args = ours, (re.sub(rf"^{chat}[\w.\[\]]*:", f"{ours}:", str(error)),)
         raise
 
 

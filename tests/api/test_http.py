@@ -468,8 +468,9 @@ async def test_what_the_framework_refuses_has_openais_shape(http: httpx.AsyncCli
     assert error_of(await http.post(f"{CHAT}/"), 404)["code"] == "not_found"
     response = await http.put(CHAT)
     assert error_of(response, 405)["code"] == "method_not_allowed"
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "GET, POST"
     assert error_of(await http.delete("/v1/models"), 405)["code"] == "method_not_allowed"
+    assert (await http.head("/health")).status_code == 200
 
 
 @pytest.mark.parametrize("num_bytes", [MAX_BODY_BYTES + 1, 5_000_000])

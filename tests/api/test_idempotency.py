@@ -90,6 +90,36 @@ async def test_another_body_is_a_conflict(pods: list[httpx.AsyncClient], worker:
     assert await num_submitted(worker) == 1
 
 
+async def test_another_language_is_a_conflict(pods: list[httpx.AsyncClient], worker: ScriptedWorker,
+                                               key: dict[str, str]) -> None:
+    """The same bytes ask for something else there."""
+    asked = asyncio.create_task(pods[0].post(CHAT, json=ask(worker.model, max_tokens=9), headers=key))
+    script = await worker.claim()
+    refused = await pods[1].post("/v1/messages", json=ask(worker.model, max_tokens=9), headers=key)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (409, IdempotencyKeyReused.text)
+    await script.answer("Hi")
+    assert (await asked).status_code == 200
+    assert await num_submitted(worker) == 1
+
+
+async def test_what_was_deleted_does_not_come_back(pods: list[httpx.AsyncClient], worker: ScriptedWorker,
+                                                   key: dict[str, str]) -> None:
+    """The same request under the same key is another completion then, with a record of its own."""
+    ids = []
+    for pod in pods:
+        asked = asyncio.create_task(pod.post(CHAT, json=ask(worker.model, store=True), headers=key))
+        script = await worker.claim()
+        await script.answer("Hi")
+        ids.append((await asked).json()["id"])
+        for other in pods:
+            assert (await other.post(CHAT, json=ask(worker.model, store=True), headers=key)).json()["id"] == ids[-1]
+        if pod is pods[0]:
+            assert (await pods[1].delete(f"{CHAT}/{ids[0]}")).json()["deleted"]
+    assert ids[0] != ids[1]
+    stored = [name async for name in worker.queue.redis.scan_iter("{t.*}:stored:*")]
+    assert not any(ids[0].encode() in name for name in stored) and any(ids[1].encode() in name for name in stored)
+
+
 async def test_tenants_do_not_meet_in_a_key(pair: System, pods: list[httpx.AsyncClient], worker: ScriptedWorker,
                                             key: dict[str, str]) -> None:
     """Two keys of the door, one Idempotency-Key, one body: two answers."""
@@ -151,7 +181,7 @@ async def reserve(redis: Redis, worker: ScriptedWorker, key: str, body: bytes) -
     """As a pod of the first key's tenant does."""
     tenant = hashlib.sha256(KEYS[0].encode()).hexdigest()[:16]
     reservations = Reservations(redis, Settings(retain_s=60))
-    return await reservations.reserve(tenant, key, body, new_completion_id(worker.queue.shard))
+    return await reservations.reserve(tenant, key, "chat", body, new_completion_id(worker.queue.shard))
 
 
 async def test_an_answer_that_is_not_kept_any_more_leaves_its_key(pods: list[httpx.AsyncClient],
@@ -197,15 +227,17 @@ async def test_a_pod_that_is_killed_leaves_its_answer_to_who_asks_again(
 async def test_a_reservation_is_one_step_and_may_be_repeated(each_redis: Redis) -> None:
     """One of many wins, whoever lost its reply is told the same, and no one gives back what is another's."""
     reservations = Reservations(each_redis, Settings(request_deadline_s=10, retain_s=5))
-    many = await asyncio.gather(*(reservations.reserve("t", "k", b"body", f"chatcmpl-a-0-{i}") for i in range(20)))
+    many = await asyncio.gather(*(reservations.reserve("t", "k", "chat", b"body", f"chatcmpl-a-0-{i}")
+                                  for i in range(20)))
     assert len({reservation.completion_id for reservation in many}) == 1
     (ours,) = [reservation for reservation in many if reservation.is_ours]
-    again = await reservations.reserve("t", "k", b"body", ours.completion_id)
+    again = await reservations.reserve("t", "k", "chat", b"body", ours.completion_id)
     assert (again.is_ours, again.value) == (True, ours.value)
     assert re.fullmatch(r"\{t\.t\}:idempotency:[0-9a-f]{64}", ours.redis_key)
     assert 14_000 < await each_redis.pttl(ours.redis_key) <= 15_000
-    with pytest.raises(IdempotencyKeyReused):
-        await reservations.reserve("t", "k", b"other", "chatcmpl-a-0-x")
+    for language, body in (("chat", b"other"), ("messages", b"body")):
+        with pytest.raises(IdempotencyKeyReused):
+            await reservations.reserve("t", "k", language, body, "chatcmpl-a-0-x")      # type: ignore[arg-type]
     others: Any = Reservation(ours.redis_key, "another value", False, 0.0)
     await reservations.give_back(others)
     assert await each_redis.exists(ours.redis_key)

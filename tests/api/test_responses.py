@@ -97,6 +97,8 @@ def test_some_of_the_tools() -> None:
     ({"tools": [{"type": "function", "name": "f", "parameters": []}]}, "invalid_type", "tools[0].parameters"),
     ({"tools": [{"type": "function", "name": "f"}] * 2}, "invalid_value", "tools"),
     ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+    ({"tool_choice": {"type": "function", "name": "f", "x": json.loads("[" * 70 + "]" * 70)},
+      "tools": [{"type": "function", "name": "f"}]}, "invalid_value", "tool_choice"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "invalid_value", "text.format"),
     ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"),
     ({"background": True, "store": False}, "invalid_value", "store"),

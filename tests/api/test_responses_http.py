@@ -129,7 +129,8 @@ async def test_items_are_listed_as_the_official_client_reads_them(pods: list[htt
     given = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "id": "m"},
              {"type": "message", "role": "user", "content": "So?", "id": "m"},
              {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "id": 5},
-             {"type": "function_call_output", "call_id": "c", "output": "1"}]
+             {"type": "function_call_output", "call_id": "c", "output": "1"},
+             {"role": "assistant", "content": [{"type": "output_text", "text": "One."}]}]
     response = await respond(pods[0], pair_worker, input=given)
     path, found, after = f"{ADDRESS}/{response['id']}/input_items", list[dict[str, Any]](), dict[str, str]()
     while len(found) <= len(given):
@@ -139,8 +140,9 @@ async def test_items_are_listed_as_the_official_client_reads_them(pods: list[htt
         if not page["has_more"]:
             break
     assert [item["type"] for item in found] == ["message", "message", "message", "function_call",
-                                                "function_call_output"]
+                                                "function_call_output", "message"]
     assert found[1]["content"] == [{"type": "output_text", "text": "Hello", "annotations": []}]
+    assert found[-1]["content"] == [{"type": "output_text", "text": "One.", "annotations": []}]
     assert len({item["id"] for item in found}) == len(given) and {item["status"] for item in found} == {"completed"}
 
 
