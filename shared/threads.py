@@ -8,6 +8,7 @@ from pathlib import Path
 
 LARGE_BYTES = 128 << 20     # of weights: a step takes tens of milliseconds
 SPINS = 2000                # some 30 µs
+STACK_BYTES = 8 << 20       # of a thread that we start, whatever the system would give it
 
 
 def num_cores() -> int:

@@ -20,27 +20,28 @@ import weakref
 from collections import OrderedDict
 from threading import BoundedSemaphore, Lock
 
+from shared import threads
 from shared.errors import InvalidGrammar, Unavailable
 from shared.grammar import TRIAL_STEPS, Grammars
 
 CPU_S = 0.5                 # of a trial,
 WALL_S = 10.0               # where others want the processor
-STACK_BYTES = 4 << 20       # half of what a thread has that compiles it afterwards
+STACK_BYTES = threads.STACK_BYTES // 2                  # a thread that compiles it afterwards has more
 HEAP_BYTES = 256 << 20      # while it is compiled,
-KEPT_BYTES = 16 << 20       # and of what is compiled
+KEPT_BYTES = 64 << 20       # and of what is compiled
 NICENESS = 5
 START_S = 60.0              # until a tokenizer is made
 MAX_AT_ONCE = 2
 MAX_KNOWN = 4096            # verdicts
 TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
-BEGUN = b"\1"              # said by a trial, before anything else
+BEGUN = b"\1"               # said by a trial, before anything else
 
 
 class Trials:
     """Of one tokenizer. Safe among threads."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._what = json.dumps([tokenizer_json, vocab_size, eos_token_ids]).encode()
+        self._made_of = tokenizer_json, vocab_size, eos_token_ids
         self._server: Server | None = None
         self._known = OrderedDict[bytes, str]()         # hash of a grammar → why it is refused
         self._lock, self._starts, self._places = Lock(), Lock(), BoundedSemaphore(MAX_AT_ONCE)
@@ -63,7 +64,7 @@ class Trials:
     def _try(self, grammar: bytes) -> str:
         for _ in range(2):
             with self._starts, contextlib.suppress(OSError):
-                self._server = self._server or Server(self._what)
+                self._server = self._server or Server(json.dumps(self._made_of).encode())
             if not (server := self._server):
                 break                                   # there is no room for a process
             begun, reason = server.ask(grammar).partition(BEGUN)[1:]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared import connection
+from shared import connection, threads
 from shared.settings import Settings
 from worker import tiny
 from worker.model.folder import find_folder
@@ -37,6 +38,7 @@ async def serve(settings: Settings) -> int:
 
     Raises ModelRefused, or BrokenEnvironment when Redis is none that we can use.
     """
+    threading.stack_size(threads.STACK_BYTES)           # forms are compiled in them, as deep as they were tried
     redis = connection.connect(settings.redis_url)
     await connection.check(redis, allow_no_aof=settings.allow_no_aof)
     stopping = asyncio.Event()

@@ -22,6 +22,7 @@ from rich.table import Table
 from shared.grammar import Grammars, of_regex, of_schema
 from shared.job import Sampling
 from shared.settings import Settings
+from shared.trial import Trials
 from tests.bench import client
 from tests.bench.run import service
 from tests.system import MODEL
@@ -91,13 +92,18 @@ def main() -> None:
                     statistics.median(each[name][form] / each[name]["anything"] for each in rates)) for name in sides]
         table.add_row(form, *(text for rate, ratio in medians for text in (f"{rate:.0f}", f"{ratio:.3f}")))
     Console(width=110).print(table)
-    table = Table(title="Compiling, and the first mask")
-    for column in ("schema", "ms"):
+    trials = Trials((args.folder / "tokenizer.json").read_text(), engine.model.vocab_size, ())
+    trials.check(of_schema({}))
+    table = Table(title="Compiling with the first mask, as a worker does; and a trial, in a process of its own")
+    for column in ("schema", "compiled, ms", "tried, ms"):
         table.add_column(column, justify="right")
     for name, schema in SCHEMAS.items():
-        began_s = time.perf_counter()
-        grammars.check(of_schema(schema))
-        table.add_row(name, f"{1000 * (time.perf_counter() - began_s):.1f}")
+        times_s = []
+        for run in (grammars.compile, trials.check):
+            began_s = time.perf_counter()
+            run(of_schema(schema))
+            times_s.append(time.perf_counter() - began_s)
+        table.add_row(name, *(f"{1000 * took_s:.1f}" for took_s in times_s))
     Console(width=110).print(table)
 
 
