@@ -29,7 +29,7 @@ from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
-FORMS = ThreadPoolExecutor(4, "form")                   # they wait while forms are tried, and hold up nothing else
+FORMS = ThreadPoolExecutor(32, "form")                  # they wait while forms are tried, and hold up nothing else
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 

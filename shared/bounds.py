@@ -22,7 +22,8 @@ Bounds = list[tuple[str, float]]
 
 
 def require_exact(schema: Any) -> None:
-    """Raises InvalidGrammar where a part of a schema has such bounds, by itself or with what it must fit besides."""
+    """Raises InvalidGrammar where a part of a schema has such bounds, by itself, with what it must fit besides, or with
+    one of those that it may be instead. Not looked for: bounds that meet in two of those, or in lists of properties."""
     looking, parts = _Looking(schema), [schema]
     while parts:
         part = parts.pop()

@@ -4,6 +4,7 @@ otherwise, or refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from shared.errors import InvalidGrammar
 
 # With escapes of any character, "\u0061" would be another name than "a", for properties and for their patterns.
 ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
+UNTOLD = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+MAX_EXACT = 1 << 53         # of whole numbers: beyond, it has every second or less
 
 
 def enforceable(schema: Any) -> Any:
@@ -26,15 +29,17 @@ def _said(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     least, required = schema.get("minProperties"), schema.get("required")
-    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0) and (
+            schema.keys().isdisjoint({"allOf", "$ref"})):                       # which may require the rest
         raise InvalidGrammar("This cannot be enforced: minProperties, where fewer properties are required.")
     return {key: _said_of(key, value) for key, value in schema.items() if key != "x-guidance"}
 
 
 def _said_of(key: str, value: Any) -> Any:
     if key in DATA:
-        if key in ("const", "enum") and not all(map(_is_told, value if isinstance(value, list) else [value])):
-            raise InvalidGrammar("This cannot be enforced: a whole number that takes more than 53 bits.")
+        if key in ("const", "enum") and not _is_told(value):
+            raise InvalidGrammar("This cannot be enforced: a constant with a control character, or with a whole number "
+                                 "that takes more than 53 bits.")
         return value
     if key == "pattern" and isinstance(value, str):
         return _quotes_apart(value)
@@ -46,7 +51,14 @@ def _said_of(key: str, value: Any) -> Any:
 
 
 def _is_told(value: Any) -> bool:
-    return not isinstance(value, int) or abs(value) <= 1 << 53 or int(float(value)) == value
+    """Whether the compiler's grammar says it as it is."""
+    if isinstance(value, dict):
+        return all(map(_is_told, (*value, *value.values())))
+    if isinstance(value, list):
+        return all(map(_is_told, value))
+    if isinstance(value, str):
+        return not UNTOLD.search(value)
+    return not isinstance(value, int) or abs(value) <= MAX_EXACT
 
 
 def _quotes_apart(pattern: str) -> str:

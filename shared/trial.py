@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections import OrderedDict
 from threading import BoundedSemaphore, Lock
@@ -24,6 +26,8 @@ from shared import threads
 from shared.errors import InvalidGrammar, Unavailable
 from shared.grammar import TRIAL_STEPS, Grammars
 
+log = logging.getLogger(__name__)
+
 CPU_S = 0.5                 # of a trial,
 WALL_S = 10.0               # where others want the processor
 STACK_BYTES = threads.STACK_BYTES // 2                  # a thread that compiles it afterwards has more
@@ -31,10 +35,11 @@ HEAP_BYTES = 256 << 20      # while it is compiled,
 KEPT_BYTES = 64 << 20       # and of what is compiled
 NICENESS = 5
 START_S = 60.0              # until a tokenizer is made
+EXIT_S = 1.0                # until it is known how a server has ended that does not start
 MAX_AT_ONCE = 2
 MAX_KNOWN = 4096            # verdicts
 TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
-BEGUN = b"\1"               # said by a trial, before anything else
+BEGUN, FAILED = b"\1", b"\2"                            # said by a trial before anything else, and instead of a verdict
 
 
 class Trials:
@@ -54,39 +59,58 @@ class Trials:
         if reason is None:
             with self._places:
                 reason = self._try(grammar.encode())
-            with self._lock:
-                self._known[digest] = reason
-                while len(self._known) > MAX_KNOWN:
-                    self._known.popitem(last=False)
+        with self._lock:
+            self._known[digest] = reason
+            self._known.move_to_end(digest)
+            while len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
         if reason:
             raise InvalidGrammar(reason)
 
     def _try(self, grammar: bytes) -> str:
+        """Why it is refused; empty: it is not."""
         for _ in range(2):
-            with self._starts, contextlib.suppress(OSError):
-                self._server = self._server or Server(json.dumps(self._made_of).encode())
-            if not (server := self._server):
-                break                                   # there is no room for a process
-            begun, reason = server.ask(grammar).partition(BEGUN)[1:]
-            if begun and not reason:
-                raise InvalidGrammar(TOO_MUCH)          # it has ended at one of its limits
-            if begun:
+            try:
+                server = self._started()
+                began_s = time.monotonic()
+                begun, reason = server.ask(grammar).partition(BEGUN)[1:]
+            except OSError as error:
+                log.warning("no grammar can be tried: %s", error)
+                break
+            if begun and reason not in (b"", FAILED):
                 return str(json.loads(reason))
-            self._server = None                         # it has ended, or can make no process
+            if begun and not reason and time.monotonic() - began_s < WALL_S:
+                return TOO_MUCH                         # it has ended at one of its limits
+            if begun:
+                log.warning("a trial of a grammar did not come to its end")
+                break
+            with self._starts:                          # it has ended, or can make no process
+                self._server = None if self._server is server else self._server
         raise Unavailable(retry_after_s=1.0)
+
+    def _started(self) -> Server:
+        """Raises OSError."""
+        with self._starts:
+            self._server = self._server or Server(json.dumps(self._made_of).encode())
+            return self._server
 
 
 class Server:
+    """Raises OSError when it cannot be started."""
+
     def __init__(self, what: bytes) -> None:
         self._door, theirs = socket.socketpair()
         command = "import sys; from shared.trial import serve; serve(int(sys.argv[1]))"
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", command, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
         self._end = weakref.finalize(self, _end, self._door, self._process)
-        self.ask(what, START_S)
+        if self.ask(what, START_S) != BEGUN:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_S)
+            raise ChildProcessError(f"its server does not start (exit code {self._process.returncode})")
 
     def ask(self, what: bytes, timeout_s: float = WALL_S + 1) -> bytes:
         """What is answered, until the other side has ended."""
@@ -103,6 +127,7 @@ class Server:
 
 def _end(door: socket.socket, process: subprocess.Popen[bytes]) -> None:
     door.close()
+    process.kill()                                      # trials that run end by themselves
     process.wait()
 
 
@@ -128,26 +153,33 @@ def _try(grammars: Grammars, asked: socket.socket) -> None:
             return
         try:
             asked.sendall(BEGUN)
-            _judge(grammars, asked)
+            asked.sendall(json.dumps(_judge(grammars, _read(asked).decode())).encode())
+        except MemoryError:
+            pass                                        # as whoever ends at a limit
+        except Exception:
+            asked.sendall(FAILED)
         finally:
             os._exit(0)
 
 
-def _judge(grammars: Grammars, asked: socket.socket) -> None:
+def _judge(grammars: Grammars, grammar: str) -> str:
+    before = _data_bytes()
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     signal.setitimer(signal.ITIMER_REAL, WALL_S)
-    resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    grammar, reason, before = _read(asked).decode(), "", _data_bytes()
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_STACK, STACK_BYTES)
     if before:
-        resource.setrlimit(resource.RLIMIT_DATA, (before + HEAP_BYTES,) * 2)
+        _limit(resource.RLIMIT_DATA, before + HEAP_BYTES)
     try:
         _kept = grammars.compile(grammar, TRIAL_STEPS)
-        if _data_bytes() - before > KEPT_BYTES:
-            reason = TOO_MUCH
+        return TOO_MUCH if _data_bytes() - before > KEPT_BYTES else ""
     except InvalidGrammar as error:
-        reason = str(error)
-    asked.sendall(json.dumps(reason).encode())
+        return str(error)
+
+
+def _limit(what: int, most: int) -> None:
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _data_bytes() -> int:

@@ -55,14 +55,17 @@ def test_a_name_has_one_spelling() -> None:
 @pytest.mark.parametrize(("schema", "words"), [
     ({"type": "object", "minProperties": 2}, "minProperties"),
     ({"type": "object", "minProperties": 2, "properties": {"a": {}, "b": {}}, "required": ["a"]}, "minProperties"),
-    ({"const": 18446744073709551617}, "53 bits"), ({"properties": {"a": {"enum": [1, 2**53 + 1]}}}, "53 bits")])
+    ({"const": 18446744073709551617}, "53 bits"), ({"properties": {"a": {"enum": [1, 2**53 + 1]}}}, "53 bits"),
+    ({"const": 10**400}, "53 bits"), ({"enum": [[{"a": [2**60 + 1]}]]}, "53 bits"),
+    ({"enum": ["a", "a\x1fb"]}, "control character"), ({"const": {"\x7f": 1}}, "control character")])
 def test_what_cannot_be_said_otherwise_is_refused(schema: Any, words: str) -> None:
     with pytest.raises(InvalidGrammar, match=words):
         of_schema(schema)
 
 
 @pytest.mark.parametrize("schema", [
-    {"type": "object", "minProperties": 1}, {"minProperties": 2, "required": ["a", "b"]}, {"const": 2**53 + 2},
+    {"type": "object", "minProperties": 1}, {"minProperties": 2, "required": ["a", "b"]}, {"const": 2**53},
+    {"minProperties": 2, "allOf": [{"required": ["a", "b"]}]}, {"enum": ["\n\t\\\"\x80é", True, None, 1.5, -2**53]},
     {"properties": {"minProperties": {"type": "integer"}, "pattern": {"type": "string"}, "x-guidance": {}}},
     {"enum": ['[^"]', {"pattern": '[^"]'}]}, {"pattern": "a^b[a^]"}, {"pattern": 5}, 5, [], None], ids=str)
 def test_what_is_kept_stays_as_it_is(schema: Any) -> None:

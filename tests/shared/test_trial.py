@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -85,9 +88,10 @@ def test_what_was_tried_is_not_tried_again(trials: Trials, monkeypatch: pytest.M
         return ask(grammar)
 
     monkeypatch.setattr(trials, "_try", watched)
-    grammars = [of_choice([word]) for word in "abc"]
-    for grammar in (grammars[0], grammars[0], grammars[1], grammars[2], grammars[2], grammars[0]):
-        trials.check(grammar)
+    grammars = [of_choice(["a"]), HOSTILE["schemas of schemas"](), of_choice(["b"])]
+    for place in (0, 0, 1, 0, 1, 2, 2, 1, 0):           # who is asked for last goes last
+        with contextlib.nullcontext() if place != 1 else pytest.raises(InvalidGrammar, match="too much"):
+            trials.check(grammars[place])
     assert [grammars.index(each.decode()) for each in asked] == [0, 1, 2, 0]
 
 
@@ -118,11 +122,12 @@ def test_a_server_that_is_killed_is_replaced(trials: Trials) -> None:
     assert process_of(trials) != first
 
 
-def test_where_no_process_can_be_had_it_is_not_the_grammars_fault(trials: Trials, monkeypatch: pytest.MonkeyPatch
-                                                                  ) -> None:
+def test_where_no_process_can_be_had_it_is_not_the_grammars_fault(trials: Trials, monkeypatch: pytest.MonkeyPatch,
+                                                                  caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(Unavailable):
         trials.check(of_choice(["a"]))
+    assert "no grammar can be tried: its server does not start (exit code 1)" in caplog.text
 
 
 def test_it_ends_with_who_has_started_it() -> None:
@@ -148,3 +153,21 @@ def test_it_ends_with_who_has_started_it() -> None:
     os.close(reader)
     os.close(writer)
     server.wait(timeout=10)
+
+
+UNDER_LIMITS = """
+import resource, sys
+from pathlib import Path
+from shared.grammar import of_choice
+from shared.trial import Trials
+resource.setrlimit(resource.RLIMIT_STACK, (2 << 20, 2 << 20))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+Trials(Path(sys.argv[1]).read_text(), int(sys.argv[2]), (256,)).check(of_choice(["a"]))
+"""
+
+
+def test_where_limits_are_lower_already_they_stay() -> None:
+    """Nobody may raise them again, and grammars are tried all the same."""
+    done = subprocess.run([sys.executable, "-c", UNDER_LIMITS, str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"),
+                           str(VOCAB_SIZE)], cwd=Path(__file__).parents[2], timeout=60, check=False)
+    assert done.returncode == 0
