@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api.submit import Order, make_job
 from api.wire.dialects import (
     CHOICES,
     DEEPSEEK,
@@ -27,11 +29,14 @@ from api.wire.dialects import (
     choose_dialect,
     dialect_of,
 )
+from api.wire.request import parse
 from shared.errors import InvalidGrammar
-from shared.grammar import Grammars
+from shared.grammar import Grammars, of_schema
+from shared.job import Header, Job
 from shared.settings import Settings
+from shared.tokenizer import Tokenizer as ChatTokenizer
 from tests.api.pieces import EOS, TOOLS, drawn, read, reads_as
-from tests.api.scripted import byte_tokenizer
+from tests.api.scripted import byte_card, byte_tokenizer
 
 TOKENIZER = byte_tokenizer("<|end of text|>")
 GRAMMARS = Grammars(TOKENIZER.to_str(), TOKENIZER.get_vocab_size(), [EOS])
@@ -228,3 +233,40 @@ def test_of_python_too_a_tool_takes_what_it_says(tool: dict[str, Any], right: st
 
 def test_arguments_are_what_the_model_wrote() -> None:
     assert json.loads(read([CALL], HERMES)[1].value) == {"a": '}"<tool_call>', "b": [1, {"c": "\\"}]}
+
+
+async def job_of(template: str, **fields: Any) -> tuple[Job, Header]:
+    """What a model of this template is asked, with a tool that it may call."""
+    card = replace(byte_card("model"), chat_templates={"default": template})
+    served: Any = SimpleNamespace(card=card, tokenizer=ChatTokenizer(card))
+    asked = {"model": "model", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9,
+             "tools": [{"type": "function", "function": {"name": "f"}}]}
+    order = Order(parse(json.dumps(asked | fields).encode(), 9), "tenant", 99)
+    return await make_job(order, served, "id", pod_id="pod", settings=Settings(), retain_s=9)
+
+
+FORM: dict[str, Any] = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(("dialect", "template"), [
+    (LLAMA, '{{ messages[0].content }}{# ipython "parameters" #}'),
+    (PYTHONIC, "{{ messages[0].content }}{# func_name1( #}"),
+    (MISTRAL, "{{ messages[0].content }}{# [AVAILABLE_TOOLS][TOOL_CALLS] #}")], ids=["llama", "pythonic", "mistral"])
+async def test_where_only_its_beginning_tells_a_call_a_form_is_the_form(dialect: Dialect, template: str) -> None:
+    """And nothing in it is read as a call; one that must come is one all the same."""
+    free, formed = await job_of(template), await job_of(template, **FORM)
+    assert free[1].tool_dialect == dialect.name and not free[0].sampling.grammar
+    assert formed[1].tool_dialect == "" and formed[0].sampling.grammar == of_schema({"type": "object"})
+    required = await job_of(template, **FORM, tool_choice="required")
+    assert required[1].tool_dialect == dialect.name
+    assert required[0].sampling.grammar == dialect.grammar([{"name": "f"}], is_one=False, added_id=lambda _: None)
+
+
+async def test_where_a_marker_tells_a_call_an_answer_is_the_form_or_calls() -> None:
+    job, header = await job_of("{{ messages[0].content }}{# <tool_call></tool_call> #}", **FORM)
+    assert header.tool_dialect == "hermes"
+    for text, is_right in (('{"a":1}', True), ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', True),
+                           ("so", False)):
+        matcher = GRAMMARS.matcher(job.sampling.grammar)
+        ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == is_right
