@@ -12,60 +12,47 @@ from shared.errors import InvalidGrammar
 
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 EITHER = ("anyOf", "oneOf")
-BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-DATA = ("const", "enum", "default", "examples")         # of keywords: what looks like a schema in them is none
 MAX_LOOKS = 100_000                                     # at schemas, again where others refer to them
 REFUSED = ("This cannot be enforced: bounds less than 1 apart, of which the one nearer to 0 is a whole number and is "
            "excluded.")
 
-Bounds = list[tuple[str, float]]
-
-
-def require_exact(schema: Any) -> None:
-    """Raises InvalidGrammar where a part of a schema has such bounds, by itself, with what it must fit besides, or with
-    one of those that it may be instead. Not looked for: bounds that meet in two of those, or in lists of properties."""
-    looking, parts = _Looking(schema), [schema]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            if _may_be_a_fraction(part) and looking.excludes_a_whole_alone(part):
-                raise InvalidGrammar(REFUSED)
-            for key, value in part.items():
-                if key not in DATA:
-                    parts += value.values() if key in BY_NAME and isinstance(value, dict) else [value]
-        elif isinstance(part, list):
-            parts += part
-
-
-def _may_be_a_fraction(schema: dict[str, Any]) -> bool:
-    kinds = schema.get("type", "number")
-    return kinds == "number" or (isinstance(kinds, list) and "number" in kinds)
+Pairs = list[tuple[str, float]]
 
 
 @dataclass
-class _Looking:
+class Bounds:
+    """Those of a schema's parts, by themselves, with what they must fit besides, or with one of those that they may be
+    instead. Not looked for: bounds that meet in two of those, or in lists of properties."""
+
     schema: Any
     num_looks: int = 0
 
-    def excludes_a_whole_alone(self, part: dict[str, Any]) -> bool:
+    def require_exact(self, part: dict[str, Any]) -> None:
+        """Raises InvalidGrammar."""
+        if _may_be_a_fraction(part) and self._excludes_a_whole_alone(part):
+            raise InvalidGrammar(REFUSED)
+
+    def _excludes_a_whole_alone(self, part: dict[str, Any]) -> bool:
         """With each of what it may be instead."""
-        all_of = list(self._all_of(part, set()))
+        all_of = list(self._all_of(part))
         bounds = [bound for each in all_of for bound in _own(each)]
         either = [option for each in all_of for key in EITHER for option in _listed(each, key)]
         return _is_missed(bounds) or any(
-            _is_missed(bounds + [bound for each in self._all_of(option, set()) for bound in _own(each)])
+            _is_missed(bounds + [bound for each in self._all_of(option) for bound in _own(each)])
             for option in either)
 
-    def _all_of(self, part: Any, seen: set[int]) -> Iterator[dict[str, Any]]:
-        """It, and what it must fit besides."""
-        self.num_looks += 1
-        if self.num_looks > MAX_LOOKS:
-            raise InvalidGrammar("This cannot be enforced: it takes too much work.")
-        if isinstance(part, dict) and id(part) not in seen:
-            seen.add(id(part))
-            yield part
-            for each in (*_listed(part, "allOf"), self._meant(part.get("$ref"))):
-                yield from self._all_of(each, seen)
+    def _all_of(self, part: Any) -> Iterator[dict[str, Any]]:
+        """It, and what it must fit besides, each once."""
+        waiting, seen = [part], set[int]()
+        while waiting:
+            part = waiting.pop()
+            self.num_looks += 1
+            if self.num_looks > MAX_LOOKS:
+                raise InvalidGrammar("This cannot be enforced: it takes too much work.")
+            if isinstance(part, dict) and id(part) not in seen:
+                seen.add(id(part))
+                yield part
+                waiting += [*_listed(part, "allOf"), self._meant(part.get("$ref"))]
 
     def _meant(self, reference: Any) -> Any:
         """What a reference within the schema leads to; None: nothing, or out of it."""
@@ -78,7 +65,7 @@ class _Looking:
         return found
 
 
-def _own(schema: dict[str, Any]) -> Bounds:
+def _own(schema: dict[str, Any]) -> Pairs:
     return [(key, schema[key]) for key in BOUNDS if isinstance(schema.get(key), int | float)]
 
 
@@ -87,9 +74,14 @@ def _listed(schema: dict[str, Any], key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _is_missed(bounds: Bounds) -> bool:
+def _is_missed(bounds: Pairs) -> bool:
     low = max(((value, key != "minimum") for key, value in bounds if key.endswith("inimum")), default=None)
     high = max(((-value, key != "maximum") for key, value in bounds if key.endswith("aximum")), default=None)
     return low is not None and high is not None and any(
         is_excluded and 0 <= near == near // 1 and -other < near + 1
         for (near, is_excluded), (other, _) in ((low, high), (high, low)))
+
+
+def _may_be_a_fraction(schema: dict[str, Any]) -> bool:
+    kinds = schema.get("type", "number")
+    return kinds == "number" or (isinstance(kinds, list) and "number" in kinds)

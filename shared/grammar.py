@@ -1,8 +1,8 @@
 """What an answer must be: JSON of a schema, a match of a regular expression, one of some texts, or words of a grammar.
 
-A pod compiles it to check it before a job is queued, a worker to know which tokens may follow. Both do so by llguidance
-within limits of work and memory of its own, whatever is in a grammar; what it does not enforce, it refuses. Here a
-grammar is llguidance's own form of it, one string that travels with the job.
+It is compiled to be tried before a job is queued (shared/trial.py), and by a worker to know which tokens may follow.
+llguidance has limits of work and memory of its own, but not for all that may be in a grammar; what it does not enforce,
+it refuses. Here a grammar is llguidance's own form of it, one string that travels with the job.
 """
 
 from __future__ import annotations
@@ -142,10 +142,6 @@ class Grammars:
         """Makes the tokenizer, if it is one."""
         with contextlib.suppress(InvalidGrammar):
             _ = self._tokenizer
-
-    def check(self, grammar: str) -> None:
-        """Raises InvalidGrammar, which says why; here, without a limit of time (shared/trial.py)."""
-        self.compile(grammar, TRIAL_STEPS)
 
     def compile(self, grammar: str, num_steps: int = 0) -> LLMatcher:
         """Tried so many tokens far: some only show then what they are. Raises InvalidGrammar."""

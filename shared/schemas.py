@@ -8,34 +8,36 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from shared.bounds import BY_NAME, DATA, require_exact
+from shared.bounds import Bounds
 from shared.errors import InvalidGrammar
 
 # With escapes of any character, "\u0061" would be another name than "a", for properties and for their patterns.
 ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
+BY_NAME = ("properties", "$defs", "definitions")
+DATA = ("const", "enum", "default", "examples")         # what looks like a schema in them is none
 UNTOLD = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 MAX_EXACT = 1 << 53         # of whole numbers: beyond, it has every second or less
 
 
 def enforceable(schema: Any) -> Any:
     """Says the same. Raises InvalidGrammar."""
-    require_exact(schema)
-    return _said(schema)
+    return _said(schema, Bounds(schema))
 
 
-def _said(schema: Any) -> Any:
+def _said(schema: Any, bounds: Bounds) -> Any:
     if isinstance(schema, list):
-        return [_said(part) for part in schema]
+        return [_said(part, bounds) for part in schema]
     if not isinstance(schema, dict):
         return schema
+    bounds.require_exact(schema)
     least, required = schema.get("minProperties"), schema.get("required")
     if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0) and (
             schema.keys().isdisjoint({"allOf", "$ref"})):                       # which may require the rest
         raise InvalidGrammar("This cannot be enforced: minProperties, where fewer properties are required.")
-    return {key: _said_of(key, value) for key, value in schema.items() if key != "x-guidance"}
+    return {key: _said_of(key, value, bounds) for key, value in schema.items() if key != "x-guidance"}
 
 
-def _said_of(key: str, value: Any) -> Any:
+def _said_of(key: str, value: Any, bounds: Bounds) -> Any:
     if key in DATA:
         if key in ("const", "enum") and not _is_told(value):
             raise InvalidGrammar("This cannot be enforced: a constant with a control character, or with a whole number "
@@ -44,10 +46,10 @@ def _said_of(key: str, value: Any) -> Any:
     if key == "pattern" and isinstance(value, str):
         return _quotes_apart(value)
     if key == "patternProperties" and isinstance(value, dict):
-        return {_quotes_apart(pattern): _said(part) for pattern, part in value.items()}
+        return {_quotes_apart(pattern): _said(part, bounds) for pattern, part in value.items()}
     if key in BY_NAME and isinstance(value, dict):
-        return {name: _said(part) for name, part in value.items()}
-    return _said(value)
+        return {name: _said(part, bounds) for name, part in value.items()}
+    return _said(value, bounds)
 
 
 def _is_told(value: Any) -> bool:

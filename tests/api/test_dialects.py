@@ -195,6 +195,14 @@ def test_what_is_no_schema_breaks_nothing(dialect: Dialect, key: str) -> None:
                 dialect.grammar([tool], is_one=True, added_id=lambda _: None)
 
 
+def test_references_of_references_are_followed_or_refused() -> None:
+    """Of a strict tool, however many: none is nested, and all of it is looked at."""
+    defs = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}]} for i in range(3000)}
+    tool = {"name": "f", "strict": True, "parameters": {"type": "object", "$defs": defs, "$ref": "#/$defs/a0"}}
+    with pytest.raises(InvalidGrammar, match="too much work"):
+        HERMES.grammar([tool], is_one=True, added_id=lambda _: None)
+
+
 @pytest.mark.parametrize("dialect", CHOICES, ids=[dialect.name for dialect in CHOICES])
 def test_a_strict_tool_whose_bounds_would_not_be_kept_is_refused(dialect: Dialect) -> None:
     share = {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from api.pod import Pod
 from api.wire.batches import OVER
 from shared.settings import Settings
 from tests.nursery import Nursery
-from tests.system import MODEL, System
+from tests.system import MODEL, System, eventually
 
 NUM_EXAMPLES = 12                                       # of each address, valid and invalid ones
 MAX_TOKENS = 4
@@ -141,7 +140,7 @@ def test_every_member_of_files_batches_and_models_is_described(served: System, c
         batch = httpx.post(f"{served.url}/v1/batches", json={
             "input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}).json()
         told += [("FileObject", file), ("BatchObject", batch)]
-        told += [("BatchObject", each) for each in _until_over(f"{served.url}/v1/batches/{batch['id']}")]
+        told += [("BatchObject", each) for each in _told_until_over(f"{served.url}/v1/batches/{batch['id']}")]
     assert {each["status"] for _, each in told} >= {"completed", "failed"}
     assert any(each.get("errors") for _, each in told)
     told.append(("Models", httpx.get(f"{served.url}/v1/models").json()))
@@ -149,13 +148,15 @@ def test_every_member_of_files_batches_and_models_is_described(served: System, c
         jsonschema.validate(each, closed | {"$ref": f"#/components/schemas/{schema}"})
 
 
-def _until_over(url: str) -> Iterator[dict[str, Any]]:
-    while True:
-        batch = httpx.get(url).json()
-        yield batch
-        if batch["status"] in OVER:
-            return
-        time.sleep(0.02)
+def _told_until_over(url: str) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = []
+
+    def is_over() -> bool:
+        told.append(httpx.get(url).json())
+        return told[-1]["status"] in OVER
+
+    eventually("the batch is over", is_over)
+    return told
 
 
 def _unsaid(name: str, schema: dict[str, Any]) -> Iterator[str]:

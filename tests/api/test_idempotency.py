@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from api.idempotency import MAX_KEY_BYTES, UNSUBMITTED_S, Reservation, Reservations
 from shared.errors import IdempotencyKeyReused
+from shared.job import Language
 from shared.keys import new_completion_id
 from shared.settings import Settings
 from tests.api.conftest import KEYS, client
@@ -235,9 +236,10 @@ async def test_a_reservation_is_one_step_and_may_be_repeated(each_redis: Redis) 
     assert (again.is_ours, again.value) == (True, ours.value)
     assert re.fullmatch(r"\{t\.t\}:idempotency:[0-9a-f]{64}", ours.redis_key)
     assert 14_000 < await each_redis.pttl(ours.redis_key) <= 15_000
-    for language, body in (("chat", b"other"), ("messages", b"body")):
+    asked: list[tuple[Language, bytes]] = [("chat", b"other"), ("messages", b"body")]
+    for language, body in asked:
         with pytest.raises(IdempotencyKeyReused):
-            await reservations.reserve("t", "k", language, body, "chatcmpl-a-0-x")      # type: ignore[arg-type]
+            await reservations.reserve("t", "k", language, body, "chatcmpl-a-0-x")
     others: Any = Reservation(ours.redis_key, "another value", False, 0.0)
     await reservations.give_back(others)
     assert await each_redis.exists(ours.redis_key)

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from shared.bounds import MAX_LOOKS, require_exact
+from shared.bounds import MAX_LOOKS
 from shared.errors import InvalidGrammar
 from shared.grammar import Grammars, of_schema
+from shared.schemas import enforceable
 from worker import tiny
 
 TOKENIZER = Tokenizer.from_file(str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"))
@@ -75,12 +76,12 @@ def test_what_is_not_refused_is_enforced(one: Schema, other: Schema, way: str) -
     {"properties": {"a": {"exclusiveMinimum": 0}, "b": {"maximum": 0.5}}}, {"$ref": "#", "maximum": 0.5},
     {"allOf": [{"$ref": "#"}], "exclusiveMinimum": 0}, {"$ref": "#/a/b/c"}, {"$ref": 5}, 5, None], ids=str)
 def test_nothing_else_is_refused(schema: Any) -> None:
-    require_exact(schema)
+    assert enforceable(schema) == schema
 
 
 def test_what_refers_to_itself_over_and_over_is_looked_at_so_often() -> None:
     many: Schema = {"$defs": {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"$ref": f"#/$defs/a{i + 1}"}]}
                               for i in range(2000)}}
     with pytest.raises(InvalidGrammar, match="too much work"):
-        require_exact(many)
+        enforceable(many)
     assert MAX_LOOKS <= 100_000

@@ -105,7 +105,7 @@ def test_what_cannot_be_enforced_is_refused_in_words_of_ours(name: str, grammars
     """None of them was said by the client, for who logs errors logs no secrets."""
     make, words = REFUSED[name]
     with pytest.raises(InvalidGrammar, match=words) as refused:
-        grammars.check(make())
+        grammars.compile(make(), grammar.TRIAL_STEPS)
     assert "\n" not in str(refused.value) and "secret" not in str(refused.value) and len(str(refused.value)) < 200
 
 
@@ -114,7 +114,7 @@ def test_every_reason_is_given_for_something(grammars: Grammars) -> None:
     told = []
     for make, _ in REFUSED.values():
         with pytest.raises(InvalidGrammar) as refused:
-            grammars.check(make())
+            grammars.compile(make(), grammar.TRIAL_STEPS)
         told.append(str(refused.value))
     never = {reason for _, reason in grammar.REASONS if not any(reason in text for text in told)}
     assert never == set()
@@ -154,7 +154,7 @@ def test_a_tokenizer_that_is_not_known_is_refused_when_it_is_needed() -> None:
     """And not before: its model serves all who ask for no form."""
     words = Grammars(Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str(), 2, [])
     with pytest.raises(InvalidGrammar, match="tokenizer"):
-        words.check(of_choice(["a"]))
+        words.compile(of_choice(["a"]))
 
 
 def test_a_copy_goes_its_own_way_and_the_cache_is_bounded(grammars: Grammars) -> None:

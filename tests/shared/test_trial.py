@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,7 +143,7 @@ def test_it_ends_with_who_has_started_it() -> None:
             other = Trials(TOKENIZER_JSON, VOCAB_SIZE, (256,))
             other.check(of_choice(["a"]))
             os.write(writer, str(process_of(other).pid).encode())
-            time.sleep(60)
+            signal.pause()
         finally:
             os._exit(1)
     server = psutil.Process(int(os.read(reader, 20)))
