@@ -40,6 +40,7 @@ ANY_OBJECT = {"type": "object"}
 UNENFORCED = ("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
               "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
               "$dynamicRef", "$recursiveRef")
+SCHEMA_WITHIN = re.compile(r"%json\s*(?={)")             # Lark's language
 VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 # How the compiler's words of a grammar begin, and what is told of that. What comes behind holds the input.
 REASONS = tuple((re.compile(words, re.MULTILINE), reason) for words, reason in (
@@ -90,11 +91,25 @@ def of_choice(choice: Sequence[str]) -> str:
 
 
 def of_grammar(text: str) -> str:
-    """Of Lark's language or of GBNF."""
+    """Of Lark's language, in which a rule may be %json and a schema, or of GBNF."""
     try:
-        return _bounded(grammar_from("grammar", text))
-    except ValueError:
+        return _bounded(_with_schemas(grammar_from("grammar", _bounded(text))))
+    except (ValueError, RecursionError):
         raise InvalidGrammar("The grammar is neither Lark's nor GBNF.") from None
+
+
+def _with_schemas(lark: str) -> str:
+    """Those within it as they can be enforced; what is none is left to the compiler."""
+    said, done = list[str](), 0
+    for found in SCHEMA_WITHIN.finditer(lark):
+        with contextlib.suppress(json.JSONDecodeError):
+            if found.start() < done:
+                continue                                # within a schema
+            schema, end = json.JSONDecoder().raw_decode(lark, found.end())
+            schema = enforceable(schema) | {"x-guidance": JSON_OPTIONS}
+            said += lark[done:found.end()], json.dumps(schema, allow_nan=False)
+            done = end
+    return "".join([*said, lark[done:]])
 
 
 def within(frame: str, **forms: str) -> str:

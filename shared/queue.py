@@ -202,9 +202,9 @@ class Queue:
         return Reaped(*await self._run("reap", settings.max_attempts, settings.max_claims, MAX_REAPED, self._lease_ms,
                                        round(stall_s * 1000)))
 
-    async def cancel(self, job_id: str, code: str = "cancelled") -> bool:
-        """Ends a job whoever holds it; False when it has ended or is unknown."""
-        return await self._run("cancel", job_id, code) is not None
+    async def cancel(self, job_id: str, code: str = "cancelled", *, worker: str = "") -> bool:
+        """Ends a job, whoever holds it or only if `worker` does; False when it has ended, is unknown or not held so."""
+        return await self._run("cancel", job_id, code, worker) is not None
 
     async def erase(self, job_id: str) -> bool:
         """Ends a job if it lives; nobody finds it any more. False when it is unknown."""

@@ -175,7 +175,7 @@ class Worker:
                 self.engine.add(await self._request(answer))
         except (ValueError, InvalidGrammar) as error:
             log.error("job %s is refused by the engine: %s", claimed.job.id, error)
-            await self.queue.cancel(claimed.job.id, "job_failed")
+            await self.queue.cancel(claimed.job.id, "job_failed", worker=self.name)
             return
         self._answers[claimed.job.id] = answer
         if claimed.position:
@@ -218,7 +218,7 @@ class Worker:
         while job_ids:
             try:
                 for job_id in [job_id for job_id, why in job_ids.items() if why == NO_WAY_ON]:
-                    await self.queue.cancel(job_id, "form_too_complex")
+                    await self.queue.cancel(job_id, "form_too_complex", worker=self.name)
                     del job_ids[job_id]
                 if job_ids:
                     await self.queue.release(self.name, list(job_ids), has_failed=True)

@@ -1,4 +1,4 @@
-"""Strict tools where nothing must be called and no token begins every call: from the door to what a client reads.
+"""Strict tools where nothing must be called: from the door to what a client reads.
 
 The model here is set on what it must not say: calls of other tools, or with other arguments, behind blanks, thoughts
 and markers, which it also spells. What may not come next gives way to something else at random.
@@ -21,7 +21,20 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
 from api.submit import Order, make_job
-from api.wire.dialects import HARMONY, LLAMA, MISTRAL, PYTHONIC, Dialect, harmony, pythonic
+from api.wire.dialects import (
+    DEEPSEEK,
+    HARMONY,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    PYTHONIC,
+    QWEN_CODER,
+    Dialect,
+    deepseek,
+    harmony,
+    mistral,
+    pythonic,
+)
 from api.wire.parts import Parts, Said
 from api.wire.request import ChatRequest
 from shared.grammar import Grammars
@@ -53,6 +66,17 @@ LISTS = ["[f(a=1)]", "[f(a=1), no()]", "[no(x=1)]", "[ f (b=2)]", "[\x1fno\n(", 
          "[f(a='x')]", "[g_2()]", *pythonic.BEGINS, *pythonic.ENDS]
 MESSAGES = [f'{HEAD}f {JSON}{{"a": 1}}', f'{HEAD}no {JSON}{{"a": 1}}', f'{HEAD}f<|message|>{{"b": 2}}', ANALYSIS, FINAL,
             PREAMBLE, f"<|end|>{START} to=functions.no{PREAMBLE}{{}}", *harmony.MARKERS, f"<|end|>{START}"]
+TAGS = ("<tool_call>", "</tool_call>")
+TAGGED = [f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+          for name, arguments in (("f", '{"a": 1}'), ("no", '{"a": 1}'), ("f", '{"b": 2}'))]
+ELEMENTS = [f"<tool_call>\n<function={name}>\n<parameter={key}>\n1\n</parameter>\n</function>\n</tool_call>"
+            for name, key in (("f", "a"), ("no", "a"), ("f", "b"))]
+ELEMENTS.append(ELEMENTS[1].removeprefix("<tool_call>\n"))
+SEPARATED = [f'{deepseek.CALLS}{deepseek.CALL}{name}{deepseek.SEP}{arguments}{deepseek.END_CALL}{deepseek.END_CALLS}'
+             for name, arguments in (("f", '{"a": 1}'), ("no", '{"a": 1}'), ("f", '{"b": 2}'))]
+SEPARATED.append(SEPARATED[1].removeprefix(deepseek.CALLS))
+NAMED = [f'{mistral.CALLS}{name}{mistral.ARGS}{arguments}'
+         for name, arguments in (("f", '{"a": 1}'), ("no", '{"a": 1}'), ("f", '{"b": 2}'))]
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,9 @@ CASES = {
     "array": Case(MISTRAL, ARRAYS), "pythonic": Case(PYTHONIC, LISTS),
     "pythonic between markers": Case(PYTHONIC, LISTS, pythonic.BEGINS + pythonic.ENDS),
     "pythonic that thinks": Case(PYTHONIC, LISTS, (pythonic.BEGINS[1], pythonic.ENDS[1], *THINK), thinks=True),
+    "hermes": Case(HERMES, TAGGED, TAGS), "hermes that thinks": Case(HERMES, TAGGED, (*TAGS, *THINK), thinks=True),
+    "elements": Case(QWEN_CODER, ELEMENTS, TAGS), "deepseek": Case(DEEPSEEK, SEPARATED, deepseek.MARKERS),
+    "mistral's tokens": Case(MISTRAL, NAMED, mistral.MARKERS),
     "harmony": Case(HARMONY, MESSAGES, harmony.MARKERS), "harmony that is spelled": Case(HARMONY, MESSAGES)}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -156,6 +183,9 @@ def test_one_call_is_all_where_one_is_asked_for(case: Case) -> None:
 
 F, G = '{"name": "f", "parameters": {"a": 1}}', '{"name": "g_2", "parameters": {}}'
 FREE = [
+    ("hermes", f"Hm, <tool_call or <tool_calls>. {TAGGED[0]} Done.", 1),
+    ("hermes that thinks", f"{THOUGHT}{TAGGED[0]}", 1),
+    ("elements", "<functions> of </tool_call", 0), ("deepseek", f"{SEPARATED[0]}Done.", 1),
     ("llama", '{"name": "Bob", "age": 3}', 0), ("llama", "{", 0), ("llama", f"So: {F}", 0), ("llama", "", 0),
     ("llama", f" {F}; {G}\nDone; bye.", 2), ("llama", '{\n\t"name":"f",\n\t"parameters":{"a":1}}', 1),
     ("llama with its tag", TAG + F, 1), ("llama with its tag", f"{TAG}print(1)", 0), ("llama with its tag", F, 1),

@@ -279,6 +279,18 @@ async def test_cancel_ends_a_job_in_every_state(queue: Queue) -> None:
     assert not any((await leftovers(queue)).values())
 
 
+async def test_a_worker_cancels_only_what_it_holds(queue: Queue) -> None:
+    job = await submit(queue)
+    assert not await queue.cancel(job.id, "form_too_complex", worker="w1"), "it is in line"
+    await claim_one(queue, "w1")
+    await lose_lease(queue)
+    await queue.reap()
+    await claim_one(queue, "w2")
+    assert not await queue.cancel(job.id, "form_too_complex", worker="w1"), "it has lost it"
+    assert await queue.cancel(job.id, "form_too_complex", worker="w2")
+    assert (await queue.read(job.id))[-1].finish == Finish(Usage(3, 0), error="form_too_complex")
+
+
 async def test_a_deadline_ends_a_job(queue: Queue) -> None:
     job = await submit(queue, make_job(deadline_s=0.05))
     await asyncio.sleep(0.1)

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from shared.errors import InvalidGrammar
-from shared.grammar import Grammars, of_schema
+from shared.grammar import Grammars, of_grammar, of_schema
 from shared.schemas import enforceable
 from worker import tiny
 
@@ -70,6 +70,16 @@ def test_what_cannot_be_said_otherwise_is_refused(schema: Any, words: str) -> No
     {"enum": ['[^"]', {"pattern": '[^"]'}]}, {"pattern": "a^b[a^]"}, {"pattern": 5}, 5, [], None], ids=str)
 def test_what_is_kept_stays_as_it_is(schema: Any) -> None:
     assert enforceable(schema) == schema
+
+
+def test_a_schema_within_a_grammar_is_kept_as_any_other() -> None:
+    schema = {"anyOf": [{"const": "%json {}"}, {"type": "string", "pattern": '^[^"]$'}]}
+    matcher = GRAMMARS.compile(of_grammar(f'start: "<" %json{json.dumps(schema)} ">" // %json {{"a": {{"b":\n'))
+    for text, is_right in (('<"%json {}">', True), ('<"a">', True), (r'<"\"">', False)):
+        copy, ids = matcher.deep_copy(), TOKENIZER.encode(text, add_special_tokens=False).ids
+        assert (copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()) == is_right, text
+    with pytest.raises(InvalidGrammar, match="minProperties"):
+        of_grammar('start: "a" | b\nb: %json {"minProperties": 3}')
 
 
 def test_a_client_does_not_say_how_strictly_it_is_kept() -> None:

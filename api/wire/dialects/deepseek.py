@@ -103,4 +103,4 @@ def _is_name(name: str) -> bool:
     return not set(name) & set("\n`{") and not any(text in name for text in MARKERS) and name == name.strip()
 
 
-DEEPSEEK = DeepSeek("deepseek", ((CALLS,),), MARKERS, opening=CALLS)
+DEEPSEEK = DeepSeek("deepseek", ((CALLS,),), MARKERS, opening=CALLS, also_opens=CALL)

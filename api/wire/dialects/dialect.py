@@ -6,11 +6,13 @@ It knows no dialect.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from api.wire.reasoning import BEGIN, END
 from shared.errors import InvalidGrammar
 from shared.grammar import within
 from shared.schemas import ESCAPES, enforceable
@@ -55,6 +57,7 @@ class Dialect(ABC):
     can_call: bool = True
     is_leading: bool = False                            # its calls begin an answer, as other answers may begin too
     opening: str = ""                                   # the marker that calls begin with, and nothing else
+    also_opens: str = ""                                # what its reader takes for one, besides
     fold_version: int = 3                               # the first that reads it (api/wire/chat.py)
 
     def of(self, added_id: AddedId) -> Dialect:
@@ -72,12 +75,14 @@ class Dialect(ABC):
 
     def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
         """Of text that may hold such calls, behind a thought if the model may have one. Here a token tells that calls
-        begin, none of the others is text, and a thought is text like any other; empty where there is no such token."""
+        begin, no text spells it, and a thought is text like any other; empty where there is no such token."""
         if not self.opening or added_id(self.opening) is None:
             return ""
-        markers = [token_id for token_id in map(added_id, self.markers) if token_id is not None]
-        times, apart = "?" if is_one else "*", ",".join(map(str, sorted(markers)))
-        return within(f"start: text (@calls text){times}\ntext: <[^{apart}]>*\n", calls=calls)
+        opens = "|".join(re.escape(text) for text in (self.opening, self.also_opens) if text)
+        shown = sorted(token_id for token_id in (added_id(BEGIN), added_id(END)) if token_id is not None)
+        more = f" (<[{','.join(map(str, shown))}]> TEXT?)*" if shown else ""
+        return within(f"start: text (@calls text){'?' if is_one else '*'}\ntext: TEXT?{more}\n"
+                      f"TEXT: {text_but(f'(?s:.)*({opens})')}\n", calls=calls)
 
     def framed(self, form: str, added_id: AddedId) -> str:
         """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""

@@ -112,4 +112,5 @@ def _is_name(name: str) -> bool:
     return not set(name) & set("<>\n") and name == name.strip() and len(name) <= MAX_NAME_CHARS
 
 
-QWEN_CODER = QwenCoder("qwen3_coder", ((FUNCTION, PARAMETER),), (CALL, END_CALL), opening=CALL)
+QWEN_CODER = QwenCoder("qwen3_coder", ((FUNCTION, PARAMETER),), (CALL, END_CALL), opening=CALL,
+                       also_opens=FUNCTION)
