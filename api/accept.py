@@ -50,7 +50,7 @@ def new_id(served: Served, order: Order) -> str:
 async def submit_once(pod: Pod, served: Served, order: Order, key: str, body: bytes) -> str:
     """As submit, under a key: the id of the completion that it stands for, which is in line, runs or has ended.
 
-    Who comes second submits as well: the first may have died before it did, and the same id twice is one job.
+    A second request submits too, for the first may have died before it did: submit is idempotent by job id.
     """
     what = order.tenant, key, order.language, body
     reservation = await pod.reservations.reserve(*what, new_id(served, order))

@@ -51,7 +51,7 @@ class Batches:
                       now_ms // 1000 + round(self._settings.batch_s), asked.metadata)
         # Its requests must be there for as long as any of them may be asked.
         await self._files.publish(tenant, input_file, self._settings.batch_s + LATE_S)
-        # First where it is looked for: a batch that nobody finds would be validated for ever.
+        # First into the index: a batch that no pod finds would stay `validating` for ever.
         await self._redis.zadd(BATCHES, {_member(tenant, batch.id): batch.created_ms})
         fields = [part for pair in batch.encode().items() for part in pair]
         if not await self._run("enlist", [_key(tenant, batch.id), tenant_key(tenant, "batches")], batch.id,

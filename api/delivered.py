@@ -33,7 +33,7 @@ class Delivered:
         return [Entry.parse(line) for line in self._lines.decode().splitlines()]
 
     async def put_back(self, queue: Queue) -> None:
-        """Says it all again, unless the log holds it. Raises StreamLost when this pod does not know enough for that."""
+        """Restores the log, unless Redis has it. Raises StreamLost when this pod lacks a part, or did it too often."""
         self._num_put_backs += 1
         if self.job is None or len(self._lines) >= MAX_KEPT_BYTES or self._num_put_backs > MAX_PUT_BACKS:
             raise StreamLost

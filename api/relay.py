@@ -61,7 +61,7 @@ class Stream:
     def push(self, entry: Entry) -> None:
         """Takes what was pushed, if it is the next; else remembers that the log must be read.
 
-        Whoever speaks under a new epoch may know another past than ours, if Redis went back: the log is asked first.
+        An entry of another epoch is not taken: if Redis went back its past may differ from ours, so the log is read.
         """
         newest = self._pending[-1] if self._pending else self.last
         position = newest.position if newest else 0     # position 0, the header, is known before anything is pushed
@@ -75,7 +75,7 @@ class Stream:
         self._wake.set()
 
     def look(self) -> None:
-        """Has the log read: something may have been missed."""
+        """Requests a read of the log: something may have been missed."""
         self._behind = True
         self._wake.set()
 

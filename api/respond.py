@@ -1,4 +1,4 @@
-"""An order's answer over HTTP: a stream of events, or one object once all has come; also of what was begun before.
+"""Answers an order over HTTP, as an event stream or as one object at the end; also an answer that began before.
 
 It knows requests and responses, nothing of what is asked in which language.
 """

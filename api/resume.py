@@ -1,4 +1,4 @@
-"""Coming back to an answer, on any pod: found by its id, folded again from the log's start, said from a position on.
+"""Resumes an answer on any pod: it is found by its id, folded again from the log's start, and sent from a position on.
 
 A position is the ordinal of an event, so whatever pod counts them counts alike. It knows nothing of HTTP.
 """
@@ -79,7 +79,7 @@ async def whole(pod: Pod, queue: Queue, found: Found, asked: Asked | None = None
 
 @contextmanager
 def _kept_until_now(found: Found) -> Iterator[None]:
-    """The log of what has ended expires: it was there a moment ago, when it was found."""
+    """Of a finished answer StreamLost becomes CompletionNotFound: its log has expired since it was found."""
     try:
         yield
     except StreamLost:

@@ -1,4 +1,4 @@
-"""What was asked for answers that are to be stored. The answers themselves are their logs, kept longer than others.
+"""Records of the requests whose answers are stored. The answers themselves are their logs, kept longer than others.
 
 It knows records and where Redis has them, nothing of HTTP or of languages.
 """
@@ -22,7 +22,7 @@ from shared.settings import Settings
 
 MAX_STORED = 10_000                                     # chat completions that a tenant can list; the oldest leave
 SCAN = 100                                              # of them, in one round trip
-SUBMIT_S = 60.0                                         # until the job is there whose record is
+SUBMIT_S = 60.0                                         # from a record to its job, at most
 FULL = "Your stored requests take too much room with this one. Delete some, do not store it, or wait until they expire."
 
 
@@ -40,7 +40,7 @@ class Record:
 
     @property
     def is_settled(self) -> bool:
-        """A job that is not there by now is kept no longer."""
+        """If its job is missing now, the job has expired: it is not still to be submitted."""
         return time.time() - self.created_ms / 1000 > SUBMIT_S
 
 
@@ -102,7 +102,7 @@ class Store:
                 return
 
     async def unlist(self, tenant: str, records: Iterable[Record]) -> None:
-        """Those that will never be told again; they are kept until their time is over."""
+        """Leaves out of the list what can never be shown again; the records stay until they expire."""
         if ids := [record.id for record in records if record.is_settled]:
             await self._redis.zrem(tenant_key(tenant, "completions"), *ids)
 

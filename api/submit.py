@@ -29,7 +29,7 @@ from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
-FORMS = ThreadPoolExecutor(32, "form")                  # they wait while forms are tried, and hold up nothing else
+FORMS = ThreadPoolExecutor(32, "form")                  # threads that wait for trials of grammars, and for nothing else
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
@@ -110,10 +110,10 @@ def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int
 
 
 def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
-    """What the answer must be. Raises BadRequest.
+    """The grammar of the answer; empty: it may be anything. Raises BadRequest.
 
-    Calls, if some are required; else what was asked for, or calls, if there may be some; else text, and where some tool
-    is strict no other calls in it than those of its schema.
+    If calls are required: calls. If a form is asked for: the form, or calls where tools are offered. Else, where a tool
+    is strict: text in which all calls follow the schemas.
     """
     if not isinstance(request, ChatRequest):
         return request.compile_grammar(tokenizer.check_grammar)
@@ -135,7 +135,7 @@ def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
 
 
 def _calls(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
-    """Of nothing but calls. Raises BadRequest."""
+    """The grammar of calls alone. Raises BadRequest."""
     choice = request.calls
     if dialect is None or not dialect.can_call:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "

@@ -1,5 +1,5 @@
-"""Where llguidance (1.9) would let a number pass that a schema excludes: a whole one, of those between it and less than
-the next. It writes 0 of (0, 0.5], -5 of [-5.5, -5), and is right where there is more between.
+"""Finds numeric bounds that llguidance (1.9) gets wrong: it writes an excluded integer where the bounds are less than 1
+apart, 0 for (0, 0.5] and -5 for [-5.5, -5). Wider intervals are right.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shared.errors import InvalidGrammar
 
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 EITHER = ("anyOf", "oneOf")
-MAX_LOOKS = 100_000                                     # at schemas, again where others refer to them
+MAX_LOOKS = 100_000                                     # visits of schemas, repeated ones through $ref too
 REFUSED = ("This cannot be enforced: bounds less than 1 apart, of which the one nearer to 0 is a whole number and is "
            "excluded.")
 
@@ -21,8 +21,8 @@ Pairs = list[tuple[str, float]]
 
 @dataclass
 class Bounds:
-    """Those of a schema's parts, by themselves, with what they must fit besides, or with one of those that they may be
-    instead. Not looked for: bounds that meet in two of those, or in lists of properties."""
+    """Checks the bounds of each part of a schema: alone, with its allOf and $ref, and with each option of an anyOf or
+    oneOf. Not checked: bounds that only meet in two options, or in one property that several parts list."""
 
     schema: Any
     num_looks: int = 0
@@ -33,7 +33,7 @@ class Bounds:
             raise InvalidGrammar(REFUSED)
 
     def _excludes_a_whole_alone(self, part: dict[str, Any]) -> bool:
-        """With each of what it may be instead."""
+        """Alone, and with each option of its anyOf and oneOf."""
         all_of = list(self._all_of(part))
         bounds = [bound for each in all_of for bound in _own(each)]
         either = [option for each in all_of for key in EITHER for option in _listed(each, key)]
@@ -42,7 +42,7 @@ class Bounds:
             for option in either)
 
     def _all_of(self, part: Any) -> Iterator[dict[str, Any]]:
-        """It, and what it must fit besides, each once."""
+        """The part, and what it must satisfy too (allOf, $ref), each once."""
         waiting, seen = [part], set[int]()
         while waiting:
             part = waiting.pop()

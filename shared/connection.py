@@ -40,8 +40,8 @@ COMMAND_TIMEOUT_S = 5.0
 MAX_RETRIES = 4                                         # of one verb, by redis-py: about a second in all
 MAX_CONNECTIONS = 64                                    # per pool; further commands wait for one
 RECONNECT_S = 0.2
-CANCEL_AGAIN_S = 0.1                                    # a task that did not end when it was told to
-SUBSCRIBE_S = 0.1                                       # until a new channel is noticed in silence
+CANCEL_AGAIN_S = 0.1                                    # until a task that ignored its cancellation is cancelled again
+SUBSCRIBE_S = 0.1                                       # until a new channel is subscribed when no message comes
 MIN_VERSION = (6, 2)
 MIN_CLUSTER_VERSION = (7,)                              # sharded pub/sub
 HEALTH_CHECK_S = 15
@@ -65,7 +65,7 @@ UNWRITABLE = (ReadOnlyError, OutOfMemoryError, NotNow)
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Raises NotNow for what redis-py, or a script of Redis 6.2, takes for an error of ours."""
+    """Raises NotNow for refusals that redis-py, or a script on Redis 6.2, reports as a plain ResponseError."""
     try:
         yield
     except ResponseError as error:
@@ -82,7 +82,7 @@ def connect(url: str) -> Redis:
                                 "health_check_interval": HEALTH_CHECK_S, "max_connections": MAX_CONNECTIONS}
     try:
         if is_cluster(url):
-            # It has the commands that we use, on keys of one slot: every pipeline and script keeps to a shard's.
+            # It has the commands that we use: each script keeps to one slot, and pipelines are no transactions.
             return cast(Redis, _mended_cluster(RedisCluster.from_url(_node_url(url), **timeouts, **retry)))
         pool = BlockingConnectionPool.from_url(url, timeout=COMMAND_TIMEOUT_S, **timeouts, **retry)
     except ValueError:
@@ -93,7 +93,7 @@ def connect(url: str) -> Redis:
 
 
 def _mended(kind: type[Any]) -> type[Any]:
-    """The same connection; a write to one that was reset or closed meanwhile fails as on any lost one."""
+    """The same class of connection, but a write to a transport that was closed meanwhile raises ConnectionError."""
     class Connection(kind):  # type: ignore[misc]
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
             try:
@@ -190,7 +190,7 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
 
 
 async def end(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Cancels tasks that speak to Redis until they are done; whoever is cancelled meanwhile is so afterwards.
+    """Cancels tasks that speak to Redis until they are done; a cancellation of the caller is raised only then.
 
     Once may not be enough: before Python 3.12 wait_for, in redis-py, loses a cancellation that comes with a reply.
     """

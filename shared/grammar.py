@@ -27,12 +27,12 @@ MAX_CACHED = 16             # compiled grammars of one tokenizer: each may take 
 MAX_CACHED_CHARS = 4 << 20  # of all of them
 TRIAL_STEPS = 8             # tokens that a grammar is tried with before a job is queued
 MAX_FORCED_BYTES = 64       # of what must follow, as tokens: more of it costs time at each of them
-TOKEN = b"\xff"             # in it, before the [id] of a token that is no text
-# A limit of work each, at some 50,000 units of fuel in a millisecond when compiled and 14,000 in a step.
+TOKEN = b"\xff"             # in forced text: stands before the [id] of a special token
+# Limits of work. Compiling burns some 50,000 units of fuel in a millisecond, a step some 14,000.
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=20_000,
                         max_items_in_row=5_000, max_lexer_states=50_000, max_grammar_size=200_000,
                         verbose_errors=False)
-# Of what must follow, llguidance would make tokens by itself: of all of it, at every token, and special ones too.
+# llguidance must not tokenize forced text by itself: it would do all of it again at every token, into special ones too.
 FREE = '%llguidance {"no_forcing": true}\nstart: @whole'
 # A model in doubt may write blanks for ever: what separates JSON's parts is short.
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"} | ESCAPES
@@ -42,7 +42,7 @@ UNENFORCED = ("not", "if", "then", "else", "uniqueItems", "contains", "minContai
               "$dynamicRef", "$recursiveRef")
 SCHEMA_WITHIN = re.compile(r"%json\s*(?={)")             # Lark's language
 VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
-# How the compiler's words of a grammar begin, and what is told of that. What comes behind holds the input.
+# How messages of the compiler begin, and what we say instead: the rest of a message may quote the input.
 REASONS = tuple((re.compile(words, re.MULTILINE), reason) for words, reason in (
     (r"Unimplemented keys", "a keyword of the schema is none that is enforced"),
     (r"Unsatisfiable schema", "the schema contradicts itself"),
@@ -113,7 +113,7 @@ def _with_schemas(lark: str) -> str:
 
 
 def within(frame: str, **forms: str) -> str:
-    """A frame in Lark's language around forms that it names: @form is the one that is given as `form`."""
+    """One grammar of several: in `frame`, in Lark's language, @NAME is the grammar that is given as argument NAME."""
     grammars: list[dict[str, Any]] = [{"lark_grammar": frame}]
     for name, form in forms.items():
         first, *rest = _parts(form)
@@ -137,7 +137,7 @@ def _bounded(grammar: str) -> str:
 
 
 class Grammars:
-    """Those of one tokenizer: compiled once while they are in use, and copied for each answer. Safe among threads."""
+    """Compiled grammars of one tokenizer: cached, and copied for each answer. Thread-safe."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]):
         self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
@@ -159,7 +159,7 @@ class Grammars:
             _ = self._tokenizer
 
     def compile(self, grammar: str, num_steps: int = 0) -> LLMatcher:
-        """Tried so many tokens far: some only show then what they are. Raises InvalidGrammar."""
+        """Compiles it and tries it `num_steps` tokens far, since some fail only then. Raises InvalidGrammar."""
         matcher = LLMatcher(self._tokenizer, within(FREE, whole=_bounded(grammar)), log_level=0, limits=LIMITS)
         trial = matcher.deep_copy()
         for step in range(num_steps + 1):
@@ -187,7 +187,7 @@ class Grammars:
         return matcher.deep_copy()
 
     def token_ids(self, text: bytes, last: list[int]) -> list[int]:
-        """In which the tokenizer would write it behind the last token, as far as that is certain of its beginning."""
+        """The tokens that the tokenizer would write for a text behind `last`: those certain whatever follows."""
         begun = text[:MAX_FORCED_BYTES]
         before, mark, token = begun.rpartition(TOKEN)
         if mark and b"]" not in token:
@@ -196,7 +196,7 @@ class Grammars:
 
 
 def _some(allowed: bytes, step: int) -> int:
-    """One of the tokens of a mask; at each step from another place on."""
+    """One allowed token of a mask; each step begins its search in another quarter of it."""
     begin = len(allowed) * (step % 4) // 4
     place = begin + len(allowed[begin:]) - len(allowed[begin:].lstrip(b"\0"))
     if place == len(allowed):
@@ -206,7 +206,7 @@ def _some(allowed: bytes, step: int) -> int:
 
 
 def _reason(error: str) -> str:
-    """What is told of what the compiler says: nothing of the input, but for names that stand above."""
+    """A compiler error in our own words: nothing of the input, except keywords that are listed above."""
     said = PLACE.sub("", error, count=1)
     found = next((reason for words, reason in REASONS if words.match(said)), "it has a part that is not understood")
     named = [key for key in UNENFORCED if f'"{key}"' in said] if found == REASONS[0][1] else []

@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 _compact = json.JSONEncoder(separators=(",", ":")).encode       # json.dumps would make one for each step of each answer
 
 Language = Literal["chat", "completions", "responses", "messages"]
-"""In which a request was made, and its answer is told (api/wire)."""
+"""The API in which a request was made and is answered (api/wire)."""
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -50,7 +50,7 @@ class Sampling:
     speculative: bool = True                            # tokens may be drafted; the answer is the same
     tells_stop: bool = False                            # the log is to say which stop string was found
     grammar: str = ""                                   # what the answer must be (shared/grammar.py); empty: anything
-    grammar_after: int | None = None                    # the token behind which it must; until then it may not end
+    grammar_after: int | None = None                    # the grammar begins behind this token; until then no end
     shown_token_ids: tuple[int, ...] = ()               # special tokens whose text is shown: the markers of a dialect
 
 
@@ -119,9 +119,9 @@ class Header:
     logprobs: bool = False
     reasoning: Literal["", "open", "maybe"] = ""        # whether it begins with a thought (api/wire/reasoning.py)
     think_end_id: int | None = None                     # the token that ends it, where it is one
-    tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects.py); empty: none
-    typed_arguments: tuple[str, ...] = ()               # of tools, those that are no strings, where a dialect must know
-    has_named_tool: bool = False                        # the one call was asked for: it is no reason to end
+    tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects); empty: none
+    typed_arguments: tuple[str, ...] = ()               # tool arguments that are not strings, if a dialect must know
+    has_named_tool: bool = False                        # tool_choice named a function: finish_reason stays stop
     has_functions: bool = False                         # calls are answered as OpenAI did before there were tools
     language: Language = "chat"
     fold_version: int = 1                               # of api/wire: how entries become events
@@ -162,7 +162,7 @@ class Entry:
         return cls(int(epoch), int(position), int(num_tokens), kind, data)  # type: ignore[arg-type]
 
     def says_the_same(self, other: Entry) -> bool:
-        """Also under another epoch: a log that was put back has new ids."""
+        """Equal but for the epoch: the entries of a restored log have new ids."""
         return (self.position, self.num_tokens, self.kind, self.data) == (
             other.position, other.num_tokens, other.kind, other.data)
 
@@ -185,7 +185,7 @@ class Job:
 
     id: str                                             # the completion id: shard and 128 random bits
     tenant: str                                         # a hash of the key, never the key
-    pod: str                                            # whose channel hears of it first; empty: it needs no reader
+    pod: str                                            # the first pod that relays it; empty: the job needs no reader
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     tokenizer_id: str                                   # of the card that rendered the prompt: must equal the worker's

@@ -12,8 +12,8 @@ import secrets
 from dataclasses import dataclass
 
 DIRECTORY = "{baton}:models"
-"""HASH, the workers': shard id → Announcement (shared/card.py). What a pod knows of models. Fields expire by their own
-`expires_ms`, and are removed by whoever finds them stale."""
+"""HASH, written by workers: shard id → Announcement (shared/card.py). Pods learn from it which models are served. A
+field is valid until its own `expires_ms`; any worker removes it some time later."""
 
 BATCHES = "{baton}:batches"
 """ZSET, the API's: `<tenant> <batch>` of every batch that is not over → the ms at which it was created. Where a pod
@@ -43,7 +43,7 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
 
 TENANT_KEYS: dict[str, tuple[str, str, str]] = {
     # What spans models lies under the tenant's own tag, `{t.<tenant>}`.
-    "stored:<id>": ("string", "scripts", "asked of an answer to be stored, JSON; `request_deadline_s + store_s`"),
+    "stored:<id>": ("string", "scripts", "the request of a stored answer, JSON; `request_deadline_s + store_s`"),
     "stored": ("zset", "scripts", "answers to be stored → the ms of Redis time at which what was asked expires"),
     "stored_bytes": ("hash", "scripts", "answer to be stored → the bytes of what was asked; field '': of all of them"),
     "completions": ("zset", "api", "chat completions that are stored → the ms at which they were asked for"),
@@ -90,7 +90,7 @@ def new_completion_id(shard: Shard, kind: str = "chatcmpl-") -> str:
 
 
 def completion_id(shard: Shard, digits: str, kind: str = "chatcmpl-") -> str:
-    """The id of 32 hex digits that are given."""
+    """The completion id made of these 32 hex digits."""
     assert kind in KINDS
     return f"{kind}{shard.id}-{digits}"
 

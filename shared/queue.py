@@ -1,4 +1,4 @@
-"""The verbs of the protocol, each one round trip, each safe to repeat. The only code that speaks to a shard.
+"""The verbs of the protocol, each one round trip, each idempotent. Beside them only workers write: what they announce.
 
 The atomic steps are the Lua files beside this one; here their arguments are packed and their replies unpacked.
 """
@@ -27,7 +27,7 @@ VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "l
 MAX_REAPED = 64                                         # jobs put back by one reap
 MAX_PODS = 8                                            # that relay one answer: the newest are pushed to
 MAX_ATTENDED = 1024                                     # jobs of one `attend`, in which Redis does nothing else
-STALLED_REAPS = 4                                       # due, and none has come: Redis stood still
+STALLED_REAPS = 4                                       # that were due and did not run: Redis itself stood still
 ERASED_S = 60.0                                         # until what was erased is gone; nobody finds it meanwhile
 MIN_DEADLINE_S = 1.0                                    # of a job that is put back: late, it must still be ended
 PREFIX_TTL_S = 600.0                                    # how long a worker is believed to hold a prompt's beginning
@@ -92,7 +92,7 @@ class Found:
 
 
 class Behind(Exception):
-    """This Redis does not know what it has acknowledged: it lost its data, or another one took its place too early."""
+    """Redis lacks what it has acknowledged: it lost its data, or a replica that lagged behind was promoted."""
 
 
 class Queue:
@@ -190,7 +190,7 @@ class Queue:
     async def release(self, worker: str, job_ids: Sequence[str] = (), *, has_failed: bool = False) -> int:
         """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends.
 
-        At those that it has failed at, as one that dies does, others may try `max_attempts` times in all.
+        With `has_failed` it counts as a lost lease: after `max_attempts` in a row without progress a job is given up.
         """
         return int(await self._run("release", worker, self.settings.max_attempts, self.settings.max_claims,
                                    int(has_failed), *job_ids))
@@ -211,7 +211,7 @@ class Queue:
         return await self._run("erase", job_id, round(ERASED_S * 1000)) is not None
 
     async def is_erased(self, job_id: str) -> bool:
-        """For `ERASED_S`; then it is unknown."""
+        """Whether it was erased less than `ERASED_S` ago; after that it is unknown."""
         return bool(await self.redis.hexists(self.shard.key(f"job:{job_id}"), "erased"))
 
     async def attend(self, pod: str, job_ids: Sequence[str]) -> int:
@@ -300,7 +300,7 @@ class Queue:
         with refusals():
             try:
                 return await redis.evalsha(script.sha, 1, self.shard.tag, *args)
-            except NoScriptError:                       # in one command, since it may lose what it is told to keep
+            except NoScriptError:                       # EVAL, no SCRIPT LOAD before: Redis may forget it in between
                 return await redis.eval(script.script, 1, self.shard.tag, *args)
 
 

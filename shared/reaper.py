@@ -28,5 +28,5 @@ async def reap(queues: Callable[[], Iterable[Queue]], settings: Settings) -> Non
                     log.warning("%r: %d jobs back in line, %d given up, %d past their deadline, %d unread",
                                 queue, *astuple(reaped))
         except connection.TROUBLE:
-            # While Redis was away nobody could renew: when it is back, healthy workers speak first.
+            # Nobody could renew while Redis was away: live workers get time to do so before we reap.
             pause_s = 2 * settings.lease_s

@@ -1,5 +1,5 @@
-"""JSON schemas as llguidance (1.9) enforces them: where it would let pass what JSON Schema excludes, a schema is said
-otherwise, or refused.
+"""Rewrites JSON schemas so that llguidance (1.9) enforces all of them; where it would let pass what JSON Schema
+excludes, and no rewriting helps, a schema is refused.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from shared.errors import InvalidGrammar
 # With escapes of any character, "\u0061" would be another name than "a", for properties and for their patterns.
 ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
 BY_NAME = ("properties", "$defs", "definitions")
-DATA = ("const", "enum", "default", "examples")         # what looks like a schema in them is none
+DATA = ("const", "enum", "default", "examples")         # their values are data, not schemas
 UNTOLD = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-MAX_EXACT = 1 << 53         # of whole numbers: beyond, it has every second or less
+MAX_EXACT = 1 << 53         # integers: beyond, llguidance rounds them as doubles
 
 
 def enforceable(schema: Any) -> Any:
-    """Says the same. Raises InvalidGrammar."""
+    """An equivalent schema, which llguidance enforces. Raises InvalidGrammar when there is none."""
     return _said(schema, Bounds(schema))
 
 
@@ -53,7 +53,7 @@ def _said_of(key: str, value: Any, bounds: Bounds) -> Any:
 
 
 def _is_told(value: Any) -> bool:
-    """Whether the compiler's grammar says it as it is."""
+    """Whether the compiler writes this constant exactly."""
     if isinstance(value, dict):
         return all(map(_is_told, (*value, *value.values())))
     if isinstance(value, list):
@@ -64,8 +64,8 @@ def _is_told(value: Any) -> bool:
 
 
 def _quotes_apart(pattern: str) -> str:
-    """A class that holds all control characters would hold quotes and backslashes too, however they are excluded: NUL
-    is taken out of those that are told by what they exclude."""
+    """Excludes NUL from every negated class: one that holds all control characters would match quotes and backslashes
+    too, even where it excludes them."""
     return "".join(_parts(pattern))
 
 

@@ -87,7 +87,7 @@ class Settings(BaseSettings):
         None, gt=0, description="memory for keys and values, kept prefixes too; none: 4 GiB, on a GPU what is free")
     enable_prefix_caching: bool = Field(True, description="keep the computed beginnings of prompts")
     prefill_chunk_tokens: int | None = Field(
-        None, ge=16, description="of a prompt at a time; none: 256, with AMX twice, on a GPU 512; slow ones take fewer")
+        None, ge=16, description="prompt tokens in a step; none: 256, with AMX or on a GPU 512; fewer on slow machines")
     exact_replay_max_tokens: int = Field(
         4096, ge=0, description="where chunks round otherwise than rows, longer answers continue from a prefill: "
                                 "valid, not exact")

@@ -12,34 +12,34 @@ STACK_BYTES = 8 << 20       # of a thread that we start, whatever the system wou
 
 
 def num_cores() -> int:
-    """That this process may use."""
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def most_threads() -> int:
-    """Of a forward: as OpenMP has it, no more than OMP_NUM_THREADS where somebody has set that."""
+    """The most threads of a forward: one for each core, but no more than OMP_NUM_THREADS where that is set."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return min(num_cores(), int(wanted)) if wanted.isdecimal() and int(wanted) else num_cores()
 
 
 def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Who waits for the other threads of a forward sleeps soon, and leaves the core to whom they wait for: one whose
-    core an API took goes on there. OpenMP reads it once, when torch is loaded."""
+    """Lets OpenMP threads sleep soon at a barrier instead of spinning, so that a thread whose core was taken by another
+    process can go on on theirs. OpenMP reads the variable once, when torch is loaded."""
     if environment.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}):
         environment["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def default_threads(num_cores: int, num_bytes: int) -> int:
-    """A core is left to Redis, the API and the worker's loop, which meet a small model every few milliseconds.
+    """A small model leaves one core to Redis, the API and the worker's loop, which run every few milliseconds then.
 
-    Between the steps of a large one they are seldom seen. It goes by the size of the weights and not by time, so that
-    like machines have like numerics.
+    Beside the long steps of a large one they hardly matter. Chosen by the size of the weights and not by measured time,
+    so that like machines have the same numerics.
     """
     return num_cores if num_bytes >= LARGE_BYTES else max(1, num_cores - 1)
 
 
 def threads_of_each(num_cores: int, num_workers: int) -> int:
-    """Of several workers on one machine."""
+    """Threads of each of several workers on one machine."""
     return max(1, (num_cores - 1) // num_workers)
 
 

@@ -1,8 +1,8 @@
-"""Grammars are tried in processes of their own: none takes more time, memory or stack there than it may, whatever is in
-it, and who asks is not harmed by one that wants more.
+"""Tries grammars in processes of their own, with limits of time, memory and stack: a bad one cannot harm the caller.
 
-A server that holds the tokenizer forks for each trial, which ends itself at its limits. It is reached through one
-socket, over which it is handed another one for each trial. It ends with who has started it.
+A server process holds the tokenizer and forks for each trial, which ends itself at its limits. The server is reached
+through one socket, over which it receives a further socket for each trial. It ends when the process that started it
+does.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from shared.grammar import TRIAL_STEPS, Grammars
 
 log = logging.getLogger(__name__)
 
-CPU_S = 0.5                 # of a trial,
-WALL_S = 10.0               # where others want the processor
+CPU_S = 0.5                 # of one trial
+WALL_S = 10.0               # of one trial, where other processes want the cores
 STACK_BYTES = threads.STACK_BYTES // 2                  # a thread that compiles it afterwards has more
 HEAP_BYTES = 256 << 20      # while it is compiled,
 KEPT_BYTES = 64 << 20       # and of what is compiled
 NICENESS = 5
 START_S = 60.0              # until a tokenizer is made
-EXIT_S = 1.0                # until it is known how a server has ended that does not start
+EXIT_S = 1.0                # wait for the exit code of a server that did not start
 MAX_AT_ONCE = 2
 MAX_KNOWN = 4096            # verdicts
 TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
-BEGUN, FAILED = b"\1", b"\2"                            # said by a trial before anything else, and instead of a verdict
+BEGUN, FAILED = b"\1", b"\2"                            # sent before anything else; sent instead of a verdict
 
 
 class Trials:
-    """Of one tokenizer. Safe among threads."""
+    """Checks grammars for one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._made_of = tokenizer_json, vocab_size, eos_token_ids
@@ -84,7 +84,7 @@ class Trials:
             if begun:
                 log.warning("a trial of a grammar did not come to its end")
                 break
-            with self._starts:                          # it has ended, or can make no process
+            with self._starts:                          # the server has ended, or cannot fork
                 self._server = None if self._server is server else self._server
         raise Unavailable(retry_after_s=1.0)
 

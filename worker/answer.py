@@ -23,7 +23,7 @@ class Choice:
     """One of the n answers, and what it has drawn since the last flush."""
 
     text: TextStream
-    token_ids: list[int] = field(default_factory=list)              # all that were logged before this worker's first
+    token_ids: list[int] = field(default_factory=list)              # all that were logged, by whichever worker
     finish_reason: FinishReason | None = None
     unflushed: list[Delta] = field(default_factory=list)
 

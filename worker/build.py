@@ -30,8 +30,8 @@ def build(settings: Settings, folder: Path) -> Engine:
     model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len, device=settings.device,
                  max_num_seqs=settings.max_num_seqs, quantization=settings.quantization)
     on_cpu = model.device.type == "cpu"
-    if model.is_uniform and not settings.threads:       # whose bits do not depend on it, and whose work is shared
-        torch.set_num_threads(most_threads())           # by whoever is free: a core that others need is no loss
+    if model.is_uniform and not settings.threads:       # its bits do not depend on the number of threads, and those
+        torch.set_num_threads(most_threads())           # that are free do more: a core that others need is no loss
     prefill_chunk = settings.prefill_chunk_tokens or (CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,

@@ -1,7 +1,8 @@
-"""What one choice must be, for the engine: which tokens may follow.
+"""Grammar constraints for the engine: which tokens may follow in each choice.
 
-Of all choices of a step at once, without the interpreter lock; what takes long, in a thread beside the forward. And
-only of those that would not say it anyway. It knows grammars and token ids, nothing of jobs or tensors.
+The masks of a step are made for all choices at once, without the interpreter lock, and in a thread beside the forward
+where that takes long. A choice that mostly keeps its grammar by itself needs none. It knows grammars and token ids,
+nothing of jobs or tensors.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from shared.grammar import Grammars
 
 BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
-MAY_TAKE_S = 0.002                                      # the look-up of a token; what it takes more is late,
-MAX_LATE_S = 0.5                                        # and what others take less makes up for it
-MIN_WARY_TOKENS, MAX_WARY_TOKENS = 3, 128               # before which a mask is made, from the refused one on
+MAY_TAKE_S = 0.002                                      # for the look-up of one token; what exceeds it is lateness,
+MAX_LATE_S = 0.5                                        # which quicker look-ups reduce, and which ends the answer here
+MIN_WARY_TOKENS, MAX_WARY_TOKENS = 3, 128               # for which masks are made, from a refused token on
 
 
 class Masks:
-    """Makes those of a step."""
+    """Fills the token masks of a step."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._last_s = 0.0
 
     def fill(self, matchers: list[tuple[LLMatcher, int]], bits: npt.NDArray[np.int32]) -> Future[None] | None:
-        """Row by row, at once if the last ones were made in a moment; None: they are there."""
+        """One row for each matcher. At once (None) if the last masks were quick, else in a thread."""
         if self._last_s > BRIEF_S:
             return self._thread.submit(self._fill, fill_next_token_bitmask_par, _executor(), matchers, bits)
         self._fill(_fill_in_turn, matchers, bits)
@@ -63,8 +64,8 @@ def _executor() -> LLExecutor:
 
 @dataclass(slots=True)
 class Trust:
-    """In a choice that may say by itself what it must. Lost at a token that may not follow, for longer the sooner that
-    comes again, and given back without a look at what it would have said."""
+    """Whether a choice may draw before its mask is made. Lost at a token that is not allowed, for longer the sooner
+    that happens again; it returns after some tokens, whatever would have been drawn without masks."""
 
     _num_wary: int = 0                                  # tokens until it is given again
     _num_lost: int = 0                                  # at the last loss, less one for every right token since
@@ -81,7 +82,7 @@ class Trust:
             self._num_lost = max(0, self._num_lost - 1)
 
     def lose(self) -> None:
-        """It said what may not follow; who is not trusted had no say."""
+        """It drew what is not allowed. Without effect while it is not trusted: then masks decide."""
         if self.is_given:
             self._num_wary = self._num_lost = min(max(2 * self._num_lost, MIN_WARY_TOKENS), MAX_WARY_TOKENS)
 
@@ -102,8 +103,8 @@ class GrammarConstraint:
     @classmethod
     def of(cls, grammars: Grammars, grammar: str, token_ids: Sequence[int], after: int | None = None
            ) -> Self:
-        """Of a choice that has drawn these; until the token `after` it may say anything, but not end. Raises
-        InvalidGrammar."""
+        """The constraint of a choice that has drawn `token_ids`. Before the token `after` anything may follow but an
+        end. Raises InvalidGrammar."""
         constraint = cls(grammars, grammar, after)
         constraint._is_lost |= not all(map(constraint._goes_on, token_ids))
         constraint._look_ahead()
@@ -162,8 +163,8 @@ class GrammarConstraint:
         return True
 
     def _is_named(self, token_id: int) -> bool:
-        """By the mask; where there is none, by what makes one: what must follow comes in the tokenizer's own tokens,
-        though its grammar would take others, and an end is a matter of the mask alone."""
+        """Whether the mask allows it. Without a mask: forced text must come in the tokenizer's own tokens, though the
+        grammar would take others; an end needs the mask; the rest is left to the grammar."""
         if self.forced:
             return token_id == self.forced[0]
         if self._bits is None and token_id not in self._grammars.eos_token_ids:
@@ -171,7 +172,7 @@ class GrammarConstraint:
         return bool(int(self._mask()[token_id // 32]) >> token_id % 32 & 1)
 
     def _goes_on(self, token_id: int) -> bool:
-        """False: it may not follow, or nobody can say what may."""
+        """Advances by a token. False: it may not follow, or the grammar was given up."""
         if self._is_lost:
             return False
         if self._after is not None:
@@ -188,13 +189,13 @@ class GrammarConstraint:
         return has_taken
 
     def _note(self, took_s: float) -> None:
-        """Some grammars are slower at every token: who waits beside them waits no longer than a moment."""
+        """Gives up a grammar that is slow at every token: the rest of the batch would wait for it."""
         self._late_s = max(0.0, self._late_s + took_s - MAY_TAKE_S)
         self._is_lost |= self._late_s > MAX_LATE_S
 
     def _look_ahead(self) -> None:
-        """What must follow comes in the tokenizer's own tokens, unless those are special ones, which text is not. A
-        matcher that gave up has stopped too, and is not complete."""
+        """Finds the forced tokens, in the tokenizer's own way to write them, none if it would need special ones; and
+        whether the answer is complete. A matcher that has failed is stopped too, but not complete."""
         if self._after is not None or self._is_lost:
             return
         self.forced = []

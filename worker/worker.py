@@ -1,8 +1,8 @@
 """The worker: claim, step, publish, finish, in one loop. The only file of this room that speaks to Redis.
 
 The loop is also the heartbeat: what renews the lease is a step that was made, never a task at its side. A step blocks
-the event loop on purpose: a thread of its own would fight it for the interpreter lock. A publish leaves before the next
-step begins, and what became of it is looked at after that step.
+the event loop on purpose: a thread of its own would fight it for the interpreter lock. A publish is sent before the
+next step begins, and its outcome is handled after that step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 AWAY = (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError)
 STEPS_REMEMBERED = 1000                                 # for the step times that a worker shows
-WATCH_SLACK = 0.25                                      # of step_timeout_s: how old a watchdog gets, and Redis' share
-LOOP_TURNS = 4                                          # of asyncio, from a socket to whoever waits: some 20 µs each
+WATCH_SLACK = 0.25                                      # of step_timeout_s: age of a watchdog, and a publish's share
+LOOP_TURNS = 4                                          # loop iterations from a socket to its reader: some 20 µs each
 MIN_RETAINED = 0.1                                      # of retain_s, when Redis has little memory left
 FORGET_MODEL_S = 3600.0                                 # a model that nobody serves stays known this long: 503, not 404
 
@@ -98,7 +98,7 @@ class Worker:
         self._announce()
         if not self._answers:
             await self._settle()
-            await self._rest()                          # what ends it makes the next turn claim, which renews
+            await self._rest()                          # then the next turn claims, which renews the lease
             return
         outputs = self._step() if self.engine.has_work else []      # a claimed answer may lack only its terminal
         await self._settle()
@@ -108,11 +108,11 @@ class Worker:
         if failures := [output for output in outputs if output.finish_reason in FAILURES]:
             await self._give_up(failures)
         for _ in range(LOOP_TURNS):
-            await asyncio.sleep(0)                      # lets out what was drawn, and in what arrived: jobs, signals
+            await asyncio.sleep(0)                      # asyncio sends what was drawn, and reads what has arrived
 
     def _step(self) -> list[Output]:
         began_s, slack_s = time.monotonic(), self.settings.step_timeout_s * WATCH_SLACK
-        if began_s - self._watched_s > slack_s:         # its thread needs no interpreter lock, and says where we hung
+        if began_s - self._watched_s > slack_s:         # its thread needs no interpreter lock, and prints our stack
             faulthandler.dump_traceback_later(self.settings.step_timeout_s + 2 * slack_s, exit=True)
             self._watched_s = began_s
         outputs = self.engine.step()
@@ -134,7 +134,7 @@ class Worker:
         num_free = self.engine.num_free_seqs
         if num_free <= 0 or (self._answers and self._alone):
             return
-        await self._settle()                            # a refusal, or what is put back, must not meet a newer claim
+        await self._settle()                            # its refusals and restores are handled before a newer claim
         self._unwatch()                                 # Redis may take its time
         self._wake.clear()
         now_s = time.monotonic()
@@ -202,8 +202,8 @@ class Worker:
                 for write in answer.flush(now_s)]
 
     async def _give_up(self, failures: Sequence[Output]) -> None:
-        """Others try, as when a worker dies of a job; where they would come no further, it has ended. A worker that
-        computes no numbers leaves, with all it holds."""
+        """Releases jobs that failed here to other workers, or ends those that would fail there too. A worker whose
+        logits are NaN stops, and hands over all that it holds."""
         await self._settle()
         job_ids = {output.request_id: output.finish_reason for output in failures
                    if output.request_id in self._answers}
@@ -244,7 +244,7 @@ class Worker:
             self._watched_s = float("-inf")
 
     async def _publish(self, writes: list[Write]) -> None:
-        """Says what was drawn and renews the lease: the same again, until Redis has said what became of it."""
+        """Publishes entries and renews the lease; repeats the same call until Redis has answered it."""
         now_s = time.monotonic()
         while True:
             try:
@@ -279,7 +279,7 @@ class Worker:
         return [write for write, outcome in zip(writes, outcomes, strict=True) if outcome == "gone"]
 
     async def _put_back(self, writes: list[Write]) -> list[Write]:
-        """Redis lost what it had acknowledged: says it again, and learns what is still ours. What is left to say."""
+        """Restores what Redis has lost, and drops the answers that are no longer ours. The writes that remain."""
         log.warning("Redis does not know what it has acknowledged: %d answers are put back", len(self._answers))
         # Silent for longer than ended logs are kept, we cannot tell what was lost from what has ended.
         may_restore = time.monotonic() - self._renewed_s < self.settings.retain_s * MIN_RETAINED

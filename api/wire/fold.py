@@ -30,7 +30,7 @@ class EventFold(ABC, Generic[E]):
     A client that returns names the last event that it has, `after`: up to it events are counted and not said again.
     """
 
-    tells_failures = False                              # as an answer like others; else as an error
+    tells_failures = False                              # True: a failed answer has events like any other; else an error
 
     def __init__(self, header: Header, after: int = 0) -> None:
         self.header = header
@@ -65,7 +65,7 @@ class EventFold(ABC, Generic[E]):
 class Whole(ABC, Generic[E]):
     """One object of what one log says, or several."""
 
-    tells_halves = False                                # an answer that runs, or has failed, is an object too
+    tells_halves = False                                # True: an answer that runs or has failed is an object too
 
     def __init__(self, completion_id: str) -> None:
         self.ended = False

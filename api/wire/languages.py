@@ -19,7 +19,7 @@ ID_KINDS: dict[Language, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "r
 
 
 def num_events_until(language: Language, position: int | None) -> int:
-    """How many events a client has that names the last of them."""
+    """How many events a client has whose last one has this position."""
     if position is None:
         return 0
     return position + 1 if language == "responses" else position

@@ -1,4 +1,4 @@
-"""What one choice says, told apart: what was thought, what is text, and which tools are called.
+"""Splits what one choice says into reasoning, text and calls of tools.
 
 The answers of every language are made of it. It knows deltas and their text, nothing of events.
 """
@@ -64,7 +64,7 @@ class Parts:
 
     @property
     def _is_inside(self) -> bool:
-        """A thought."""
+        """Whether the text is inside a thought."""
         return self._thoughts.is_inside or (self._calls is not None and self._calls.is_inside)
 
     def _num_thought(self, token_ids: Sequence[int]) -> int:

@@ -1,5 +1,5 @@
-"""How a model's answers are read: what their text is told apart into, as its chat template, its prompt and the request
-have it. Decided at the door, and kept in the header of the log.
+"""How an answer is parsed (tool dialect and reasoning): chosen from chat template, prompt and request when the job is
+made, and kept in the header of its log.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Turn(Fields):
 
 
 def require_calls(turns: Sequence[Turn]) -> None:
-    """Of every result, before it. Raises InvalidValue."""
+    """Every tool_result needs a tool_use before it. Raises InvalidValue."""
     called: set[str] = set()
     for number, turn in enumerate(turns):
         for block in turn.content:

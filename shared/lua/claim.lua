@@ -33,7 +33,7 @@ local function leave_for(ms)
   if look_again_ms < 0 or ms < look_again_ms then look_again_ms = ms end
 end
 
--- A better worker may come: whether that is still waited for.
+-- Whether a job still waits for a better worker; if so, this one looks again when that time is over.
 local function is_patient(waited_ms, limit_ms)
   local rest_ms = limit_ms - waited_ms
   if rest_ms > 0 then leave_for(rest_ms) end
@@ -51,7 +51,7 @@ local function warmth(prefix)
   end
 end
 
--- The head of the line; first what this worker has begun to compute for others, unless that overtakes for too long.
+-- The head of the line. Jobs whose prefix this worker has cached come first, unless another has waited too long.
 local function candidates()
   local line, mine, others = {}, {}, {}
   for _, job in ipairs(redis.call('ZRANGE', key('ready'), 0, max_scan - 1)) do
@@ -122,7 +122,7 @@ local function take(j)
   return describe(j.job, j.attempts > 0 and 1 or 0)
 end
 
--- The line is shared among those who live: the first to ask does not take all while others idle, and soon asks again.
+-- One claim takes at most an equal share per live worker, so that the first to ask leaves work to idle ones.
 local line, taken, claimed = candidates(), {}, {}
 local share = math.ceil(#line / redis.call('ZCOUNT', key('leases'), now, '+inf'))
 for _, j in ipairs(line) do

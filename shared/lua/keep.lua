@@ -1,5 +1,5 @@
 -- keep(files, pieces; file, num_bytes, lifetime_ms, rest, max_bytes, max_files, number, piece)
---   -> {'ok', the ms at which it expires}, {'bytes'} or {'files'} when the tenant would have too much; 0: as much as it likes
+--   -> {'ok', the ms at which it expires}, {'bytes'} or {'files'} when the tenant would have too much; 0 bounds nothing
 -- What is known of a file by now, with one more piece of it where `number` is not empty. Its life is never made shorter.
 -- Files whose time is over are forgotten.
 local time = redis.call('TIME')

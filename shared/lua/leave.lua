@@ -1,6 +1,6 @@
 -- leave(tag; pod, grace_ms, job) -> 'read' (by others), 'waits' (grace_ms for a reader), 'cancelled', or 'none' when the
 -- job has ended, is unknown, or goes on without readers.
--- A pod that nobody hears on its channel has died: its readers have left too.
+-- A pod whose channel has no subscriber has died, and its readers are gone.
 local NUMSUB = PUBLISH == 'SPUBLISH' and 'SHARDNUMSUB' or 'NUMSUB'
 local pod, grace_ms, job = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local hash = key('job:' .. job)

@@ -6,7 +6,7 @@
 
 local GROUP, QUEUED = 'workers', 'queued'
 local PUBLISH = 'PUBLISH'  -- in a cluster SPUBLISH, which queue.py puts here: PUBLISH would go to every node
-local BAND = 2 ^ 36  -- scores of the line: priority bands, in them start tags, in these 12 bits for the order of arrival
+local BAND = 2 ^ 36  -- a score in `ready`: priority · BAND + start tag, and the order of arrival in 12 bits of fraction
 
 local function key(name) return KEYS[1] .. ':' .. name end
 

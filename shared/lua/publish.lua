@@ -16,7 +16,7 @@ for i = 4, #ARGV, 6 do
     push(job, epoch, position, tokens, kind, data)
     if kind == 'end' then retire(job, 'finished') end
   elseif outcome == 'refused' and redis.call('HGET', key('job:' .. job), 'worker') ~= worker then
-    redis.call('SREM', key('held:' .. worker), job)                     -- else it holds the job again, and later
+    redis.call('SREM', key('held:' .. worker), job)                     -- else it holds a later claim of the job
   end
   table.insert(outcomes, outcome)
 end

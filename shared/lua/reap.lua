@@ -4,7 +4,7 @@
 local now, budget = now_ms(), tonumber(ARGV[3])
 local requeued, dead, late, unread = 0, 0, 0, 0
 
--- Nobody has looked for so long that Redis itself stood still: who lives must get to speak before it is called dead.
+-- If no reap ran for so long, Redis itself stood still: live workers must be able to renew before they are called dead.
 local looked = tonumber(redis.call('GETSET', key('looked'), now) or now)
 if now - looked > tonumber(ARGV[5]) then
   for _, worker in ipairs(redis.call('ZRANGE', key('leases'), 0, -1)) do renew(worker, ARGV[4]) end

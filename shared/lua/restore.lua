@@ -29,7 +29,7 @@ end
 local f = redis.call('HMGET', hash, 'entry', 'ended_ms', 'worker')
 if f[1] and stands() then
   if f[2] then return nil end
-  -- Also when this is said again; not when it was lost, continued by others, and is claimed anew.
+  -- May be repeated by the worker that holds the job; 0 if others wrote to the log since, even if it holds it again.
   if worker == '' or f[3] ~= worker or log_position > num_entries then return 0 end
   redis.call('SADD', held, job)
   renew(worker, ARGV[17])

@@ -1,6 +1,6 @@
 -- shelve(record, ends, sizes; id, json, lifetime_ms, max_bytes) -> 1, or 0 when the tenant would have too much
--- What was asked, of an answer to be stored; without `json` it leaves. Those whose time is over are forgotten, up to 1,000
--- at once. All together are counted in field '' of `sizes`.
+-- Stores the record of a request; with an empty `json` it is removed. Up to 1,000 expired records are forgotten on the
+-- way. Field '' of `sizes` is the sum of all sizes.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 

@@ -75,7 +75,7 @@ class Engine:
         self._group_of: dict[tuple[str, int], Group] = {}
         self._by_slot: dict[int, Sequence] = {}
         self._flights: deque[Flight] = deque()      # in order of launch
-        self._outputs: list[Output] = []            # that the next step returns, whatever becomes of it
+        self._outputs: list[Output] = []            # that the next step returns, even if it runs out of memory
 
     def add(self, request: Request) -> None:
         """Raises ValueError when the request could harm a batch."""
@@ -167,8 +167,8 @@ class Engine:
         return [sequence for group in self._running for sequence in group.computing if not sequence.is_complete]
 
     def _shrink(self) -> None:
-        """What runs gives way and replays, half as much at a time; what is kept for others goes. What nobody has read
-        is drawn once more then, and is the same."""
+        """Out of memory: preempts all sequences, halves how many may run, and empties the prefix cache. Draws that were
+        not read are drawn again, and come out the same."""
         in_flight = {sequence for flight in self._flights for sequence in flight.sequences}
         for sequence in in_flight:
             sequence.num_pending_tokens = 0
@@ -202,7 +202,7 @@ class Engine:
                 self._by_slot[sequence.slot] = sequence
 
     def _make_room(self, num_pages: int) -> bool:
-        """At the cost of what is kept for others, never of what runs."""
+        """Evicts cached prefixes, never what runs. False: even so there are too few pages."""
         if self.num_available_pages < num_pages:
             return False
         while self.kv.num_free_pages < num_pages:
@@ -214,7 +214,7 @@ class Engine:
         self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
 
     def _secure_memory(self) -> None:
-        """For all that is drawn; the oldest has the first word. Who gives way must know all that it has drawn."""
+        """Pages for all drawn tokens, the oldest first. Before anyone is preempted, pending draws are read."""
         for group in sorted(self._running, key=lambda group: group.number):
             for sequence in list(group.sequences.values()):
                 while sequence.slot != WAITING and (
@@ -239,7 +239,7 @@ class Engine:
         self.num_preempted += 1
 
     def _constrain(self) -> None:
-        """What may follow is found out while others are computed, of what is known to be drawn."""
+        """Begins to make masks, beside the forward; first reads the pending draws that they depend on."""
         constrained = [sequence for sequence in self._computing() if sequence.constraint]
         if any(sequence.num_pending_tokens for sequence in constrained):
             self._land(len(self._flights))
@@ -248,7 +248,7 @@ class Engine:
                  if sequence.constraint and self._asks_first(sequence))
 
     def _asks_first(self, sequence: Sequence) -> bool:
-        """Masks are made beside what a device computes, so there all ask."""
+        """Whether a mask is made before the draw: on a GPU always, since it is made while the GPU computes."""
         return sequence.asks_first or (self.runs_ahead and sequence.constraint is not None)
 
     def _draft(self) -> None:
@@ -307,7 +307,7 @@ class Engine:
             self.kv.keep(span.slot, slot, span.begin, span.end)
 
     def _share_prompt(self, group: Group) -> list[Sequence]:
-        """What the first choice has computed, all have."""
+        """Copies the prompt that the first choice has computed to all others."""
         leader, *others = sequences = list(group.sequences.values())
         for sequence in others:
             self.kv.copy(leader.slot, sequence.slot, 0, leader.num_prompt_tokens)
@@ -318,7 +318,7 @@ class Engine:
         return sequences
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Neighbouring rows of one sequence are its next token, and what would come behind its draft."""
+        """Draws for each row. Neighbouring rows of one sequence are its next token, and those behind its draft."""
         if not sequences:
             return
         rows, draws_first = list[Row](), False
@@ -335,7 +335,7 @@ class Engine:
             sequence.num_pending_tokens += 1            # and those of its draft that will be accepted
 
     def _land(self, num_flights: int) -> None:
-        """Reads what so many forwards have drawn, the first ones."""
+        """Reads the draws of the oldest `num_flights` forwards."""
         for _ in range(num_flights):
             flight = self._flights[0]
             refused = {place: draws for place, draws in flight.read() if not self._take(flight, place, draws)}
@@ -344,7 +344,7 @@ class Engine:
             self._flights.popleft()                     # from here on nothing needs memory
 
     def _take(self, flight: Flight, place: int, draws: list[Draw]) -> bool:
-        """False: none of what is drawn may follow. Who has ended or left meanwhile does not listen."""
+        """Takes the draws of a sequence, unless it has left. False: its constraint accepts none of them."""
         sequence = flight.sequences[place]
         if self._by_slot.get(sequence.slot) is not sequence:
             return True
@@ -357,7 +357,7 @@ class Engine:
         return True
 
     def _draw_again(self, flight: Flight, refused: dict[int, list[Draw]]) -> None:
-        """Of all that may follow."""
+        """With masks, for the sequences whose first draw was refused."""
         assert flight.logits is not None
         sequences = [flight.sequences[place] for place in refused]
         _prepare(sequence.constraint for sequence in sequences if sequence.constraint)
@@ -368,7 +368,7 @@ class Engine:
             self._take(again, place, [draw, *behind])
 
     def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
-        """What its constraint has accepted already, and the draft behind it."""
+        """The first draw, which its constraint has accepted, and the draft tokens that the draws confirm."""
         num_before, num_drafted = len(sequence.output_token_ids), len(sequence.draft_token_ids)
         taken = sequence.accept(draws)
         if taken is None:

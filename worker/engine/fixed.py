@@ -1,11 +1,10 @@
 """Forwards of fixed shapes, as a GPU wants them: each is recorded once as a CUDA graph, hundreds of kernels that the
 processor launches with one call.
 
-Rows that are none fill a forward up. Decode rows come in forwards of few rows, in one of few sizes, where answers are
-exact of those that were found to say the same, and made for a number of pages that a row may reach: programs for pages
-that no row has end at once, but not for nothing. Long chunks of prompts come in a forward of many rows, in tiles. A
-graph that does not say at once what the forward itself says is not used; then the same forward is launched kernel by
-kernel.
+Forwards are padded to their shape. For decode rows there are a few sizes (where answers are exact, only those that give
+equal bits), each for a few maximal numbers of pages: programs for pages that no row has end at once, but not for free.
+Long chunks of prompts go through one forward of many rows, in tiles. A graph whose output differs from the plain
+forward's is not used; then the same forward is launched kernel by kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a forward has drawn, from its launch until it is read, and which of that may follow."""
+"""The draws of one forward, from its launch until the host reads them, and which of them a constraint accepts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from worker.engine.sequence import Sequence
 class Flight(NamedTuple):
     sequences: list[Sequence]       # one for each row
     rows: list[Row]
-    logits: Tensor | None           # from which to draw again; None where everybody has asked before
+    logits: Tensor | None           # to draw again from; None if no constraint is asked after the draw
     draws: Draws
 
     def read(self) -> Iterator[tuple[int, list[Draw]]]:
-        """Of each sequence its first row, and what its rows have drawn."""
+        """For each sequence its first row, and the draws of all its rows."""
         draws, place = iter(self.draws.read()), 0
         for _, same in groupby(self.sequences):
             drawn = [next(draws) for _ in same]
@@ -27,8 +27,8 @@ class Flight(NamedTuple):
             place += len(drawn)
 
     def first_to_follow(self, place: int, draw: Draw) -> Draw | None:
-        """What must follow; or of what a row has drawn, and would draw next, what its constraint accepts. What is no
-        number as well."""
+        """The forced token; else the first of the drawn token and its runners-up that the constraint accepts, or None.
+        The draw itself without a constraint, or where logits were NaN."""
         sequence = self.sequences[place]
         constraint = sequence.constraint
         if constraint is None or not draw.is_valid:

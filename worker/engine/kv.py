@@ -41,7 +41,7 @@ class KVSlots(Slots):
         self._give_up(slot)
 
     def num_pages_to_keep(self, begin: int, end: int) -> int:
-        """That must be free, at most: of two chunks that meet in one page, the second needs it no more."""
+        """Free pages that `keep` needs at most; of two chunks in one page, the second needs none."""
         return len(list(places(begin, end)))
 
     def keep(self, source: int, target: int, begin: int, end: int) -> None:
@@ -90,7 +90,7 @@ class KVSlots(Slots):
             self.memory.copy(self._number((page, source)), self._number((page, target)), place.start, place.stop)
 
     def wipe(self, slot: int, num_tokens: int) -> None:
-        """Of what is no number: padding is read with weight zero, and zero times NaN is NaN."""
+        """Zeroes a slot that may hold NaN: padding is read with weight zero, and zero times NaN is NaN."""
         for cache in (cache for layer in self.layers for cache in layer):
             cache[:self.pages(num_tokens), slot] = 0
 

@@ -1,7 +1,7 @@
-"""The likeliest tokens of rows, and what all weigh together, for a CPU: each in two passes over a vocabulary.
+"""Top k and log-sum-exp of rows on a CPU, each in two passes over the vocabulary.
 
-A row is cut into `NUM_PARTS` parts. Of as many parts as tokens are wanted, those with the largest numbers, each has one
-at least as large as the least of these largest; so whatever is as large is all that has to be ordered.
+For the top k a row is cut into `NUM_PARTS` parts. The k largest of the parts' maxima are numbers of the row, so the
+least of them is a lower bound of its top k: only what is at least as large has to be sorted.
 """
 
 from __future__ import annotations

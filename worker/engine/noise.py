@@ -1,4 +1,4 @@
-"""What rows draw that are not truncated, for a CPU: in one pass over a vocabulary. The noise is that of rng.py."""
+"""Draws for rows without top_k and top_p on a CPU, in one pass over the vocabulary. The noise is that of rng.py."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class RunnersUp(NamedTuple):
                    torch.empty(num_rows, LANES))
 
     def of(self, row: int) -> Iterator[int]:
-        """Who would be drawn if who comes before could not: behind the drawn token, as far as it is certain. A lane's
-        second is known by its number alone, so all ends where one might be next."""
+        """What would be drawn next if the earlier ones were refused, as far as that is certain: of a lane's second
+        largest only the value is known, so the list ends where one of those might be next."""
         lanes = zip(*(part[row].tolist() for part in self), strict=True)
         first, *others = sorted(lanes, key=lambda lane: (-lane[0], lane[1]))
         hidden = first[2]

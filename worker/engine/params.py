@@ -1,4 +1,4 @@
-"""What one choice asks of its tokens, as they are drawn."""
+"""The sampling parameters of one choice, prepared for the sampler."""
 
 from __future__ import annotations
 

@@ -37,11 +37,11 @@ class Constraint(Protocol):
 
     @property
     def forced(self) -> list[int]:
-        """What must follow, first of all its first, and perhaps only that; empty where there is a choice."""
+        """Tokens that must follow, in order, perhaps only the first of them; empty where there is a choice."""
 
     @property
     def is_trusted(self) -> bool:
-        """What it says by itself will do, as a rule: it may draw first, and ask afterwards."""
+        """Its draws are mostly allowed: it may draw first, and be checked afterwards."""
 
     @staticmethod
     def prepare(constraints: Sequence[Any]) -> None:
@@ -51,8 +51,8 @@ class Constraint(Protocol):
         """A bit for each token id that may follow, 32 in each."""
 
     def accept(self, token_id: int) -> bool:
-        """Goes on behind it. False: it may not follow, `allowed` would not name it, and nothing has changed; or it
-        does, and nobody can say what may follow that."""
+        """Advances by a token. False: `allowed` does not name it, and nothing has changed; or the constraint cannot be
+        followed any further."""
 
 
 @dataclass(frozen=True, slots=True)

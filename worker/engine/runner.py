@@ -102,7 +102,7 @@ class Runner:
         return rows.decoding(sequences), *logits.split([rows.num_decoding, len(forward.prefills)])
 
     def _known(self, token_ids: list[int], slots: list[int]) -> list[int] | Tensor:
-        """With the pending ones from where they were drawn, without waiting for them."""
+        """Token ids; pending ones are taken from where the device has drawn them, without waiting."""
         if PENDING not in token_ids:
             return token_ids
         ids, places = (send(values, self.model.device) for values in (token_ids, slots))

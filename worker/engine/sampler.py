@@ -107,7 +107,7 @@ class Sampler:
         self.params[slot] = None
 
     def sample(self, logits: Tensor, rows: Sequence[Row], *, wants_runners_up: bool = False) -> Draws:
-        """Runners-up come where one pass draws: of rows that are drawn otherwise nobody wants them."""
+        """Runners-up are known where the one-pass kernel draws; other rows do without."""
         params, runners_up = [self._params(row.slot) for row in rows], None
         if self.has_kernel:
             drawn = self._draw_there(logits, rows, params)
@@ -144,7 +144,7 @@ class Sampler:
         return drawn, runners_up
 
     def _wishes(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Wishes | None:
-        """For one pass over logits as they come; None where some row wants more than that."""
+        """Arguments of the one-pass kernel; None where some row needs more than one pass."""
         noise = kernels_for("noise", logits)
         is_constrained = any(row.allowed is not None for row in rows)
         if noise is None or (is_constrained and not noise.takes_bits(logits)) or any(
@@ -162,7 +162,7 @@ class Sampler:
         return cast("Wishes", noise.Wishes(temperatures, rng.split_keys(_keys(rows, params)), allowed))
 
     def _is_too_short(self, row: Row, params: Params) -> bool:
-        """To end: what may follow is more than a wish."""
+        """Whether min_tokens forbids an end; the mask of a constrained row does that already."""
         return row.position < params.sampling.min_tokens and bool(params.stop_token_ids) and row.allowed is None
 
     def _params(self, slot: int) -> Params:

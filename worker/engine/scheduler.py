@@ -56,7 +56,7 @@ class BatchLimit:
             self.num_seqs, self._num_calm_steps = self.num_seqs + 1, 0
 
     def num_free(self, num_running: int) -> int:
-        """Where nothing runs all: a request of many choices may be the only one, and an idle engine makes no step."""
+        """All while nothing runs: a request may have many choices, and an idle engine makes no steps to raise it."""
         return max(0, self.num_seqs - num_running) if num_running else self.max_num_seqs
 
 
@@ -130,7 +130,7 @@ def _in(unit: int, span: Span) -> int:
 
 
 def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span]:
-    """Nobody waits for somebody else's."""
+    """Each sequence gets one row, and more of its replay while the budget lasts."""
     for p in replaying:
         num_more = min(num_rows, p.num_tokens - p.num_computed_tokens - 1)
         num_rows -= num_more
@@ -139,7 +139,7 @@ def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span
 
 def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, budget: int, min_cost: int, max_short: int
                    ) -> Iterator[Span]:
-    """What would be more than the budget waits, unless it is the first."""
+    """Chunks in order of arrival up to the budget, at least one."""
     cost = 0
     for p in prefilling:
         begin = p.num_computed_tokens

@@ -41,7 +41,7 @@ class Sequence:
     slot: int = WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0                          # of the prompt, copied and not computed
-    num_reprefilled_tokens: int = 0                     # drawn by others, and too many to be replayed
+    num_reprefilled_tokens: int = 0                     # drawn before, and prefilled instead of replayed
     constraint: Constraint | None = None
     drafter: Drafter | None = None
     draft_token_ids: list[int] = field(default_factory=list)        # that the next step verifies
@@ -92,8 +92,8 @@ class Sequence:
 
     @property
     def asks_first(self) -> bool:
-        """What may follow, before it draws. Others draw the best of all tokens, which is the best of those that may
-        follow, mostly: they are only asked whether it is one."""
+        """Whether its mask is made before it draws. Others draw freely and are checked afterwards, since the best of
+        all tokens is mostly an allowed one."""
         return self.constraint is not None and not (
             self.params.is_plain and not self.sampling.min_tokens and self.constraint.is_trusted)
 
@@ -109,8 +109,8 @@ class Sequence:
             self.draft_token_ids = self.drafter.propose(*known, min(most, num_left))
 
     def accept(self, draws: list[Draw]) -> list[Draw] | None:
-        """The draft as far as it is what was drawn, and one token more; what stands behind was computed in vain. The
-        constraint has accepted the first one. None: they are no numbers."""
+        """Takes the draft as far as it equals what was drawn, and one token more; rows behind were computed in vain.
+        The constraint has accepted the first draw. None: the logits were NaN."""
         draft, self.draft_token_ids = self.draft_token_ids, []
         self.num_pending_tokens -= 1
         taken = list[Draw]()
@@ -158,7 +158,7 @@ class Sequence:
         return taken
 
     def restart(self) -> None:
-        """Without a slot, as if it had just come, with all that it has drawn."""
+        """Back to waiting, without a slot; what it has drawn stays, and is replayed."""
         assert not self.num_pending_tokens, f"{self!r} gives way, and what it has drawn is not known"
         self.slot, self.num_computed_tokens, self.num_cached_tokens = WAITING, 0, 0
         self.draft_token_ids = []

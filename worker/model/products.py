@@ -89,7 +89,7 @@ def takes(weight: Tensor) -> bool:
 
 
 def num_splits(num_tiles: int, num_in: int, num_programs: int) -> int:
-    """So that there are nearly so many programs, if not more."""
+    """As many as fit into `num_programs` programs, at least one."""
     return max(1, min(MAX_SPLITS, num_programs // num_tiles, num_in // MIN_SPLIT_LEN))
 
 
@@ -168,7 +168,7 @@ def _multiply(x, weight, scales, bias, out, parts, arrived, row_stride, weight_s
               split_len, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
               NUM_SPLITS: tl.constexpr, NUM_PARTS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
               HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_QUICK: tl.constexpr, IS_CHAINED: tl.constexpr):
-    """What lies beyond the last row or output is computed of others, and not kept."""
+    """Beyond the last row or output valid ones are computed again, and not stored."""
     tile, split = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)

@@ -21,7 +21,7 @@ class StopScanner:
         self._matched = [0] * len(self._stop)       # of each string, how much of it the text now ends with
 
     def scan(self, piece: str, *, may_find: bool = True) -> Scan:
-        """What it may not find yet it goes by, to find what begins in it."""
+        """Without `may_find` a stop string that ends here is passed over; one that only begins here is found later."""
         for position, character in enumerate(piece if self._stop else ""):
             longest = ""
             for i, (text, borders) in enumerate(self._stop):

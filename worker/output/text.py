@@ -18,7 +18,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), shown: Collection[int] = (),
                  min_tokens: int = 0):
         self.stop = ""                  # the stop string that was found: the text ends before it
-        self._num_early = min_tokens    # tokens that are still to come with which it does not end
+        self._num_early = min_tokens    # tokens still to come in which no stop string counts
         self._decoder = vocabulary(tokenizer).decoder(frozenset(shown))
         self._scanner = StopScanner(stop)
         self._held = ""

@@ -58,10 +58,10 @@ class Dialect(ABC):
     is_leading: bool = False                            # its calls begin an answer, as other answers may begin too
     opening: str = ""                                   # the marker that calls begin with, and nothing else
     also_opens: str = ""                                # what its reader takes for one, besides
-    fold_version: int = 3                               # the first that reads it (api/wire/chat.py)
+    fold_version: int = 3                               # the first that reads it (api/wire/fold.py)
 
     def of(self, added_id: AddedId) -> Dialect:
-        """As a tokenizer has it."""
+        """This dialect, or its variant for tokenizers in which its first marker is a token."""
         other = self.with_tokens
         return self if other is None or added_id(other.markers[0]) is None else other
 
@@ -102,13 +102,13 @@ class Dialect(ABC):
 
 
 def marker(text: str, added_id: AddedId) -> str:
-    """As a grammar says it."""
+    """A marker in a grammar: its token where it is one, else its text."""
     token_id = added_id(text) if text else None
     return quoted(text) if token_id is None else f"<[{token_id}]>"
 
 
 def text_but(begun: str) -> str:
-    """A grammar's word that is any text, if it does not begin as a regular expression says."""
+    """A Lark terminal: any text that does not begin with a match of this regular expression."""
     begun = begun.replace("/", r"\/")
     return f"/(?s:.)+/ & ~/({begun})(?s:.)*/"
 

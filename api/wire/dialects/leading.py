@@ -1,8 +1,8 @@
 """Text that may hold calls, of dialects whose calls need no token: an answer that begins as calls do is calls.
 
-The dialect says as a regular expression what its reader would take for a call, and no text begins so. A grammar takes
-the longest word that it can, and while a text may go on, that is the text: so where calls begin, it has to end within
-their first word. It knows no dialect.
+The dialect gives a regular expression of what its reader would take for a call, and no text begins with a match of it.
+The lexer is greedy, so text goes on for as long as it may: it has to become impossible within the first terminal of a
+call. It knows no dialect.
 """
 
 from __future__ import annotations

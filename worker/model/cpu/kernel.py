@@ -155,7 +155,7 @@ def processor() -> Processor:
 
 
 def threads_for(num_numbers: int, least: int = MIN_SHARED_WORK) -> int:
-    """That so much work is worth."""
+    """Threads that so much work is worth."""
     return torch.get_num_threads() if num_numbers >= least else 1
 
 

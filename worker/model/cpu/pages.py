@@ -1,4 +1,4 @@
-"""Memory for weights in large pages: in the usual ones a core looks addresses up for as long as it reads.
+"""Memory for weights in huge pages: with the usual ones TLB misses slow down reading.
 
 On the machine of the README products of one row are 5 to 12 % faster so, those of more rows 1 to 4 %. torch can be told
 to ask for such pages, and places most tensors where none can be had.
