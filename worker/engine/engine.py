@@ -210,7 +210,9 @@ class Engine:
         return True
 
     def _evict(self, index: int | None = None) -> None:
-        index, slot = self.prefix_cache.evict(index)
+        self._drop_chunk(*self.prefix_cache.evict(index))
+
+    def _drop_chunk(self, index: int, slot: int) -> None:
         self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
 
     def _secure_memory(self) -> None:
@@ -386,8 +388,10 @@ class Engine:
                       0 if num_before else sequence.num_cached_tokens)
 
     def _fail(self, sequence: Sequence, why: str) -> Output:
-        self.kv.wipe(sequence.slot, self.kv.num_owned_tokens(sequence.slot))
-        self.prefix_cache.forget(self._group_of[sequence.key].prefix)
+        if why == NOT_A_NUMBER:                         # its keys and values may be none either
+            self.kv.wipe(sequence.slot, self.kv.num_owned_tokens(sequence.slot))
+            for place in self.prefix_cache.forget(self._group_of[sequence.key].prefix):
+                self._drop_chunk(*place)
         self._retire(sequence)
         return Output(sequence.request_id, sequence.index, (), (), why)
 

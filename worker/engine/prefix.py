@@ -8,10 +8,8 @@ without whose predecessors it is worth nothing. It knows names and slots, nothin
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-FORGOTTEN = "!"                                         # no name begins so
 
 
 @dataclass(slots=True)
@@ -51,16 +49,12 @@ class PrefixCache:
         index, name = oldest
         return index, self._columns[index].pop(name)
 
-    def forget(self, names: Iterable[str]) -> None:
-        """These chunks are never found again, and go first."""
-        for index, name in enumerate(names):
-            column = self._columns[index]
-            if name in column:
-                column[FORGOTTEN + name] = column.pop(name)
-                column.move_to_end(FORGOTTEN + name, last=False)
-                del self._order[index, name]
-                self._order[index, FORGOTTEN + name] = None
-                self._order.move_to_end((index, FORGOTTEN + name), last=False)
+    def forget(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Forgets these chunks of a prompt, from its first on. The index of each that was kept, and the slot it leaves."""
+        kept = [(index, name) for index, name in enumerate(names) if name in self._columns[index]]
+        for place in kept:
+            del self._order[place]
+        return [(index, self._columns[index].pop(name)) for index, name in kept]
 
     @property
     def num_chunks(self) -> int:

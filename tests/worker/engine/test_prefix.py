@@ -6,12 +6,14 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.prefix import prefix_names
 from tests.worker.engine.driver import greedy, run, seeded, token_ids
 from tests.worker.families import VOCAB_SIZE, save
 from worker.engine.engine import Engine, Output, Request
 from worker.engine.prefix import PrefixCache
+from worker.engine.request import NOT_A_NUMBER
 from worker.model.loading import load
 
 CHUNK = 32
@@ -89,11 +91,34 @@ def test_the_least_recently_used_chunk_goes_first() -> None:
     assert cache.evict(0) == (0, 9)
     assert cache.place(0, "d") == 9
     assert (cache.find(0, "b"), cache.find(0, "a"), cache.find(0, "d")) == (None, 8, 9)
-    cache.forget(["d"])
-    assert cache.find(0, "d") is None
-    assert cache.evict() == (0, 9), "what was forgotten goes before what is older"
+    assert cache.place(1, "e") == 9
+    assert cache.forget(["d", "e", "f"]) == [(0, 9), (1, 9)]
+    assert cache.forget(["d"]) == [] and cache.find(0, "d") is None
+    assert not cache.is_full(0) and cache.place(0, "d") == 9, "its place is free again"
+    assert cache.forget(["d"]) == [(0, 9)]
     assert [cache.evict(), cache.evict()] == [(1, 8), (0, 8)], "without its predecessor a chunk is worth nothing"
     assert cache.num_chunks == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_failure_leaves_nothing_behind(folder: Path, dtype: str) -> None:
+    """However often: chunks before what is no number are computed anew, and their memory is found again."""
+    engine = Engine(load(str(folder), dtype=dtype), max_num_seqs=4, prefill_chunk=CHUNK)
+    shared, poison = prompt(3 * CHUNK), VOCAB_SIZE - 1
+    healthy = Request("healthy", (*shared, 2), greedy(5))
+    sick = Request("sick", (*shared, poison), greedy(5))
+    expected = token_ids(run(engine, {0: [healthy]})["healthy", 0])
+    assert poison not in (*shared, *expected)
+    with torch.no_grad():
+        engine.model.module.model.embed_tokens.weight[poison] = float("nan")
+    for _ in range(3):
+        outputs = run(engine, {0: [sick], 2: [healthy]})
+        assert token_ids(outputs["healthy", 0]) == expected
+        assert [output.finish_reason for output in outputs["sick", 0]] == [NOT_A_NUMBER]
+    engine.check()
+    while engine.prefix_cache.num_chunks:
+        engine._evict()
+    assert engine.kv.num_free_pages == engine.kv.num_pages
 
 
 def test_names_are_equal_exactly_when_all_before_is() -> None:
