@@ -27,6 +27,7 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
     "out:<id>": ("stream", "scripts", "the answer's log, the truth: header, fences, deltas, terminal; as its job"),
     "leases": ("zset", "scripts", "worker → expiry in ms of Redis time"),
     "held:<worker>": ("set", "scripts", "jobs that a worker holds; until it has none"),
+    "sequence:<worker>": ("hash", "scripts", "its last claim and publish, which may be repeated; until its lease ends"),
     "looked": ("string", "scripts", "the ms of Redis time at which somebody last looked for expired leases"),
     "deadlines": ("zset", "scripts", "job → the ms of Redis time at which it must have ended"),
     "readers": ("zset", "scripts", "job → the ms of Redis time until which it goes on with nobody reading"),

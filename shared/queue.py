@@ -6,7 +6,7 @@ The atomic steps are the Lua files beside this one; here their arguments are pac
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,8 @@ VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "l
 MAX_REAPED = 64                                         # jobs put back by one reap
 MAX_PODS = 8                                            # that relay one answer: the newest are pushed to
 MAX_ATTENDED = 1024                                     # jobs of one `attend`, in which Redis does nothing else
+MAX_CHOICES = 1 << 30                                   # of a worker of which nothing is known
+ANY_JOB = ("*",)                                        # instead of the jobs that a worker holds
 STALLED_REAPS = 4                                       # that were due and did not run: Redis itself stood still
 ERASED_S = 60.0                                         # until what was erased is gone; nobody finds it meanwhile
 MIN_DEADLINE_S = 1.0                                    # of a job that is put back: late, it must still be ended
@@ -122,13 +124,18 @@ class Queue:
         return int(num_queued)
 
     async def claim(self, worker: str, sequence: int, num_free: int, *, tokenizer_id: str, weights_id: str,
-                    numerics_id: str) -> Claims:
-        """Takes jobs of at most `num_free` choices. Repeat a call whose reply was lost with the same `sequence`."""
+                    numerics_id: str, most_choices: int = MAX_CHOICES, held: Iterable[str] | None = None) -> Claims:
+        """Takes jobs of at most `num_free` choices. Repeat a call whose reply was lost with the same `sequence`.
+
+        `most_choices`: the most that the worker ever has room for. `held`: all jobs that it computes; what Redis thinks
+        that it holds besides goes back in line. None: it does not say.
+        """
         settings = self.settings
         look_again_ms, *rows = await self._run(
             "claim", worker, self._lease_ms, sequence, num_free, tokenizer_id, weights_id, numerics_id,
             round(settings.patience_s * 1000), settings.max_scan, round(settings.prefix_patience_s * 1000),
-            round(PREFIX_TTL_S * 1000), int(settings.allow_other_weights))
+            round(PREFIX_TTL_S * 1000), int(settings.allow_other_weights), most_choices, settings.max_attempts,
+            settings.max_claims, *(ANY_JOB if held is None else held))
         jobs, malformed = [], []
         for job_id, epoch, position, num_tokens, alone, is_like, request, header in rows:
             try:

@@ -71,6 +71,8 @@ class Answer:
     def take(self, output: Output) -> bool:
         """A choice gained tokens. True when a stop string ended it, and the engine has to be told."""
         choice = self.choices[output.index]
+        if choice.finish_reason:
+            return False                                # an engine that runs ahead drew more before it was told
         text = ""
         for num_fed, token_id in enumerate(output.token_ids, 1):
             text += choice.text.feed((token_id,))

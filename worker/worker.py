@@ -16,8 +16,10 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from redis.asyncio import Redis
@@ -57,8 +59,10 @@ class Worker:
         self._tokenizer = Tokenizer.from_str(card.tokenizer_json)
         self._grammars = Grammars(card.tokenizer_json, card.vocab_size, card.eos_token_ids)
         self._answers: dict[str, Answer] = {}
+        self._compiler = ThreadPoolExecutor(1, "compile")
+        self._compiling: dict[str, asyncio.Future[Request]] = {}    # answers that the engine gets with their grammar
         self.is_broken = False                          # its model gave no numbers: another process must load it again
-        self._alone = False                             # the one answer here must run by itself
+        self._alone = ""                                # its job lost a worker: nothing is begun until it has a token
         self._claim_sequence = 1
         self._claim_at_s = self._renewed_s = self._announced_s = float("-inf")
         self._wake = asyncio.Event()
@@ -85,6 +89,8 @@ class Worker:
         try:
             while not self._stopping.is_set():
                 await self._turn()
+                for chore in filter(asyncio.Task.done, chores):
+                    chore.result()                      # it does not end but by an error
             await self._settle()
             log.info("%s hands over %d jobs", self.name, await self.queue.release(self.name))
         except AWAY:
@@ -92,6 +98,7 @@ class Worker:
         finally:
             self._unwatch()
             await connection.end([task for task in (*chores, self._announcing, self._publishing) if task])
+            self._compiler.shutdown(wait=False, cancel_futures=True)
 
     async def _turn(self) -> None:
         await self._admit()
@@ -100,6 +107,12 @@ class Worker:
             await self._settle()
             await self._rest()                          # then the next turn claims, which renews the lease
             return
+        if self._compiling and not self.engine.has_work:
+            self._unwatch()
+            await asyncio.wait(self._compiling.values(), timeout=self.settings.lease_s / 8,
+                               return_when=asyncio.FIRST_COMPLETED)
+        for job_id in [job_id for job_id, request in self._compiling.items() if request.done()]:
+            await self._compute(self._answers[job_id], self._compiling.pop(job_id).result)
         outputs = self._step() if self.engine.has_work else []      # a claimed answer may lack only its terminal
         await self._settle()
         writes = self._collect(outputs)
@@ -131,8 +144,8 @@ class Worker:
         """Takes jobs when there is room and something was said of new ones, or it is time to look."""
         if not self._wake.is_set() and time.monotonic() < self._claim_at_s:
             return
-        num_free = self.engine.num_free_seqs
-        if num_free <= 0 or (self._answers and self._alone):
+        num_free = self.engine.num_free_seqs - sum(self._answers[job_id].job.n for job_id in self._compiling)
+        if num_free <= 0 or self._alone in self._answers:
             return
         await self._settle()                            # its refusals and restores are handled before a newer claim
         self._unwatch()                                 # Redis may take its time
@@ -142,7 +155,8 @@ class Worker:
         card = self.card
         try:
             claims = await self.queue.claim(self.name, self._claim_sequence, num_free, tokenizer_id=card.tokenizer_id,
-                                            weights_id=card.weights_id, numerics_id=card.numerics_id)
+                                            weights_id=card.weights_id, numerics_id=card.numerics_id,
+                                            most_choices=card.max_num_seqs, held=self._answers)
             self._renewed_s = now_s
             if claims.look_again_s is not None:
                 self._claim_at_s = min(self._claim_at_s, now_s + claims.look_again_s)
@@ -156,7 +170,7 @@ class Worker:
             await asyncio.sleep(connection.RECONNECT_S)
             return                                      # the same sequence again gives the same jobs again
         self._claim_sequence += 1
-        self._alone = any(claimed.alone for claimed in claims.jobs)
+        self._alone = next((claimed.job.id for claimed in claims.jobs if claimed.alone), "")
 
     async def _begin(self, claimed: Claimed) -> None:
         if known := self._answers.get(claimed.job.id):
@@ -170,22 +184,24 @@ class Worker:
         answer = Answer(claimed, self._tokenizer, entries)
         answer.is_exact &= self.engine.is_exact and all(
             self.engine.replays_exactly(len(choice.token_ids)) for choice in answer.choices)
-        try:
-            if not answer.ended:
-                self.engine.add(await self._request(answer))
-        except (ValueError, InvalidGrammar) as error:
-            log.error("job %s is refused by the engine: %s", claimed.job.id, error)
-            await self.queue.cancel(claimed.job.id, "job_failed", worker=self.name)
-            return
         self._answers[claimed.job.id] = answer
         if claimed.position:
             log.info("continues %r", answer)
+        if answer.job.sampling.grammar and not answer.ended:
+            self._compiling[claimed.job.id] = asyncio.get_running_loop().run_in_executor(
+                self._compiler, answer.request, self._grammars)     # others are computed meanwhile
+        elif not answer.ended:
+            await self._compute(answer, partial(answer.request, self._grammars))
 
-    async def _request(self, answer: Answer) -> Request:
-        """To compile a grammar may take a while."""
-        if answer.job.sampling.grammar:
-            return await asyncio.to_thread(answer.request, self._grammars)
-        return answer.request(self._grammars)
+    async def _compute(self, answer: Answer, request: Callable[[], Request]) -> None:
+        """Hands a request to the engine, or ends a job that it refuses."""
+        try:
+            self.engine.add(request())
+        except (ValueError, InvalidGrammar) as error:
+            log.error("job %s is refused by the engine: %s", answer.job.id, error)
+            self._drop(answer.job.id)
+            with contextlib.suppress(*AWAY):            # then the next claim hands it back
+                await self.queue.cancel(answer.job.id, "job_failed", worker=self.name)
 
     # ── publish ──
 
@@ -205,6 +221,7 @@ class Worker:
         """Releases jobs that failed here to other workers, or ends those that would fail there too. A worker whose
         logits are NaN stops, and hands over all that it holds."""
         await self._settle()
+        self._unwatch()                                 # Redis may take its time
         job_ids = {output.request_id: output.finish_reason for output in failures
                    if output.request_id in self._answers}
         for job_id, why in job_ids.items():
@@ -270,7 +287,9 @@ class Worker:
             if answer is None or answer.epoch != write.epoch:
                 continue
             if outcome == "ok":
-                self._alone = False                     # it has a new token: not what took its last worker down
+                if write.job_id == self._alone:         # it has a new token: not what took its last worker down
+                    self._alone = ""
+                    self._wake.set()
                 answer.log.append(write.entry)
             elif outcome == "refused":
                 self._drop(write.job_id)
@@ -298,6 +317,8 @@ class Worker:
     def _drop(self, job_id: str) -> None:
         log.info("job %s is not ours any more", job_id)
         del self._answers[job_id]
+        if compiling := self._compiling.pop(job_id, None):
+            compiling.cancel()
         self.engine.abort(job_id)
 
     # ── what others see ──
@@ -328,8 +349,7 @@ class Worker:
                 pipe.hset(DIRECTORY, word.shard, word.encode())
                 pipe.hgetall(DIRECTORY)
                 *_, fields = await pipe.execute()
-            stale = [field for field, raw in fields.items()
-                     if Announcement.decode(raw).expires_ms < now_ms - FORGET_MODEL_S * 1000]
+            stale = [field for field, raw in fields.items() if _is_forgotten(raw, now_ms)]
             if stale:
                 await redis.hdel(DIRECTORY, *stale)
         except connection.TROUBLE as error:
@@ -345,3 +365,11 @@ class Worker:
                 "step_p50_ms": round(step_ms[len(step_ms) // 2], 2),
                 "step_p99_ms": round(step_ms[int(len(step_ms) * 0.99)], 2),
                 "card": self._card_hash, "numerics_id": self.card.numerics_id, "engine": repr(self.engine)}
+
+
+def _is_forgotten(announcement: bytes, now_ms: int) -> bool:
+    """Of a model that nobody has served for `FORGET_MODEL_S`. Those of another version are left to workers of it."""
+    try:
+        return Announcement.decode(announcement).expires_ms < now_ms - FORGET_MODEL_S * 1000
+    except ValueError:
+        return False

@@ -1,12 +1,15 @@
 -- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
---       prefix_patience_ms, prefix_ttl_ms, any_weights)
+--       prefix_patience_ms, prefix_ttl_ms, any_weights, most_choices, max_attempts, max_claims, job...)
 --   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request, header}...}
 -- look_again_ms: until a job that was left to another worker may be this one's; -1 when none was left so.
--- The same sequence number again gives the same jobs again: a claim whose reply was lost loses nothing.
-local SHARE_MS = 10  -- for others to take their share of the line
+-- The same sequence number again gives the same jobs again: a claim whose reply was lost loses nothing. The jobs are all
+-- that the worker knows to be its own; what it holds besides, Redis or a reply having been lost, goes back in line ('*':
+-- it does not say).
+local SHARE_MS = 10  -- for others to take their share of the line, and for jobs to get their first token
+local MAX_PAGES = 16 -- of max_scan jobs each, looked through for those that this worker could compute
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
 local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
-local self = key('worker:' .. worker)
+local self, held = key('sequence:' .. worker), key('held:' .. worker)
 local now, look_again_ms = now_ms(), -1
 renew(worker, ARGV[2])
 
@@ -22,12 +25,17 @@ local before = redis.call('HMGET', self, 'claim', 'claimed')
 if before[1] == ARGV[3] then
   local reply = {SHARE_MS}
   for job, alone in string.gmatch(before[2], '(%S+):(%d)') do
-    if redis.call('SISMEMBER', key('held:' .. worker), job) == 1 then table.insert(reply, describe(job, tonumber(alone))) end
+    if redis.call('SISMEMBER', held, job) == 1 then table.insert(reply, describe(job, tonumber(alone))) end
   end
   return reply
 end
 
-local empty = redis.call('SCARD', key('held:' .. worker)) == 0
+local known = {}
+for i = 16, #ARGV do known[ARGV[i]] = true end
+for _, job in ipairs(redis.call('SMEMBERS', held)) do
+  if not known['*'] and not known[job] then hand_back(worker, job, false, tonumber(ARGV[14]), tonumber(ARGV[15])) end
+end
+local empty = redis.call('SCARD', held) == 0
 
 local function leave_for(ms)
   if look_again_ms < 0 or ms < look_again_ms then look_again_ms = ms end
@@ -51,22 +59,54 @@ local function warmth(prefix)
   end
 end
 
--- The head of the line. Jobs whose prefix this worker has cached come first, unless another has waited too long.
+-- load(job) -> what is to be known of it; nil if this worker could never compute it, or it is no job any more
+local function load(job)
+  local hash = key('job:' .. job)
+  local f = redis.call('HMGET', hash, 'entry', 'attempts', 'choices', 'tokenizer_id', 'weights_id', 'numerics_id',
+                       'start_tag', 'prefix', 'ready_ms')
+  if not f[1] then redis.call('ZREM', key('ready'), job) return nil end
+  if f[4] ~= ARGV[5] or tonumber(f[3]) > tonumber(ARGV[13]) then return nil end
+  local started = (select(2, last(job)) or 0) > 0
+  if started and f[5] ~= ARGV[6] and ARGV[12] ~= '1' then return nil end
+  return {job = job, hash = hash, entry = f[1], attempts = tonumber(f[2]), choices = tonumber(f[3]), started = started,
+          numerics_id = f[6], start_tag = tonumber(f[7]), prefix = f[8], warmth = warmth(f[8]), ready_ms = tonumber(f[9])}
+end
+
+-- The head of the line. Of the first priority band those whose prefix this worker has cached come before the others,
+-- unless one of these has waited too long.
 local function candidates()
-  local line, mine, others = {}, {}, {}
-  for _, job in ipairs(redis.call('ZRANGE', key('ready'), 0, max_scan - 1)) do
-    local f = redis.call('HMGET', key('job:' .. job), 'prefix', 'ready_ms')
-    local candidate = {job = job, warmth = f[1] and warmth(f[1]), ready_ms = tonumber(f[2] or 0)}
-    table.insert(line, candidate)
-    table.insert(candidate.warmth == 'mine' and mine or others, candidate)
+  local line, mine, others, behind, band = {}, {}, {}, {}, nil
+  for page = 0, MAX_PAGES - 1 do
+    local rows = redis.call('ZRANGE', key('ready'), page * max_scan, (page + 1) * max_scan - 1, 'WITHSCORES')
+    for i = 1, #rows, 2 do
+      local candidate = load(rows[i])
+      if candidate and #line < max_scan then
+        local its_band = math.floor(rows[i + 1] / BAND)
+        band = band or its_band
+        table.insert(line, candidate)
+        table.insert(its_band > band and behind or candidate.warmth == 'mine' and mine or others, candidate)
+      end
+    end
+    if #line >= max_scan or #rows < 2 * max_scan then break end
   end
   if #others == 0 or now - others[1].ready_ms >= prefix_patience_ms then return line end
-  for _, candidate in ipairs(others) do table.insert(mine, candidate) end
+  for _, part in ipairs({others, behind}) do
+    for _, candidate in ipairs(part) do table.insert(mine, candidate) end
+  end
   return mine
 end
 
--- A job that took down a worker runs alone. When all are busy, one of them is reserved: it takes nothing more until it
--- is empty.
+-- Whether every job that this worker holds has a token since it was claimed: none of them takes a worker down by itself.
+local function is_proven()
+  for _, job in ipairs(redis.call('SMEMBERS', held)) do
+    local position = select(2, last(job)) or 0
+    if position <= tonumber(redis.call('HGET', key('job:' .. job), 'claim_position') or 0) then return false end
+  end
+  return true
+end
+
+-- A job that took down a worker begins beside proven ones alone, one that took down two beside none. When all workers
+-- are busy, one of them is reserved: it takes nothing more until the job may begin.
 local function reserve(hash)
   local r = redis.call('HMGET', hash, 'reserved_by', 'reserved_ms')
   if r[1] and r[1] ~= worker and now - r[2] < 2 * ARGV[2] then return false end
@@ -76,29 +116,17 @@ end
 
 -- suits -> 'take', 'skip' or 'stop' (nothing behind it may overtake)
 local function suits(j)
-  local waited_ms, started = now - j.ready_ms, j.position > 0
-  if j.tokenizer_id ~= ARGV[5] then return 'skip' end
-  if started and j.weights_id ~= ARGV[6] and ARGV[12] ~= '1' then return 'skip' end
+  local waited_ms = now - j.ready_ms
   local is_known = j.numerics_id ~= ''                  -- not of a job that a pod put back
-  if started and is_known and j.numerics_id ~= ARGV[7] and is_patient(waited_ms, patience_ms) then return 'skip' end
-  if not started and j.warmth == 'theirs' and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
-  if j.attempts > 0 and not empty then
+  if j.started and is_known and j.numerics_id ~= ARGV[7] and is_patient(waited_ms, patience_ms) then return 'skip' end
+  if not j.started and j.warmth == 'theirs' and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
+  if j.attempts > 0 and not empty and not (j.attempts == 1 and is_proven()) then
+    if j.attempts == 1 then leave_for(SHARE_MS) end
     if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
     return 'skip'
   end
   if j.choices > free then return waited_ms > patience_ms and 'stop' or 'skip' end
   return 'take'
-end
-
-local function load(j)
-  j.hash = key('job:' .. j.job)
-  local f = redis.call('HMGET', j.hash, 'entry', 'attempts', 'choices', 'tokenizer_id', 'weights_id', 'numerics_id',
-                       'start_tag', 'prefix')
-  if not f[1] then return false end
-  j.entry, j.attempts, j.choices, j.tokenizer_id = f[1], tonumber(f[2]), tonumber(f[3]), f[4]
-  j.weights_id, j.numerics_id, j.start_tag, j.prefix = f[5], f[6], tonumber(f[7]), f[8]
-  j.position = select(2, last(j.job)) or 0
-  return true
 end
 
 local function take(j)
@@ -111,11 +139,11 @@ local function take(j)
   redis.call('HINCRBY', j.hash, 'claims', 1)
   if position == 0 then redis.call('HSET', j.hash, 'weights_id', ARGV[6], 'numerics_id', ARGV[7]) end
   assign(j.entry, worker)
-  redis.call('SADD', key('held:' .. worker), j.job)
+  redis.call('SADD', held, j.job)
   redis.call('ZREM', key('ready'), j.job)
   local virtual_time = tonumber(redis.call('HGET', key('fair'), '') or 0)
   redis.call('HSET', key('fair'), '', math.max(virtual_time, j.start_tag))
-  for name in string.gmatch(j.prefix or '', '%S+') do
+  for name in string.gmatch(j.prefix, '%S+') do
     redis.call('SET', key('prefix:' .. name), worker, 'PX', ARGV[11])
   end
   free = free - j.choices
@@ -131,8 +159,7 @@ for _, j in ipairs(line) do
     leave_for(SHARE_MS)
     break
   end
-  local verdict = 'skip'
-  if load(j) then verdict = suits(j) else redis.call('ZREM', key('ready'), j.job) end
+  local verdict = suits(j)
   if verdict == 'stop' then break end
   local row = verdict == 'take' and take(j)
   if row then

@@ -100,7 +100,7 @@ local function terminate(job, error_code, outcome)
 end
 
 -- Puts a claimed job back at the head of its line, under a fence that silences whoever held it.
--- -> 'ready', or 'dead' when it has used up its attempts
+-- -> 'ready'; 'dead' when it has used up its attempts, 'lost' when its log is gone, nil when nobody holds it
 local function requeue(job, has_failed, max_attempts, max_claims)
   local hash = key('job:' .. job)
   local f = redis.call('HMGET', hash, 'state', 'attempts', 'claims', 'claim_position', 'worker', 'entry', 'priority')
@@ -124,6 +124,14 @@ local function requeue(job, has_failed, max_attempts, max_claims)
   redis.call('ZADD', key('ready'), f[7] * BAND, job)
   redis.call(PUBLISH, key('wake'), '1')
   return 'ready'
+end
+
+-- Puts a job that a worker holds back in line, unless another one holds it by now. -> as requeue()
+local function hand_back(worker, job, has_failed, max_attempts, max_claims)
+  if redis.call('HGET', key('job:' .. job), 'worker') == worker then
+    return requeue(job, has_failed, max_attempts, max_claims)
+  end
+  redis.call('SREM', key('held:' .. worker), job)
 end
 
 -- accept(ARGV job, request, header, tenant, choices, pod, priority, deadline_ms, retain_ms, prompt_tokens, cost,
@@ -161,6 +169,6 @@ end
 -- A worker that holds nothing leaves no trace.
 local function forget(worker)
   redis.call('ZREM', key('leases'), worker)
-  redis.call('DEL', key('worker:' .. worker), key('held:' .. worker))
+  redis.call('DEL', key('worker:' .. worker), key('held:' .. worker), key('sequence:' .. worker))
   redis.pcall('XGROUP', 'DELCONSUMER', key('jobs'), GROUP, worker)
 end

@@ -4,7 +4,7 @@
 -- is no log). `sequence` counts a worker's publishes. Where the one before is unknown, this Redis lacks what another one
 -- has acknowledged, and the next entry would leave a gap: {'behind'} alone, and nothing was done. 1 begins anew.
 local worker, sequence, outcomes = ARGV[1], tonumber(ARGV[3]), {}
-local self = key('worker:' .. worker)
+local self = key('sequence:' .. worker)
 local before = tonumber(redis.call('HGET', self, 'published') or 0)
 if sequence > 1 and before ~= sequence - 1 and before ~= sequence then return {'behind'} end
 redis.call('HSET', self, 'published', sequence)

@@ -6,8 +6,7 @@ local leaves = #jobs == 0
 if leaves then jobs = redis.call('SMEMBERS', key('held:' .. worker)) end
 local released = 0
 for _, job in ipairs(jobs) do
-  local mine = redis.call('HGET', key('job:' .. job), 'worker') == worker
-  if mine and requeue(job, has_failed, tonumber(ARGV[2]), tonumber(ARGV[3])) == 'ready' then released = released + 1 end
+  if hand_back(worker, job, has_failed, tonumber(ARGV[2]), tonumber(ARGV[3])) == 'ready' then released = released + 1 end
 end
 if leaves then forget(worker) end
 count('released', released)

@@ -31,7 +31,7 @@ NUM_WORKERS, NUM_SLOTS = 4, 8
 VERB = b"EVALSHA"
 
 HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=3)
-LIKE = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
+LIKE: dict[str, Any] = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
 
 
 def make_queue(redis: Any, **settings: Any) -> Queue:

@@ -19,7 +19,7 @@ from shared.keys import Shard, new_completion_id
 from shared.queue import MAX_ATTENDED, MAX_PODS, MAX_REAPED, Claimed, Found, Queue, Write, parse_push
 from shared.settings import Settings
 
-LIKE = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
+LIKE: dict[str, Any] = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
 SHARD = Shard.of("a/{model}")
 
 
@@ -158,6 +158,27 @@ async def test_a_claim_whose_reply_was_lost_gives_the_same_jobs(queue: Queue) ->
     assert (await queue.claim("w1", 2, 8, **LIKE)).jobs == ()
 
 
+async def test_a_claim_may_be_repeated_however_late(queue: Queue) -> None:
+    """What a worker says of itself has expired then."""
+    job = await submit(queue)
+    await claim_one(queue)
+    await queue.redis.delete(SHARD.key("worker:w1"))
+    assert (await claim_one(queue)).job == job
+
+
+async def test_what_a_worker_does_not_know_that_it_holds_goes_back_in_line(queue: Queue) -> None:
+    """It has put it down, or the reply that gave it was lost with the memory of it."""
+    kept, lost = [await submit(queue) for _ in range(2)]
+    claimed = {c.job.id: c for c in (await queue.claim("w1", 1, 8, **LIKE)).jobs}
+    await queue.publish("w1", [delta(claimed[lost.id], 1)])
+    assert (await queue.claim("w1", 2, 8, **LIKE, held=[kept.id, lost.id])).jobs == ()
+    (again,) = (await queue.claim("w1", 3, 8, **LIKE, held=[kept.id])).jobs
+    assert (again.job, again.position, again.alone) == (lost, 1, False)
+    assert again.epoch > claimed[lost.id].epoch
+    await queue.redis.delete(SHARD.key("sequence:w1"))
+    assert {c.job.id for c in (await queue.claim("w1", 3, 8, **LIKE, held=[])).jobs} == {kept.id, lost.id}
+
+
 async def test_a_publish_whose_reply_was_lost_says_nothing_twice(queue: Queue) -> None:
     job = await submit(queue)
     claimed = await claim_one(queue)
@@ -262,6 +283,26 @@ async def test_a_busy_worker_drains_for_a_job_that_must_run_alone(queue: Queue) 
     assert len((await busy.claim("w2", 2, 8, **LIKE)).jobs) == 1
     await busy.publish("w1", [end(healthy, 1)])
     assert [claimed.job for claimed in (await busy.claim("w1", 3, 8, **LIKE)).jobs] == [poison]
+
+
+async def test_what_began_together_on_a_lost_worker_begins_anew_one_by_one(queue: Queue) -> None:
+    """Each until it has a token: who takes down its next worker is known then, and nobody waits for whole answers."""
+    jobs = [await submit(queue) for _ in range(3)]
+    await queue.claim("w0", 1, 8, **LIKE)
+    await lose_lease(queue)
+    await queue.reap()
+    healthy = make_queue(queue.redis, lease_s=60.0)
+    begun = list[Job]()
+    for sequence in range(1, 7):
+        claims = await healthy.claim("w1", sequence, 8, **LIKE)
+        if sequence % 2:
+            (claimed,) = claims.jobs
+            assert claimed.alone
+            begun.append(claimed.job)
+        else:
+            assert claims.jobs == () and (claims.look_again_s or sequence == 6)
+            await healthy.publish("w1", [delta(claimed, 1)], sequence // 2)
+    assert sorted(job.id for job in begun) == sorted(job.id for job in jobs)
 
 
 async def test_cancel_ends_a_job_in_every_state(queue: Queue) -> None:
@@ -534,6 +575,30 @@ async def test_what_is_warm_does_not_overtake_for_ever(each_redis: Redis) -> Non
     await asyncio.sleep(0.1)
     await submit(queue, make_job(prefix=("a",)))
     assert [c.job for c in (await queue.claim("warm", 2, 1, **LIKE)).jobs] == [old]
+
+
+async def test_jobs_that_it_could_never_compute_hide_no_others(each_redis: Redis) -> None:
+    """Of other weights, begun, or wider than it is: a change of weights leaves many of them at the head of the line."""
+    queue = make_queue(each_redis)
+    for _ in range(3):
+        await submit(queue)
+    begun = (await queue.claim("old", 1, 8, **LIKE)).jobs
+    await queue.publish("old", [delta(claimed, 1) for claimed in begun])
+    assert await queue.release("old") == 3
+    await submit(queue, make_job(n=4, priority=-1))
+    new = await submit(queue)
+    await lose_patience(queue)
+    scanning = make_queue(each_redis, max_scan=2)
+    claims = await scanning.claim("w1", 1, 2, **LIKE | {"weights_id": "new", "most_choices": 2})
+    assert [claimed.job for claimed in claims.jobs] == [new]
+
+
+async def test_what_is_warm_does_not_overtake_what_is_more_urgent(queue: Queue) -> None:
+    await submit(queue, make_job(prefix=("a",)))
+    await claim_one(queue, "warm")
+    await submit(queue, make_job(prefix=("a",), priority=1))
+    urgent = await submit(queue)
+    assert [c.job for c in (await queue.claim("warm", 2, 1, **LIKE)).jobs] == [urgent]
 
 
 async def test_a_flood_of_one_tenant_does_not_hide_another(queue: Queue) -> None:

@@ -33,7 +33,7 @@ from shared.settings import Settings
 from tests.chaos.checker import check_log
 
 HEADER = Header(model="m", created_s=1, fingerprint="fp", seed=1, n=1, num_prompt_tokens=3)
-LIKE = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
+LIKE: dict[str, Any] = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
 MAX_ATTEMPTS, MAX_CLAIMS = 3, 7
 NEVER_S = 600.0                                         # no clock decides anything here: leases are taken away by hand
 WORKERS = st.sampled_from(["w1", "w2", "w3"])

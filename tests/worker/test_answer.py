@@ -55,6 +55,14 @@ def test_the_terminal_follows_the_last_delta_with_the_usage() -> None:
     assert (end.position, end.finish) == (2, Finish(Usage(3, 3)))
 
 
+def test_what_was_drawn_ahead_of_an_end_is_no_part_of_it() -> None:
+    """A device computes the next step before the stop string is found in this one."""
+    answer = Answer(claim(stop=("b",)), TOKENIZER)
+    assert [answer.take(draw(0, token_id)) for token_id in ids("abc")] == [False, True, False]
+    delta, end = entries(answer.flush(0.0))
+    assert (text_of([delta]), len(delta.deltas[0].token_ids), end.finish) == ("a", 2, Finish(Usage(3, 2)))
+
+
 def test_tokens_are_gathered_but_never_a_choices_first_or_last() -> None:
     answer = Answer(claim(), TOKENIZER)
     first, second, third = ids("abc")

@@ -23,6 +23,7 @@ from deploy.redis import RedisServer
 from shared import connection
 from shared.card import Announcement, Card
 from shared.errors import StreamLost
+from shared.grammar import of_schema
 from shared.job import Delta, Entry, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import DIRECTORY, new_completion_id
 from shared.queue import Claims, Write
@@ -268,6 +269,32 @@ async def test_what_redis_loses_its_worker_puts_back(worker: Worker, server: Red
     assert [entry.position for entry in entries] == list(range(len(entries)))
     await ask(worker, after)
     assert token_ids(await read_until(worker, after, ended)) == expected
+
+
+async def test_what_it_puts_down_is_claimed_again(worker: Worker, expected: list[int]) -> None:
+    """Silent for too long to put anything back, it drops its jobs, but still renews the lease that holds them."""
+    worker.settings = worker.settings.model_copy(update={"retain_s": 0.0})
+    job = make_job(worker, sampling=SAMPLED)
+    await ask(worker, job)
+    await read_until(worker, job, partial(has_grown, 4))
+    await worker.queue.redis.delete(worker.queue.shard.key(f"sequence:{worker.name}"))
+    entries = await read_until(worker, job, ended)
+    assert token_ids(entries) == expected and entries[-1].epoch > 1
+
+
+async def test_who_compiles_a_form_holds_nobody_up(worker: Worker) -> None:
+    """Seconds for this one, which no trial would let pass."""
+    form = of_schema({"type": "integer", "multipleOf": 300_007})
+    slow = make_job(worker, sampling=Sampling(max_tokens=4, grammar=form))
+    await ask(worker, slow)
+    async with asyncio.timeout(WAIT_S):
+        while slow.id not in worker._compiling:
+            await asyncio.sleep(0.001)
+    quick = make_job(worker)
+    await ask(worker, quick)
+    await read_until(worker, quick, ended)
+    assert slow.id in worker._compiling
+    assert (await read_until(worker, slow, ended))[-1].epoch == 1
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class PrefixCache:
         return index, self._columns[index].pop(name)
 
     def forget(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        """Forgets these chunks of a prompt, from its first on. The index of each that was kept, and the slot it leaves."""
+        """Forgets a prompt's chunks, from its first on. The index of each that was kept, and the slot it leaves."""
         kept = [(index, name) for index, name in enumerate(names) if name in self._columns[index]]
         for place in kept:
             del self._order[place]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_the_least_recently_used_chunk_goes_first() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_failure_leaves_nothing_behind(folder: Path, dtype: str) -> None:
+def test_a_failure_leaves_nothing_behind(folder: Path, dtype: Any) -> None:
     """However often: chunks before what is no number are computed anew, and their memory is found again."""
     engine = Engine(load(str(folder), dtype=dtype), max_num_seqs=4, prefill_chunk=CHUNK)
     shared, poison = prompt(3 * CHUNK), VOCAB_SIZE - 1
