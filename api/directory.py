@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from shared import connection
 from shared.card import Announcement, Card
-from shared.errors import APIError, ModelNotFound, NoWorker
+from shared.errors import ModelNotFound, NoWorker, Unavailable
 from shared.keys import DIRECTORY, Shard
 from shared.queue import Queue
 from shared.settings import Settings
@@ -93,7 +93,7 @@ class Directory:
         while True:
             try:
                 await self.refresh()
-            except (*connection.TROUBLE, APIError) as error:    # Redis is away: keep what we have
+            except connection.TROUBLE as error:         # Redis is away: keep what we have
                 log.warning("the directory was not read: %s", type(error).__name__)
             await asyncio.sleep(self._settings.announce_s)
 
@@ -113,16 +113,25 @@ class Directory:
         words = [*announcements, *(word for word in self._heard if word.shard not in there)]
         self._heard = [word for word in words if word.expires_ms > now_ms]
         for announcement in self._heard:
-            if not (tokenizer := await self._tokenizer(announcement)):
-                continue
-            await self._hear(Shard(announcement.shard))
-            served = Served(self.queue(Shard(announcement.shard)), tokenizer, announcement)
-            for name in announcement.names:
-                names.setdefault(name, []).append(served)
+            if served := await self._served(announcement):
+                for name in announcement.names:
+                    names.setdefault(name, []).append(served)
         self._names = names
         self._known |= {name for announcement in announcements for name in announcement.names}
         in_use = {word.card_hash for word in words}
         self._tokenizers = {card: tokenizer for card, tokenizer in self._tokenizers.items() if card in in_use}
+
+    async def _served(self, announcement: Announcement) -> Served | None:
+        """As it was before, where its shard does not answer: the others are served all the same."""
+        shard = Shard(announcement.shard)
+        try:
+            tokenizer = await self._tokenizer(announcement)
+            await self._hear(shard)
+        except (*connection.TROUBLE, Unavailable) as error:
+            log.warning("shard %s does not answer: %s", shard.id, type(error).__name__)
+            known = (served for each in self._names.values() for served in each)
+            return next((served for served in known if served.queue.shard == shard), None)
+        return Served(self.queue(shard), tokenizer, announcement) if tokenizer else None
 
     async def _tokenizer(self, announcement: Announcement) -> Tokenizer | None:
         card_hash = announcement.card_hash

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from api.directory import Directory
 from shared import connection
 from shared.errors import Overloaded
+from shared.queue import Queue
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,12 @@ class Limits:
     async def _watch(self) -> None:
         self.redis_fraction = max(memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
                                   for memory in await connection.infos(self._redis, "memory"))
-        for queue in self._directory.queues():
-            counters, shard = await queue.counters(), queue.shard.id
-            ended = sum(counters.get(outcome, 0) for outcome in ("finished", "cancelled", "dead", "expired"))
-            num_ended = ended - self._ended.get(shard, ended)
-            self._jobs_per_s[shard] = measured_rate(self._jobs_per_s.get(shard, 0.0), num_ended, counters["live"])
-            self._ended[shard] = ended
+        for queue, error in await connection.for_each(self._directory.queues(), self._measure, WATCH_S):
+            log.warning("%r was not looked at: %s", queue, type(error).__name__)
+
+    async def _measure(self, queue: Queue) -> None:
+        counters, shard = await queue.counters(), queue.shard.id
+        ended = sum(counters.get(outcome, 0) for outcome in ("finished", "cancelled", "dead", "expired"))
+        num_ended = ended - self._ended.get(shard, ended)
+        self._jobs_per_s[shard] = measured_rate(self._jobs_per_s.get(shard, 0.0), num_ended, counters["live"])
+        self._ended[shard] = ended

@@ -232,8 +232,6 @@ class Relay:
             jobs: dict[Queue, list[str]] = {}
             for job_id, streams in self._streams.items():
                 jobs.setdefault(next(iter(streams)).queue, []).append(job_id)
-            for queue, job_ids in jobs.items():
-                try:
-                    await queue.attend(self.pod_id, job_ids)
-                except connection.TROUBLE as error:
-                    log.warning("%r was not told of %d readers: %s", queue, len(job_ids), type(error).__name__)
+            for (queue, job_ids), error in await connection.for_each(
+                    jobs.items(), lambda item: item[0].attend(self.pod_id, item[1]), self.settings.reader_ttl_s / 4):
+                log.warning("%r was not told of %d readers: %s", queue, len(job_ids), type(error).__name__)

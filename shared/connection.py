@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster
 from redis.asyncio.connection import parse_url
@@ -35,6 +35,7 @@ from redis.exceptions import (
 from shared.errors import BrokenEnvironment
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 5.0
 MAX_RETRIES = 4                                         # of one verb, by redis-py: about a second in all
@@ -187,6 +188,22 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
     except (*UNREACHABLE, MovedError, OSError) as error:
         log.warning("subscription lost (%s), connecting again", type(error).__name__)
         await asyncio.sleep(RECONNECT_S)
+
+
+async def for_each(things: Iterable[T], act: Callable[[T], Awaitable[object]], timeout_s: float
+                   ) -> list[tuple[T, Exception]]:
+    """Acts on shards at once, so that one whose Redis is away holds up no other. Those that failed, and why."""
+    failed = list[tuple[T, Exception]]()
+
+    async def act_on(thing: T) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await act(thing)
+        except TROUBLE as error:
+            failed.append((thing, error))
+
+    await asyncio.gather(*map(act_on, things))
+    return failed
 
 
 async def end(tasks: Collection[asyncio.Task[None]]) -> None:

@@ -17,16 +17,19 @@ log = logging.getLogger(__name__)
 
 async def reap(queues: Callable[[], Iterable[Queue]], settings: Settings) -> None:
     """Until cancelled."""
+    clock = asyncio.get_running_loop().time
+    quiet_until_s: dict[str, float] = {}                # shard → when it is looked at again
     pause_s = settings.lease_s
     while True:
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
         pause_s = settings.reap_s
-        try:
-            for queue in queues():
-                reaped = await queue.reap()
-                if any(astuple(reaped)):
-                    log.warning("%r: %d jobs back in line, %d given up, %d past their deadline, %d unread",
-                                queue, *astuple(reaped))
-        except connection.TROUBLE:
+        due = [queue for queue in queues() if quiet_until_s.get(queue.shard.id, 0.0) <= clock()]
+        for queue, _ in await connection.for_each(due, _reap, settings.lease_s):
             # Nobody could renew while Redis was away: live workers get time to do so before we reap.
-            pause_s = 2 * settings.lease_s
+            quiet_until_s[queue.shard.id] = clock() + 2 * settings.lease_s * random.uniform(0.5, 1.5)
+
+
+async def _reap(queue: Queue) -> None:
+    reaped = await queue.reap()
+    if any(astuple(reaped)):
+        log.warning("%r: %d jobs back in line, %d given up, %d past their deadline, %d unread", queue, *astuple(reaped))

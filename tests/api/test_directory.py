@@ -7,6 +7,7 @@ import asyncio
 from redis.asyncio import Redis
 
 from api.directory import Directory
+from shared.errors import Unavailable
 from shared.keys import DIRECTORY, Shard
 from shared.settings import Settings
 from tests.api.scripted import WAIT_S, ScriptedWorker
@@ -43,3 +44,22 @@ async def test_a_word_that_stands_there_counts_and_no_earlier_one(each_redis: Re
     await worker.announce(ttl_s=-1)
     await directory.refresh()
     assert worker.model not in directory.names()
+
+
+async def test_a_shard_that_does_not_answer_leaves_the_others_served(each_redis: Redis) -> None:
+    """It is itself served as before: whoever asks learns from its Redis."""
+    mute, well = workers = [ScriptedWorker(each_redis) for _ in range(2)]
+    is_mute = False
+
+    async def hear_or_not(shard: Shard) -> None:
+        if is_mute and shard == mute.queue.shard:
+            raise Unavailable
+
+    directory = Directory(each_redis, Settings(), hear_or_not)
+    await mute.announce()
+    await directory.refresh()
+    is_mute = True
+    for worker in workers:
+        await worker.announce()
+    await directory.refresh()
+    assert {mute.model, well.model} <= directory.names().keys()

@@ -132,3 +132,23 @@ async def test_a_connection_that_is_closed_while_it_opens_is_a_lost_one(
     finally:
         await redis.aclose()
         server.stop()
+
+
+async def test_a_redis_that_is_silent_holds_up_no_other(tmp_path: Path) -> None:
+    """One answers, one takes connections and says nothing, one is gone."""
+    server = RedisServer(tmp_path / "r").start()
+    async with Proxy(server.url) as silent:
+        redises = [connection.connect(url) for url in (server.url, silent.url, f"unix://{tmp_path}/gone.sock")]
+        silent.freeze()
+        answered = list[Redis]()
+
+        async def ask(redis: Redis) -> None:
+            await redis.ping()
+            answered.append(redis)
+
+        failed = await connection.for_each(redises, ask, 0.5)
+        assert answered == redises[:1]
+        assert {id(redis) for redis, _ in failed} == set(map(id, redises[1:]))
+        for redis in redises:
+            await redis.aclose()
+    server.stop()
