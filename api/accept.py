@@ -14,17 +14,17 @@ from api.pod import Pod
 from api.relay import Stream
 from api.submit import Order, make_job
 from api.wire.languages import ID_KINDS
-from shared.errors import APIError, Overloaded
+from shared.errors import APIError, Cancelled, Overloaded
 from shared.job import Header
 from shared.keys import new_completion_id
+from shared.queue import Found, Queue
 
 
 async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> tuple[Stream, Header]:
     """Listens, then submits. Raises what make_job does, or Overloaded with the time at which the line has moved."""
     pod.limits.check_memory()
-    wanted_s = order.retain_s or (pod.settings.store_s if order.record else pod.settings.retain_s)
     job, header = await make_job(order, served, completion_id, pod_id=pod.id, settings=pod.settings,
-                                 retain_s=pod.limits.retain_s(wanted_s))
+                                 retain_s=pod.limits.retain_s(retain_s(pod, order)))
     if order.record:
         await pod.store.put(order.tenant, replace(order.record, id=job.id))
     queue = served.queue                                # whoever found it has had the relay listen to its shard
@@ -43,41 +43,50 @@ async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> 
     return stream, header
 
 
+def retain_s(pod: Pod, order: Order) -> float:
+    """How long the log of an answer is to be kept, if Redis has room."""
+    return order.retain_s or (pod.settings.store_s if order.record else pod.settings.retain_s)
+
+
 def new_id(served: Served, order: Order) -> str:
     return new_completion_id(served.queue.shard, ID_KINDS[order.language])
 
 
-async def submit_once(pod: Pod, served: Served, order: Order, key: str, body: bytes) -> str:
+async def submit_once(pod: Pod, served: Served, order: Order, key: str, body: bytes, *, goes_on: bool = False) -> str:
     """As submit, under a key: the id of the completion that it stands for, which is in line, runs or has ended.
 
-    A second request submits too, for the first may have died before it did: submit is idempotent by job id.
+    A second request submits too, for the first may have died before it did: submit is idempotent by job id. A key whose
+    answer is not kept any more begins anew, under another id, and so does that of an answer which was cancelled because
+    its client had left, unless the client `goes_on` behind what it has of it.
     """
-    what = order.tenant, key, order.language, body
+    what = order.tenant, key, order.language, body, retain_s(pod, order)
     reservation = await pod.reservations.reserve(*what, new_id(served, order))
-    if not await _is_known(pod, reservation):
-        if reservation.age_s > UNSUBMITTED_S or await _is_erased(pod, reservation):
-            # Its answer is not kept any more. Another one has another id: the key begins anew.
-            await pod.reservations.give_back(reservation)
-            reservation = await pod.reservations.reserve(*what, new_id(served, order))
+    found = None if reservation.is_ours else await _find(pod, reservation)
+    is_over = not reservation.is_ours and (
+        found.finish is not None and found.finish.error == Cancelled.code and not goes_on if found else
+        reservation.age_s > UNSUBMITTED_S or await _queue(pod, reservation).is_erased(reservation.completion_id))
+    if is_over:
+        await pod.reservations.give_back(reservation)
+        reservation = await pod.reservations.reserve(*what, new_id(served, order))
+    if is_over or found is None:
         await _submit_reserved(pod, served, order, reservation)
     return reservation.completion_id
 
 
 async def _submit_reserved(pod: Pod, served: Served, order: Order, reservation: Reservation) -> None:
-    queue = pod.directory.queue(reservation.shard)
+    queue = _queue(pod, reservation)
     try:
         stream, _ = await submit(pod, replace(served, queue=queue), order, reservation.completion_id)
     except APIError:
-        if reservation.is_ours:
+        if reservation.is_ours and await _find(pod, reservation) is None:       # else somebody else has submitted it
             await pod.reservations.give_back(reservation)
         raise
     pod.relay.close(stream)                             # who asked reads the log from its start, as all who come later
 
 
-async def _is_erased(pod: Pod, reservation: Reservation) -> bool:
-    return not reservation.is_ours and await pod.directory.queue(reservation.shard).is_erased(reservation.completion_id)
+def _queue(pod: Pod, reservation: Reservation) -> Queue:
+    return pod.directory.queue(reservation.shard)
 
 
-async def _is_known(pod: Pod, reservation: Reservation) -> bool:
-    queue = pod.directory.queue(reservation.shard)
-    return not reservation.is_ours and await queue.find(reservation.completion_id) is not None
+async def _find(pod: Pod, reservation: Reservation) -> Found | None:
+    return await _queue(pod, reservation).find(reservation.completion_id)

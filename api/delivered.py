@@ -34,8 +34,8 @@ class Delivered:
 
     async def put_back(self, queue: Queue) -> None:
         """Restores the log, unless Redis has it. Raises StreamLost when this pod lacks a part, or did it too often."""
-        self._num_put_backs += 1
-        if self.job is None or len(self._lines) >= MAX_KEPT_BYTES or self._num_put_backs > MAX_PUT_BACKS:
+        if self.job is None or len(self._lines) >= MAX_KEPT_BYTES or self._num_put_backs >= MAX_PUT_BACKS:
             raise StreamLost
         entries = self.entries()
         await queue.restore(self.job, self.header, entries, epoch=entries[-1].epoch if entries else 0)
+        self._num_put_backs += 1                        # those that Redis refuses for now are no put-backs

@@ -47,21 +47,24 @@ class Reservations:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._reserve = redis.register_script((LUA / "reserve.lua").read_text())
         self._unreserve = redis.register_script((LUA / "unreserve.lua").read_text())
-        self._lifetime_ms = round((settings.request_deadline_s + settings.retain_s) * 1000)
+        self._deadline_s = settings.request_deadline_s
 
-    async def reserve(self, tenant: str, key: str, language: Language, body: bytes, completion_id: str) -> Reservation:
-        """This completion, or the one for which the key stands already. Raises IdempotencyKeyReused, InvalidValue."""
+    async def reserve(self, tenant: str, key: str, language: Language, body: bytes, retain_s: float, completion_id: str
+                      ) -> Reservation:
+        """This completion, whose answer is to be kept so long, or the one for which the key stands already. Raises
+        IdempotencyKeyReused, InvalidValue."""
         raw = key.encode("latin-1")
         if not 0 < len(raw) <= MAX_KEY_BYTES:
             raise InvalidValue(f"An Idempotency-Key has 1 to {MAX_KEY_BYTES} bytes.", param="Idempotency-Key")
         redis_key = tenant_key(tenant, f"idempotency:{hashlib.sha256(raw).hexdigest()}")
         said = body if language == "chat" else f"{language}\n".encode() + body
         ours = f"{hashlib.sha256(said).hexdigest()} {completion_id}"
-        stored, left_ms = await self._reserve(keys=[redis_key], args=[ours, self._lifetime_ms])
+        lifetime_ms = round((self._deadline_s + retain_s) * 1000)
+        stored, left_ms = await self._reserve(keys=[redis_key], args=[ours, lifetime_ms])
         value = stored.decode()
         if value.partition(" ")[0] != ours.partition(" ")[0]:
             raise IdempotencyKeyReused(param="Idempotency-Key")
-        return Reservation(redis_key, value, value == ours, (self._lifetime_ms - left_ms) / 1000)
+        return Reservation(redis_key, value, value == ours, (lifetime_ms - left_ms) / 1000)
 
     async def give_back(self, reservation: Reservation) -> None:
         """The key stands for nothing, if it still stood for this."""

@@ -60,7 +60,7 @@ async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: 
     began_s, request = time.monotonic(), caller.request
     if caller.key is not None:
         after = position(caller.last_event_id, "Last-Event-ID")
-        completion_id = await submit_once(pod, served, order, caller.key, body)
+        completion_id = await submit_once(pod, served, order, caller.key, body, goes_on=bool(after))
         return await again(pod, order, completion_id, after, request, asked)
     stream, header = await submit(pod, served, order, new_id(served, order))
     token_bytes = served.tokenizer.token_bytes

@@ -22,7 +22,7 @@ from api.wire.reading import Reading
 from api.wire.request import ChatRequest, Message
 from api.wire.sampled import Sampled
 from shared.card import Card
-from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, UnsupportedParameter
+from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, Unavailable, UnsupportedParameter
 from shared.grammar import within
 from shared.job import Header, Job, Language, Sampling
 from shared.prefix import prefix_names, some
@@ -30,6 +30,7 @@ from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
 FORMS = ThreadPoolExecutor(32, "form")                  # threads that wait for trials of grammars, and for nothing else
+PLACES = asyncio.Semaphore(256)                         # requests that wait for these threads; more are refused
 INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
 
 
@@ -46,14 +47,18 @@ class Order:
     priority: int = 0
     deadline_s: float | None = None                     # what it may take, waiting included; None: as settings say
     retain_s: float | None = None                       # how long its log is kept; None: as settings say
+    continues: bool = False                             # a conversation that is stored, of whatever length
+
+    @property
+    def is_long(self) -> bool:
+        return self.continues or self.num_body_bytes > INLINE_BYTES
 
 
 async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: str, settings: Settings, retain_s: float
                    ) -> tuple[Job, Header]:
     """The job and the header of its log. Raises the BadRequest that says why there is none."""
     request, card = order.request, served.card
-    is_long = order.num_body_bytes > INLINE_BYTES
-    prompt = (await asyncio.to_thread(encode, request, served.tokenizer) if is_long else
+    prompt = (await asyncio.to_thread(encode, request, served.tokenizer) if order.is_long else
               encode(request, served.tokenizer))
     reading = (Reading.of(prompt, card.chat_templates.values(), served.tokenizer.added_id, wanted=settings.tool_dialect,
                           tools=request.offered_tools, keeps_form=request.is_constrained and not request.must_call)
@@ -61,7 +66,11 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
     sampling = replace(resolve_sampling(request, card, len(prompt)), shown_token_ids=reading.shown_token_ids,
                        tells_stop=order.language == "messages")
     if request.is_constrained or (isinstance(request, ChatRequest) and (request.must_call or request.has_strict_tools)):
-        grammar = await asyncio.get_running_loop().run_in_executor(FORMS, _compile, request, served.tokenizer, reading)
+        if PLACES.locked():
+            raise Unavailable(retry_after_s=1.0)
+        async with PLACES:
+            grammar = await asyncio.get_running_loop().run_in_executor(
+                FORMS, _compile, request, served.tokenizer, reading)
         sampling = replace(sampling, grammar=grammar,
                            grammar_after=reading.think_end_id if reading.reasoning == "open" else None)
     n, created_s = request.n or 1, int(time.time())

@@ -48,7 +48,7 @@ TENANT_KEYS: dict[str, tuple[str, str, str]] = {
     "stored": ("zset", "scripts", "answers to be stored → the ms of Redis time at which what was asked expires"),
     "stored_bytes": ("hash", "scripts", "answer to be stored → the bytes of what was asked; field '': of all of them"),
     "completions": ("zset", "api", "chat completions that are stored → the ms at which they were asked for"),
-    "idempotency:<hash>": ("string", "api", "what an Idempotency-Key stands for; `request_deadline_s + retain_s`"),
+    "idempotency:<hash>": ("string", "api", "what an Idempotency-Key stands for; as long as its answer at most"),
     "files": ("hash", "scripts", "file → its bytes, the ms of Redis time at which it expires, and JSON of the rest"),
     "pieces:<file>": ("hash", "scripts", "number → bytes of a file, or the result of a line of a batch; `file_s`"),
     "batch:<id>": ("hash", "scripts", "what was asked, status, counts and times of a batch; `batch_s + file_s`"),

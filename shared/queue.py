@@ -90,7 +90,7 @@ class Found:
     tenant: str
     header: Header
     finish: Finish | None                               # None: it still runs
-    job: Job | None                                     # None: it has ended
+    job: Job | None                                     # None: it has ended, or is one of another version
 
 
 class Behind(Exception):
@@ -245,7 +245,7 @@ class Queue:
             return None
         first, last = _entry(*oldest[0]), _entry(*newest[0])
         return Found(job_id, tenant.decode(), first.header,
-                     last.finish if last.kind == "end" else None, Job.decode(request) if request else None)
+                     last.finish if last.kind == "end" else None, _readable(request) if request else None)
 
     async def describe(self, job_id: str) -> dict[str, str]:
         """The job's hash without the request, and the `tokens` of its log: empty when it is unknown or expired."""
@@ -309,6 +309,13 @@ class Queue:
                 return await redis.evalsha(script.sha, 1, self.shard.tag, *args)
             except NoScriptError:                       # EVAL, no SCRIPT LOAD before: Redis may forget it in between
                 return await redis.eval(script.script, 1, self.shard.tag, *args)
+
+
+def _readable(request: bytes) -> Job | None:
+    try:
+        return Job.decode(request)
+    except ValueError:
+        return None
 
 
 def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:

@@ -37,6 +37,7 @@ NICENESS = 5
 START_S = 60.0              # until a tokenizer is made
 EXIT_S = 1.0                # wait for the exit code of a server that did not start
 MAX_AT_ONCE = 2
+MAX_WAIT_S = 5.0            # for others' trials
 MAX_KNOWN = 4096            # verdicts
 TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
 BEGUN, FAILED = b"\1", b"\2"                            # sent before anything else; sent instead of a verdict
@@ -57,8 +58,12 @@ class Trials:
         with self._lock:
             reason = self._known.get(digest)
         if reason is None:
-            with self._places:
+            if not self._places.acquire(timeout=MAX_WAIT_S):
+                raise Unavailable(retry_after_s=MAX_WAIT_S)
+            try:
                 reason = self._try(grammar.encode())
+            finally:
+                self._places.release()
         with self._lock:
             self._known[digest] = reason
             self._known.move_to_end(digest)

@@ -94,17 +94,17 @@ async def _take(pod: Pod, tenant: str, file: File, request: Request) -> File:
 
 async def _body(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     """As it comes. Raises TooSlow or FileTooLarge."""
-    num_bytes, stream = 0, request.stream()
-    try:
-        async with asyncio.timeout(UPLOAD_TIMEOUT_S):
-            while True:
-                async with asyncio.timeout(SILENCE_S):
-                    data = await anext(stream, None)
-                if data is None:
-                    return
-                num_bytes += len(data)
-                if num_bytes > max_bytes + DRAINED_BYTES:
-                    raise FileTooLarge(f"A file has at most {max_bytes} bytes.")
-                yield data
-    except TimeoutError:
-        raise TooSlow from None
+    num_bytes, stream, clock = 0, request.stream(), asyncio.get_running_loop().time
+    end_s = clock() + UPLOAD_TIMEOUT_S
+    while True:
+        try:
+            async with asyncio.timeout_at(min(clock() + SILENCE_S, end_s)):
+                data = await anext(stream, None)
+        except TimeoutError:
+            raise TooSlow from None
+        if data is None:
+            return
+        num_bytes += len(data)
+        if num_bytes > max_bytes + DRAINED_BYTES:
+            raise FileTooLarge(f"A file has at most {max_bytes} bytes.")
+        yield data

@@ -54,7 +54,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         chat, echo = asked.chat(items), asked.asked
         record = Record("", "responses", asked.model, round(time.time() * 1000), echo["metadata"], tuple(items), echo)
         order = Order(chat, caller.tenant, len(body), "responses", is_unread=bool(asked.background),
-                      record=record if asked.is_stored else None)
+                      record=record if asked.is_stored else None, continues=asked.previous_response_id is not None)
         with in_our_words():
             if asked.background and not asked.stream:
                 return await _begin(pod, served, order, caller, body)

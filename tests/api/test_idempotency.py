@@ -6,19 +6,23 @@ import asyncio
 import hashlib
 import re
 import secrets
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from redis.asyncio import Redis
 
+from api import accept
+from api.directory import Served
 from api.idempotency import MAX_KEY_BYTES, UNSUBMITTED_S, Reservation, Reservations
-from shared.errors import IdempotencyKeyReused
+from shared.errors import IdempotencyKeyReused, Overloaded
 from shared.job import Language
 from shared.keys import new_completion_id
 from shared.settings import Settings
 from tests.api.conftest import KEYS, client
-from tests.api.scripted import MAX_MODEL_LEN, ScriptedWorker, ask, error_of
+from tests.api.scripted import MAX_MODEL_LEN, ScriptedWorker, ask, error_of, say
 from tests.api.test_http import CHAT, DONE, HEARTBEAT
 from tests.api.test_resume import parts
 from tests.system import System
@@ -182,7 +186,7 @@ async def reserve(redis: Redis, worker: ScriptedWorker, key: str, body: bytes) -
     """As a pod of the first key's tenant does."""
     tenant = hashlib.sha256(KEYS[0].encode()).hexdigest()[:16]
     reservations = Reservations(redis, Settings(retain_s=60))
-    return await reservations.reserve(tenant, key, "chat", body, new_completion_id(worker.queue.shard))
+    return await reservations.reserve(tenant, key, "chat", body, 60, new_completion_id(worker.queue.shard))
 
 
 async def test_an_answer_that_is_not_kept_any_more_leaves_its_key(pods: list[httpx.AsyncClient],
@@ -201,6 +205,47 @@ async def test_an_answer_that_is_not_kept_any_more_leaves_its_key(pods: list[htt
         await redis.delete(*(worker.queue.shard.key(f"{name}:{ids[-1]}") for name in ("job", "out")))
     assert ids[0] != ids[1]
     assert await num_submitted(worker) == 2
+
+
+async def test_a_client_that_was_away_for_too_long_asks_anew(pods: list[httpx.AsyncClient], worker: ScriptedWorker,
+                                                              key: dict[str, str]) -> None:
+    """Cancelled because nobody read it, an answer leaves its key; who goes on behind what it has of it is told."""
+    body, ids = ask(worker.model, stream=True), []
+    for _ in range(2):
+        async with pods[0].stream("POST", CHAT, json=body, headers=key) as response:
+            script = await worker.claim()
+            await script.say(say("Hi"))
+            await anext(response.aiter_text())
+            ids.append(response.headers["x-baton-completion-id"])
+        async with asyncio.timeout(10):
+            while (await worker.queue.describe(ids[-1]))["state"] == "running":
+                await asyncio.sleep(0.02)
+        behind = await pods[1].post(CHAT, json=body, headers=key | {"last-event-id": "1"})
+        assert "cancelled" in behind.text and behind.headers["x-baton-completion-id"] == ids[-1]
+    assert ids[0] != ids[1]
+
+
+async def test_a_refusal_takes_no_key_from_who_was_let_in(pods: list[httpx.AsyncClient], worker: ScriptedWorker,
+                                                          key: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pod that reserved it is full when another one has submitted under it."""
+    body = pods[0].build_request("POST", CHAT, json=ask(worker.model), headers=key)
+    reserved = await reserve(worker.queue.redis, worker, key["idempotency-key"], body.content)
+    asked = asyncio.create_task(pods[1].send(body))
+    script = await worker.claim()
+
+    async def full(*_: Any) -> None:
+        raise Overloaded
+
+    monkeypatch.setattr(accept, "submit", full)
+    queue, given_back = worker.queue, list[Reservation]()
+    reservations = SimpleNamespace(give_back=given_back.append)
+    pod: Any = SimpleNamespace(directory=SimpleNamespace(queue=lambda _: queue), reservations=reservations)
+    with pytest.raises(Overloaded):
+        await accept._submit_reserved(pod, Served(queue, *2 * [cast(Any, None)]), cast(Any, None),
+                                      replace(reserved, is_ours=True))
+    assert not given_back
+    await script.answer("Hi")
+    assert (await asked).json()["id"] == reserved.completion_id
 
 
 async def test_a_pod_that_is_killed_leaves_its_answer_to_who_asks_again(
@@ -227,19 +272,19 @@ async def test_a_pod_that_is_killed_leaves_its_answer_to_who_asks_again(
 
 async def test_a_reservation_is_one_step_and_may_be_repeated(each_redis: Redis) -> None:
     """One of many wins, whoever lost its reply is told the same, and no one gives back what is another's."""
-    reservations = Reservations(each_redis, Settings(request_deadline_s=10, retain_s=5))
-    many = await asyncio.gather(*(reservations.reserve("t", "k", "chat", b"body", f"chatcmpl-a-0-{i}")
+    reservations = Reservations(each_redis, Settings(request_deadline_s=10))
+    many = await asyncio.gather(*(reservations.reserve("t", "k", "chat", b"body", 5, f"chatcmpl-a-0-{i}")
                                   for i in range(20)))
     assert len({reservation.completion_id for reservation in many}) == 1
     (ours,) = [reservation for reservation in many if reservation.is_ours]
-    again = await reservations.reserve("t", "k", "chat", b"body", ours.completion_id)
+    again = await reservations.reserve("t", "k", "chat", b"body", 5, ours.completion_id)
     assert (again.is_ours, again.value) == (True, ours.value)
     assert re.fullmatch(r"\{t\.t\}:idempotency:[0-9a-f]{64}", ours.redis_key)
     assert 14_000 < await each_redis.pttl(ours.redis_key) <= 15_000
     asked: list[tuple[Language, bytes]] = [("chat", b"other"), ("messages", b"body")]
     for language, body in asked:
         with pytest.raises(IdempotencyKeyReused):
-            await reservations.reserve("t", "k", language, body, "chatcmpl-a-0-x")
+            await reservations.reserve("t", "k", language, body, 5, "chatcmpl-a-0-x")
     others: Any = Reservation(ours.redis_key, "another value", False, 0.0)
     await reservations.give_back(others)
     assert await each_redis.exists(ours.redis_key)
