@@ -36,10 +36,10 @@ def _is_messages(scope: Scope) -> bool:
 
 
 def _answer(error: APIError, body: dict[str, Any]) -> JSONResponse:
-    headers = {}
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
     if error.retry_after_s is not None:
-        headers = {"retry-after": str(max(1, round(error.retry_after_s))),
-                   "retry-after-ms": str(round(error.retry_after_s * 1000))}
+        headers |= {"retry-after": str(max(1, round(error.retry_after_s))),
+                    "retry-after-ms": str(round(error.retry_after_s * 1000))}
     return JSONResponse(body, error.status, headers)
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 METHODS = ("DELETE", "GET", "HEAD", "POST")
 
-EXPOSED_HEADERS = [REQUEST_ID, "retry-after", "retry-after-ms", COMPLETION_ID]
+EXPOSED_HEADERS = [REQUEST_ID, "request-id", "retry-after", "retry-after-ms", COMPLETION_ID]
 
 
 def make_app(pod: Pod) -> FastAPI:

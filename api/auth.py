@@ -25,7 +25,7 @@ class Door:
         key = _key(request)
         digest = _digest(key) if key else b""
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):      # a sum: all are compared
-            raise Unauthorized
+            raise Unauthorized(None if key else Unauthorized.missing)
         return digest.hex()[:16]
 
 

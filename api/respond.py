@@ -24,11 +24,12 @@ from api.sse import COMPLETION_ID, EventStream, Source
 from api.submit import Order
 from api.wire.fold import Whole
 from api.wire.languages import Asked, event_fold, whole_fold
-from shared.errors import BodyTooLarge, Draining, TooSlow
+from shared.errors import BodyTooLarge, Draining, TooSlow, UnsupportedEncoding
 from shared.queue import Found, Queue
 
 DRAINED_BYTES = 1 << 20                                 # of a refused body: closing at once can swallow the refusal
 BODY_TIMEOUT_S = 60.0
+TOO_LARGE = "The body of a request has at most {} bytes."
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,12 @@ async def read_order(pod: Pod, caller: Caller) -> bytes:
 
 
 async def read_body(pod: Pod, request: Request) -> bytes:
-    """The body, whatever its content type says. Raises TooSlow, or BodyTooLarge once a part of the rest was read."""
+    """The body, whatever its content type says. Raises UnsupportedEncoding, TooSlow, or BodyTooLarge before the end."""
     pieces, num_bytes, max_bytes = [], 0, pod.settings.max_body_bytes
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedEncoding
+    if int(request.headers.get("content-length", 0)) > max_bytes + DRAINED_BYTES:
+        raise BodyTooLarge(TOO_LARGE.format(max_bytes))
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for piece in request.stream():
@@ -133,5 +138,5 @@ async def read_body(pod: Pod, request: Request) -> bytes:
     except TimeoutError:
         raise TooSlow from None
     if num_bytes > max_bytes:
-        raise BodyTooLarge(f"The body of a request has at most {max_bytes} bytes.")
+        raise BodyTooLarge(TOO_LARGE.format(max_bytes))
     return b"".join(pieces)

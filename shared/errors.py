@@ -140,6 +140,7 @@ class Unauthorized(APIError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+    missing = "No API key provided. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
     text = "Incorrect API key provided. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
 
 
@@ -225,12 +226,19 @@ class PositionNotReached(Conflict):
 
 class IdempotencyKeyReused(Conflict):
     code = "idempotency_key_reused"
-    text = "This Idempotency-Key was used with another body."
+    text = "This Idempotency-Key was used with another body, or at another address."
 
 
 class BatchOver(Conflict):
     code = "batch_over"
     text = "The batch has come to its end: there is nothing left to cancel."
+
+
+class UnsupportedEncoding(APIError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_content_encoding"
+    text = "The body of the request must not be compressed."
 
 
 class BodyTooLarge(APIError):

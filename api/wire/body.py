@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from shared.errors import BadRequest, InvalidType, InvalidValue, MissingField, NotJSON
+from shared.errors import BadRequest, InvalidType, InvalidValue, MissingField, NotJSON, UnsupportedParameter
 
 
 class Fields(BaseModel):
@@ -32,6 +32,13 @@ def names_of(*models: Any) -> frozenset[str]:
 def shown_as(kind: Any) -> BeforeValidator:
     """What /docs says of a field whose rules are checked elsewhere."""
     return BeforeValidator(lambda value: value, json_schema_input_type=kind)
+
+
+def refuse_wishes(request: BaseModel, params: Iterable[str], *, but: Collection[Any] = ()) -> None:
+    """Those that would change the answer, and do not. Raises UnsupportedParameter."""
+    for param in params:
+        if getattr(request, param) not in (None, False, "", [], *but):
+            raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
 
 
 def _names(model: Any) -> Iterable[str]:
@@ -79,5 +86,6 @@ def _refusal(error: ValidationError, names: Collection[str]) -> BadRequest:
                    if isinstance(part, int) or part in names).lstrip(".")
     kind = first["type"]
     leaf = MissingField if kind == "missing" else InvalidType if kind.endswith("_type") else InvalidValue
-    text = first["msg"].removeprefix("Value error, ")
+    is_of_a_model = kind in ("model_type", "model_attributes_type", "dict_type")
+    text = "Input should be an object" if is_of_a_model else first["msg"].removeprefix("Value error, ")
     return leaf(f"{path}: {text}" if path else text, param=path or None)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from api.wire.body import names_of, read_object, validate
+from api.wire import sampled
+from api.wire.body import names_of, read_object, refuse_wishes, validate
 from api.wire.fold import DONE, EventFold, Whole, WholeFold, dump, head, usage_body
 from api.wire.request import NAMES
 from api.wire.sampled import MAX_CHOICES, Count, Sampled, TokenId
@@ -21,7 +22,7 @@ from shared.job import Delta, Entry, Header, Usage
 
 DEFAULT_MAX_TOKENS = 16                                 # OpenAI's, for this address
 MAX_PROMPT_TOKENS = 1 << 20
-REFUSED = ("best_of", "echo", "logprobs", "suffix")     # they would change the answer
+REFUSED = (*sampled.REFUSED, "best_of", "echo", "logprobs", "suffix")
 
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 Prompt = str | list[int]
@@ -52,10 +53,9 @@ class CompletionRequest(Sampled):
 
     @model_validator(mode="after")
     def _nothing_that_is_not_done(self) -> CompletionRequest:
-        for param in REFUSED:
-            given = getattr(self, param)
-            if not (given is None or given is False or given == "" or (param == "best_of" and given == (self.n or 1))):
-                raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        if self.logprobs == 0:
+            raise UnsupportedParameter("This server does not do what logprobs asks for.", param="logprobs")
+        refuse_wishes(self, (param for param in REFUSED if param != "best_of" or self.best_of != (self.n or 1)))
         if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
             raise InvalidValue(f"A request has at most {MAX_CHOICES} choices, those of all prompts together.",
                                param="prompt")

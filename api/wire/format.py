@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from api.wire.body import Fields
+from api.wire.body import Fields, refuse_wishes
 from shared import grammar
 from shared.errors import InvalidGrammar, InvalidValue
 
@@ -40,6 +40,14 @@ class StructuredOutputs(Fields):
     regex: Text | None = Field(None, description="a regular expression that the whole answer matches")
     choice: Choices | None = Field(None, description="texts, of which it is one")
     grammar: Text | None = Field(None, description="Lark's language or GBNF")
+    structural_tag: str | None = Field(None, description="refused")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> StructuredOutputs:
+        refuse_wishes(self, ["structural_tag"])
+        if sum(value not in (None, False) for _, value in self) > 1:
+            raise ValueError("at most one of its fields is given")
+        return self
 
 
 class Constrained(Fields):
@@ -51,6 +59,8 @@ class Constrained(Fields):
     regex: Text | None = Field(None, description="the answer matches this regular expression")
     choice: Choices | None = Field(None, description="the answer is one of these")
     grammar: Text | None = Field(None, description="the answer is of this grammar: Lark's language or GBNF")
+    ebnf: Text | None = Field(None, description="as grammar, by SGLang's name")
+    json_schema: dict[str, Any] | str | None = Field(None, description="as guided_json, by SGLang's name")
     guided_json: dict[str, Any] | str | None = Field(None, description="the answer is JSON of this schema")
     guided_regex: Text | None = Field(None, description="as regex")
     guided_choice: Choices | None = Field(None, description="as choice")
@@ -81,7 +91,8 @@ class Constrained(Fields):
                 ("schema", outputs.json_), ("schema", grammar.ANY_OBJECT if outputs.json_object else None),
                 ("regex", outputs.regex), ("choice", outputs.choice), ("grammar", outputs.grammar))]
         return wishes + [(param, _given(kind, getattr(self, param))) for param, kind in (
-            ("regex", "regex"), ("choice", "choice"), ("grammar", "grammar"), ("guided_json", "schema"),
+            ("regex", "regex"), ("choice", "choice"), ("grammar", "grammar"), ("ebnf", "grammar"),
+            ("json_schema", "schema"), ("guided_json", "schema"),
             ("guided_regex", "regex"), ("guided_choice", "choice"), ("guided_grammar", "grammar"))]
 
 

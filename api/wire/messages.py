@@ -10,14 +10,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from api.wire.body import Fields, names_of, read_object, validate
+from api.wire.body import Fields, names_of, read_object, refuse_wishes, validate
 from api.wire.request import MAX_TOOLS, NAMES, ChatRequest, require_few_messages
 from api.wire.sampled import MAX_STOPS, Count, StopText
 from api.wire.turns import BLOCKS, TextPiece, Turn, given, joined, messages, require_calls
 from shared.errors import UnsupportedParameter
 
 REFUSED = ("container", "mcp_servers")                  # they would change the answer
-EFFORTS = {"max": "xhigh"}                              # where OpenAI has another word
 
 
 class Tool(Fields):
@@ -67,7 +66,7 @@ class Format(Fields):
 
 class OutputConfig(Fields):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="what the chat template makes of it; max is xhigh")
+        None, description="what the chat template makes of it")
     format: Format | None = Field(None, description="the answer is JSON of this schema")
 
 
@@ -98,9 +97,7 @@ class CountRequest(Fields):
 
     @model_validator(mode="after")
     def _nothing_that_is_not_done(self) -> CountRequest:
-        for param in REFUSED:
-            if getattr(self, param):
-                raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        refuse_wishes(self, REFUSED)
         return self
 
     @model_validator(mode="after")
@@ -123,7 +120,7 @@ class CountRequest(Fields):
                 "tool_choice": choice and choice.for_chat(),
                 "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
                 "chat_template_kwargs": None if thinks is None else {"enable_thinking": thinks},
-                "reasoning_effort": effort and EFFORTS.get(effort, effort),
+                "reasoning_effort": effort,
                 "response_format": wanted and wanted.for_chat()}
 
 

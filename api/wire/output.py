@@ -51,7 +51,9 @@ class Output:
             self.finish_reason = delta.finish_reason
             if self._untold and self._is_open and self.items[-1]["type"] == "message":
                 yield self._grow("message", "")
-            yield from self._close("incomplete" if delta.finish_reason == "length" else "completed")
+            is_cut = delta.finish_reason == "length" or (
+                self._is_open and self.items[-1]["type"] == "function_call" and not self.parts.is_call_whole)
+            yield from self._close("incomplete" if is_cut else "completed")
 
     def _open(self, kind: str, name: str) -> Iterator[Event]:
         digest = hashlib.sha256(f"{self._id}/{len(self.items)}".encode()).hexdigest()

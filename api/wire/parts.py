@@ -6,6 +6,7 @@ The answers of every language are made of it. It knows deltas and their text, no
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -35,6 +36,7 @@ class Parts:
     def __init__(self, completion_id: str, header: Header, index: int) -> None:
         self.num_reasoning_tokens = 0
         self.num_calls = 0
+        self._arguments: list[str] = []                 # of the newest call, so far
         self._name = f"{completion_id}/{index}"
         self._is_named = header.has_named_tool
         self._end_id = header.think_end_id
@@ -44,7 +46,11 @@ class Parts:
     def read(self, delta: Delta) -> Iterator[Piece]:
         """What the next delta turns out to say. While a call is told, it is the newest of `num_calls`."""
         for piece in self._pieces(delta):
-            self.num_calls += piece.kind == "call"
+            if piece.kind == "call":
+                self.num_calls += 1
+                self._arguments = []
+            elif piece.kind == "arguments":
+                self._arguments.append(piece.value)
             yield piece
 
     def _pieces(self, delta: Delta) -> list[Piece]:
@@ -79,9 +85,17 @@ class Parts:
         digest = hashlib.sha256(f"{self._name}/{self.num_calls}".encode()).hexdigest()
         return f"call_{digest[:24]}"
 
+    @property
+    def is_call_whole(self) -> bool:
+        """Whether the newest call came to its end: a stop string may have cut it."""
+        try:
+            return self.num_calls > 0 and isinstance(json.loads("".join(self._arguments) or "{}"), dict)
+        except (ValueError, RecursionError):
+            return False
+
     def reason(self, reason: FinishReason | None) -> FinishReason | None:
-        """Why the choice ended: for its calls, unless the one was asked for."""
-        return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
+        """Why the choice ended: for its calls, unless the one was asked for, or the last was cut."""
+        return "tool_calls" if reason == "stop" and self.is_call_whole and not self._is_named else reason
 
     def whole(self, deltas: Iterable[Delta]) -> Said:
         parts: dict[str, list[str]] = {"text": [], "reasoning": []}

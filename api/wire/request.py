@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from api.wire.body import Fields, names_of, read_object, shown_as, validate
+from api.wire import sampled
+from api.wire.body import Fields, names_of, read_object, refuse_wishes, shown_as, validate
 from api.wire.format import JSONSchema, ResponseFormat, StructuredOutputs
 from api.wire.metadata import Metadata
 from api.wire.sampled import Count, Sampled, StreamOptions
@@ -28,7 +29,7 @@ from api.wire.tools import (
     read_choice,
     require_names,
 )
-from shared.errors import InvalidValue, UnsupportedContent, UnsupportedParameter
+from shared.errors import InvalidValue, UnsupportedContent
 from shared.job import MAX_TOP_LOGPROBS
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,12 @@ MAX_TOOLS = 128
 MAX_TEMPLATE_VARIABLES = 16
 MAX_NESTING = 64                                        # of a tool's schema, or of a call's arguments
 
-REFUSED = ("audio", "modalities", "web_search_options")            # they would change the answer
+REFUSED = (*sampled.REFUSED, "audio", "continue_final_message", "echo", "modalities", "web_search_options")
 TEMPLATE_NAMES = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", "special_tokens"})
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # no token that a template alone may write
+TemplateVariables = Annotated[dict[str, Word | int | float | bool | None], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 
 
 class Function(Fields):
@@ -146,13 +149,15 @@ class ChatRequest(Sampled):
     function_call: Annotated[str | dict[str, Any] | None, shown_as(LegacyChoice)] = Field(
         None, description="the older name of tool_choice")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+    reasoning_effort: Effort | None = Field(
         None, description="what the chat template makes of it; none: enable_thinking is false")
-    chat_template_kwargs: dict[str, Word | int | float | bool | None] | None = Field(
-        None, max_length=MAX_TEMPLATE_VARIABLES, description="variables of the chat template: words and numbers")
+    chat_template_kwargs: TemplateVariables | None = Field(
+        None, description="variables of the chat template: words and numbers")
     store: bool | None = Field(None, description="the answer is kept for `store_s`, and can be listed")
     metadata: Metadata | None = Field(None, description="kept beside an answer that is stored")
     audio: dict[str, Any] | None = Field(None, description="refused")
+    continue_final_message: bool | None = Field(None, description="refused, if true")
+    echo: bool | None = Field(None, description="refused, if true")
     modalities: list[str] | None = Field(None, description="refused, but for text alone")
     web_search_options: dict[str, Any] | None = Field(None, description="refused")
 
@@ -162,15 +167,17 @@ class ChatRequest(Sampled):
         if any(is_deep(tool) for tool in tools or ()):
             raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
         require_names(tools or ())
+        for number, tool in enumerate(tools or ()):
+            if (tool["function"].get("parameters") or {}).get("type", "object") != "object":
+                param = f"tools[{number}].function.parameters"
+                raise InvalidValue(f"{param}: the schema of a tool's arguments has the type object.", param=param)
         return tools
 
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidValue("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
-        for param in REFUSED:
-            if getattr(self, param) not in (None, ["text"]):
-                raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        refuse_wishes(self, REFUSED, but=[["text"]])
         require_calls(self.messages)
         if self.is_legacy:
             self._modernize()
@@ -210,13 +217,7 @@ class ChatRequest(Sampled):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """Beside what every template is given, which a request cannot change."""
-        effort: dict[str, Any] = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
-        if self.reasoning_effort == "none":
-            effort["enable_thinking"] = False
-        given = self.chat_template_kwargs or {}
-        return effort | {name: value for name, value in given.items()
-                         if name not in TEMPLATE_NAMES and not name.endswith("_token")}
+        return template_variables(self.reasoning_effort, self.chat_template_kwargs)
 
     @property
     def calls(self) -> ToolChoice:
@@ -239,6 +240,15 @@ class ChatRequest(Sampled):
         if choice.mode == "none" or not self.tools:
             return None
         return [tool for tool in self.tools if choice.names is None or tool["function"]["name"] in choice.names]
+
+
+def template_variables(effort: Effort | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Beside what every template is given, which a request cannot change."""
+    variables: dict[str, Any] = {"reasoning_effort": effort} if effort else {}
+    if effort == "none":
+        variables["enable_thinking"] = False
+    return variables | {name: value for name, value in (given or {}).items()
+                        if name not in TEMPLATE_NAMES and not name.endswith("_token")}
 
 
 def require_calls(messages: Sequence[Message]) -> None:

@@ -82,6 +82,7 @@ class AskedReasoning(TypedDict):
 
 class AskedText(TypedDict):
     format: Annotated[dict[str, Any], Field(description="as it was asked for; else of type text")]
+    verbosity: Annotated[Literal["low", "medium", "high"], Field(description="as it was asked for; else medium")]
 
 
 class ResponseObject(TypedDict):
@@ -110,6 +111,9 @@ class ResponseObject(TypedDict):
     tools: Annotated[list[dict[str, Any]], Field(description="as asked; else none")]
     top_logprobs: Annotated[int, Field(description="as asked; else 0")]
     truncation: Annotated[Literal["auto", "disabled"], Field(description="as asked; nothing is ever left out")]
+    max_tool_calls: Annotated[int | None, Field(description="as asked")]
+    prompt_cache_key: Annotated[str | None, Field(description="as asked")]
+    safety_identifier: Annotated[str | None, Field(description="as asked")]
     user: Annotated[str | None, Field(description="as asked")]
     service_tier: Annotated[Literal["default"], Field(description="default, always")]
 

@@ -13,25 +13,29 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from api.wire.body import Fields, names_of, read_object, shown_as, validate
+from api.wire.body import Fields, names_of, read_object, refuse_wishes, shown_as, validate
 from api.wire.format import JSONSchema
 from api.wire.items import Item, chat_messages
 from api.wire.metadata import Metadata
-from api.wire.request import MAX_NESTING, MAX_TOOLS, NAMES, ChatRequest, is_deep, require_few_messages
+from api.wire.request import MAX_NESTING, MAX_TOOLS, NAMES, ChatRequest, Effort, is_deep, require_few_messages
 from api.wire.sampled import Count, Drawn, require_stream
 from api.wire.tools import AS_WRITTEN, FunctionName, Mode, ToolFunction
 from shared.errors import BadRequest, InvalidValue, UnsupportedParameter
 from shared.job import MAX_TOP_LOGPROBS
 
 WITH_LOGPROBS = "message.output_text.logprobs"
+Includable = Literal[
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
+    "message.input_image.image_url", "message.output_text.logprobs", "reasoning.encrypted_content",
+    "web_search_call.action.sources", "web_search_call.results"]
 REFUSED = ("conversation", "prompt", "context_management")          # they would change the answer
 # What a chat calls it, and what it is called here.
 RENAMED = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort",
-           "max_completion_tokens": "max_output_tokens"}
+           "max_completion_tokens": "max_output_tokens", "tools": "tools"}
 
 
 class Reasoning(Fields):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+    effort: Effort | None = Field(
         None, description="what the chat template makes of it; none: enable_thinking is false")
     summary: Literal["auto", "concise", "detailed"] | None = Field(
         None, description="without effect: thoughts are told whole")
@@ -64,13 +68,15 @@ ResponseChoice = Mode | ResponseToolName | AllowedResponseTools | None
 
 class TextOptions(Fields):
     format: TextFormat | None = Field(None, description="else text")
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="repeated, without effect")
 
 
 class ResponseRequest(Drawn):
     """`POST /v1/responses`."""
 
     model: str = Field(min_length=1, description="a name of GET /v1/models")
-    input: str | list[Item] = Field(description="a text, or items of a conversation, `max_messages` at most")
+    input: str | list[Item] = Field(
+        [], description="a text, or items of a conversation, `max_messages` at most; else the previous one's alone")
     instructions: str | None = Field(None, description="said before the conversation, and not kept for the next one")
     previous_response_id: str | None = Field(None, description="of a stored response, whose conversation goes on")
     stream: bool | None = Field(None, description="answer with server-sent events")
@@ -88,10 +94,14 @@ class ResponseRequest(Drawn):
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most, where a call is required")
     text: TextOptions | None = Field(None, description="the form that the answer must keep")
     reasoning: Reasoning | None = Field(None, description="how much it thinks")
-    include: list[str] | None = Field(None, description=f"{WITH_LOGPROBS}: log probabilities")
+    include: list[Includable] | None = Field(
+        None, description=f"{WITH_LOGPROBS}: log probabilities; else without effect")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="of so many likeliest tokens beside each; else 0")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="nothing is ever left out")
+    max_tool_calls: Count | None = Field(None, ge=1, description="of tools that a server runs; repeated")
+    prompt_cache_key: str | None = Field(None, description="repeated, without effect")
+    safety_identifier: str | None = Field(None, description="repeated, without effect")
     conversation: str | dict[str, Any] | None = Field(None, description="refused")
     prompt: dict[str, Any] | None = Field(None, description="refused")
     context_management: list[Any] | None = Field(None, description="refused")
@@ -106,9 +116,7 @@ class ResponseRequest(Drawn):
 
     @model_validator(mode="after")
     def _together(self) -> ResponseRequest:
-        for param in REFUSED:
-            if getattr(self, param):
-                raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
+        refuse_wishes(self, REFUSED)
         require_stream(self.stream, self.stream_options)
         if is_deep(self.tool_choice):
             raise InvalidValue(f"tool_choice is nested at most {MAX_NESTING} levels deep.", param="tool_choice")
@@ -139,10 +147,12 @@ class ResponseRequest(Drawn):
                 "previous_response_id": self.previous_response_id, "background": bool(self.background),
                 "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary}, "store": self.is_stored,
                 "temperature": 1.0 if self.temperature is None else self.temperature,
-                "top_p": 1.0 if self.top_p is None else self.top_p, "text": {"format": form},
+                "top_p": 1.0 if self.top_p is None else self.top_p,
+                "text": {"format": form, "verbosity": text.verbosity or "medium"},
                 "tool_choice": self.tool_choice or "auto", "tools": self.tools or [],
                 "top_logprobs": self.top_logprobs or 0, "truncation": self.truncation or "disabled",
-                "user": self.user, "service_tier": "default"}
+                "max_tool_calls": self.max_tool_calls, "prompt_cache_key": self.prompt_cache_key,
+                "safety_identifier": self.safety_identifier, "user": self.user, "service_tier": "default"}
 
     def chat(self, items: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """The same request as a chat of these items. Raises BadRequest, in the words of responses."""

@@ -13,6 +13,7 @@ from api.wire.body import Fields
 from api.wire.format import Constrained
 from shared.errors import InvalidValue
 
+REFUSED = ("allowed_token_ids", "bad_words", "include_stop_str_in_output", "prompt_logprobs", "return_token_ids")
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -94,6 +95,12 @@ class Sampled(Constrained, Drawn):
     max_tokens: Count | None = Field(None, ge=1, description="most tokens of an answer; else what the context leaves")
     n: int | None = Field(
         None, ge=1, le=MAX_CHOICES, description="answers to one prompt, of which the model may allow fewer; else 1")
+
+    allowed_token_ids: list[int] | None = Field(None, description="refused, unless empty")
+    bad_words: list[str] | None = Field(None, description="refused, unless empty")
+    include_stop_str_in_output: bool | None = Field(None, description="refused, if true")
+    prompt_logprobs: int | None = Field(None, description="refused, but for 0")
+    return_token_ids: bool | None = Field(None, description="refused, if true")
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Sampled:

@@ -101,7 +101,9 @@ def _names(chosen: list[Any], tools: Tools) -> frozenset[str]:
     for each in chosen:
         function = each.get("function") if isinstance(each, dict) and each.get("type") == "function" else None
         name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or name not in offered:
+        if not isinstance(name, str):
+            raise InvalidValue("tool_choice: the name of a function is missing.", param="tool_choice")
+        if name not in offered:
             raise InvalidValue("tool_choice names a function that is none of the tools.", param="tool_choice")
         names.add(name)
     return frozenset(names)

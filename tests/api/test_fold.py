@@ -235,6 +235,14 @@ def test_calls_are_told_from_text(reason: FinishReason, is_named: bool, expected
     assert len({call["id"] for call in calls.values()}) == 2
 
 
+def test_a_call_that_a_stop_string_cut_is_no_reason_to_end() -> None:
+    for text, expected in (('{"a": 1}}</tool_call>', "tool_calls"), ('{"a": 1}', "tool_calls"), ('{"a": "', "stop")):
+        log = make_log([Delta(0, (1,), f'<tool_call>{{"name": "f", "arguments": {text}')], [Delta(0, (2,), "", "stop")])
+        [choice] = collect(log, tool_dialect="hermes")["choices"]
+        assert choice["finish_reason"] == expected and choice["message"]["tool_calls"]
+        assert events(stream(log, tool_dialect="hermes"))[-1]["choices"][0]["finish_reason"] == expected
+
+
 def test_who_asked_with_functions_is_answered_with_one() -> None:
     header: dict[str, Any] = {"tool_dialect": "hermes", "has_functions": True}
     log = make_log([Delta(0, (1,), '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')],

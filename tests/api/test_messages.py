@@ -98,7 +98,7 @@ def test_sampling_is_a_chats() -> None:
 @pytest.mark.parametrize(("fields", "variables"), [
     ({}, {}), ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"enable_thinking": True}),
-    ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, {"reasoning_effort": "xhigh"}),
+    ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, {"reasoning_effort": "max"}),
     ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"})])
 def test_thinking_is_what_the_template_makes_of_it(fields: dict[str, Any], variables: dict[str, Any]) -> None:
     assert read(**fields).template_variables == variables

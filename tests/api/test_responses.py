@@ -71,6 +71,13 @@ def test_a_request_is_a_chat() -> None:
     assert chat.reasoning_effort == "low" and chat.num_logprobs == 2 and chat.is_constrained
     assert request.asked["text"]["format"]["schema"] == {"type": "object"}
     assert read().chat(read().items).num_logprobs is None
+    assert read(reasoning={"effort": "max"}).chat(read().items).reasoning_effort == "max"
+
+
+def test_what_has_no_effect_is_repeated() -> None:
+    given = {"max_tool_calls": 3, "prompt_cache_key": "k", "safety_identifier": "s", "user": "u", "truncation": "auto"}
+    assert read(**given, text={"verbosity": "low"}).asked.items() >= (given | {
+        "text": {"format": {"type": "text"}, "verbosity": "low"}}).items()
 
 
 def test_some_of_the_tools() -> None:
@@ -82,6 +89,7 @@ def test_some_of_the_tools() -> None:
 
 @pytest.mark.parametrize(("fields", "code", "param"), [
     ({"input": None}, "invalid_type", "input"),
+    ({"include": ["everything"]}, "invalid_value", "include[0]"),
     ({"input": []}, "invalid_value", "input"),
     ({"input": [said("user", "x")] * (MAX_ITEMS + 1)}, "invalid_value", "input"),
     ({"input": [{"role": "robot", "content": "x"}]}, "invalid_value", "input"),
@@ -156,6 +164,13 @@ WITH_TOOLS = Header(**{name: getattr(HEADER, name) for name in HEADER.__slots__}
 CALLS = log(WITH_TOOLS, Delta(0, (1, 2), "Hm.</think>\n"), Delta(0, (3,), "Look: "),
             Delta(0, (4,), '<tool_call>\n{"name": "f", "arguments": {"a"'), Delta(0, (5,), ": 1}}\n</tool_call>\n"),
             Delta(0, (6,), '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>', "stop"))
+
+
+def test_a_call_that_a_stop_string_cut_is_incomplete() -> None:
+    cut = log(WITH_TOOLS, Delta(0, (1, 2), "Hm.</think>\n"),
+              Delta(0, (3,), '<tool_call>\n{"name": "f", "arguments": {"a": "b', "stop"))
+    for items in (whole(cut)["output"], [event["item"] for event in told(cut) if "item" in event][1::2]):
+        assert [item["status"] for item in items] == ["completed", "incomplete"]
 
 
 def test_a_text_as_events() -> None:

@@ -226,7 +226,7 @@ async def test_a_form_is_asked_for(pods: list[httpx.AsyncClient], pair_worker: S
     script = await pair_worker.claim()
     assert script.job.sampling.grammar == grammar.of_schema(grammar.ANY_OBJECT)
     await script.answer("{}")
-    assert (await asked).json()["text"] == {"format": {"type": "json_object"}}
+    assert (await asked).json()["text"]["format"] == {"type": "json_object"}
 
 
 async def test_a_key_stands_for_one_response(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import processors
 
 from shared.tokenizer import Tokenizer
-from tests.api.scripted import ScriptedWorker, ask, byte_card, byte_tokenizer, error_of
+from tests.api.scripted import ScriptedWorker, ask, byte_card, byte_tokenizer, error_of, until_known
+from tests.system import System
 
 
 async def tokenize(http: httpx.AsyncClient, worker: ScriptedWorker, **fields: Any) -> Any:
@@ -40,6 +41,30 @@ async def test_a_chat_is_what_a_job_begins_with(http: httpx.AsyncClient, worker:
     assert found["tokens"] == list(script.job.prompt_token_ids)
     await script.answer("")
     await asked
+
+
+async def test_a_chat_as_its_template_makes_it(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    """Without the words that begin an answer."""
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+    whole, halted = [(await tokenize(http, worker, **chat, add_generation_prompt=begins))["tokens"]
+                     for begins in (None, False)]
+    assert whole[:len(halted)] == halted and bytes(whole[len(halted) + 1:]) == b"assistant\n"
+    wrong: list[Any] = [{}, {"type": "function", "function": None}]
+    for tool in wrong:
+        refused = await http.post("/tokenize", json={"model": worker.model, "tools": [tool]} | chat)
+        assert str(error_of(refused, 400)["param"]).startswith("tools[0]")
+
+
+def test_the_only_model_needs_no_name(system: System) -> None:
+    for path, fields in (("/tokenize", {"prompt": "a", "add_special_tokens": None}), ("/detokenize", {"tokens": [97]})):
+        assert httpx.post(system.url + path, json=fields).status_code == 200
+
+
+async def test_one_of_several_models_is_named(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    other = ScriptedWorker(worker.queue.redis)
+    await other.announce()
+    await until_known(http, other)
+    assert error_of(await http.post("/tokenize", json={"prompt": "a"}), 400)["param"] == "model"
 
 
 def test_what_a_tokenizer_puts_around_a_text_is_asked_for() -> None:
