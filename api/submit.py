@@ -6,9 +6,10 @@ All that can be known before acceptance is an HTTP status, also for streams; not
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +18,14 @@ from api.directory import Served
 from api.stored import Record
 from api.wire.completions import CompletionRequest
 from api.wire.dialects import Dialect
+from api.wire.dialects.dialect import eased_schemas
 from api.wire.parts import fold_version
 from api.wire.reading import Reading
 from api.wire.request import ChatRequest, Message
 from api.wire.sampled import Sampled
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, Unavailable, UnsupportedParameter
-from shared.grammar import within
+from shared.grammar import MAX_GRAMMAR_CHARS, TOO_LONG, within
 from shared.job import Header, Job, Language, Sampling
 from shared.prefix import prefix_names, some
 from shared.settings import Settings
@@ -125,12 +127,12 @@ def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
     is strict: text in which all calls follow the schemas.
     """
     if not isinstance(request, ChatRequest):
-        return request.compile_grammar(tokenizer.check_grammar)
+        return request.compile_grammar(tokenizer.make_grammar)
     dialect = reading.dialect
     if request.must_call:
         return _calls(request, tokenizer, dialect)
     calls = _calls(request, tokenizer, dialect) if request.offered_tools and dialect and dialect.can_call else ""
-    form = request.compile_grammar(tokenizer.check_grammar)
+    form = request.compile_grammar(tokenizer.make_grammar)
     grammar = dialect.framed(form, tokenizer.added_id) if dialect and form else form
     if calls and form:
         grammar = within("start: @asked | @calls", asked=grammar, calls=calls)
@@ -139,23 +141,44 @@ def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
         grammar = dialect.among_text(calls, is_one=is_one, may_think=reading.reasoning == "maybe",
                                      added_id=tokenizer.added_id)
     if grammar not in ("", form):
-        tokenizer.check_grammar(grammar)
+        tokenizer.make_grammar("made", grammar)
     return grammar
 
 
 def _calls(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
-    """The grammar of calls alone. Raises BadRequest."""
+    """The grammar of calls alone, in which what cannot be enforced of a tool that is not strict is left out. Raises
+    BadRequest."""
     choice = request.calls
     if dialect is None or not dialect.can_call:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
                                    "to.", param="tool_choice")
-    is_one = choice.is_named or request.parallel_tool_calls is False
+    known, is_one = dialect, choice.is_named or request.parallel_tool_calls is False
+
+    def made(*functions: Mapping[str, Any]) -> str:
+        if sum(len(json.dumps(each.get("parameters"))) for each in functions) > MAX_GRAMMAR_CHARS:
+            raise InvalidGrammar(TOO_LONG, param="tools")
+        return tokenizer.make_grammar("made", known.grammar(functions, is_one=is_one, added_id=tokenizer.added_id))
+
+    def eased(function: Mapping[str, Any]) -> Mapping[str, Any]:
+        candidates = [function] if function.get("strict") else [function, *eased_schemas(function)]
+        for candidate in candidates:
+            try:
+                made(candidate)
+                return candidate
+            except InvalidGrammar as refusal:
+                error = refusal
+        number = [tool["function"]["name"] for tool in request.tools or ()].index(str(function["name"]))
+        raise InvalidGrammar(str(error), param=f"tools[{number}].function.parameters")
+
+    functions: list[Mapping[str, Any]] = choice.of(request.tools or ())
     try:
-        grammar = dialect.grammar(choice.of(request.tools or ()), is_one=is_one, added_id=tokenizer.added_id)
-        tokenizer.check_grammar(grammar)
+        return made(*functions)
+    except InvalidGrammar:
+        functions = [eased(each) for each in functions]
+    try:
+        return made(*functions)
     except InvalidGrammar as error:
         raise InvalidGrammar(str(error), param="tools") from None
-    return grammar
 
 
 def adapted(said: Sequence[Message], card: Card) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -19,14 +19,17 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from shared.errors import InvalidGrammar
+from shared.patterns import require_alike
 from shared.schemas import ESCAPES, enforceable
 
 MAX_GRAMMAR_CHARS = 256 << 10
+TOO_LONG = f"A schema, regular expression or grammar has at most {MAX_GRAMMAR_CHARS} characters."
 MAX_CHOICES = 1000
 MAX_CACHED = 16             # compiled grammars of one tokenizer: each may take as much as a trial lets it
 MAX_CACHED_CHARS = 4 << 20  # of all of them
 TRIAL_STEPS = 8             # tokens that a grammar is tried with before a job is queued
 MAX_FORCED_BYTES = 64       # of what must follow, as tokens: more of it costs time at each of them
+UNFORCED = "// of a client" # in a grammar: what must follow is not looked for, since that may never end
 TOKEN = b"\xff"             # in forced text: stands before the [id] of a special token
 # Limits of work. Compiling burns some 50,000 units of fuel in a millisecond, a step some 14,000.
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=20_000,
@@ -41,14 +44,12 @@ UNENFORCED = ("not", "if", "then", "else", "uniqueItems", "contains", "minContai
               "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
               "$dynamicRef", "$recursiveRef")
 SCHEMA_WITHIN = re.compile(r"%json\s*(?={)")             # Lark's language
-VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 # How messages of the compiler begin, and what we say instead: the rest of a message may quote the input.
 REASONS = tuple((re.compile(words, re.MULTILINE), reason) for words, reason in (
     (r"Unimplemented keys", "a keyword of the schema is none that is enforced"),
     (r"Unsatisfiable schema", "the schema contradicts itself"),
     (r"oneOf constraints", "several schemas of a oneOf may fit the same, which an anyOf allows"),
     (r"Unknown format", "the format is none that is enforced"),
-    (r"Resource '", "the schema refers to what is not in it, and nothing is fetched"),
     (r"Pointer '", "a reference leads to nothing in the schema"),
     (r"Invalid type", "a type of the schema is none of JSON's"),
     (r"min/maxProperties", "a number of properties is enforced where all that are listed are required"),
@@ -58,6 +59,7 @@ REASONS = tuple((re.compile(words, re.MULTILINE), reason) for words, reason in (
     (r"invalid regex|regex parse error", "a regular expression is not written right"),
     (r"lexer error: too many|[pP]arser [eE]rror: (Too many|Current row)|schema too large",
      "it is too large, or never ends"),
+    (r"Failed to generate regex for", "a range of numbers is beyond what can be written"),
     (r"Unable to determine if", "it takes too much work"),
     (r"unknown special token|Token range", "it names a token that is none of this model's"),
     (r"unknown (name|grammar)|Unknown common regex", "it names something that it does not have"),
@@ -79,8 +81,7 @@ def of_schema(schema: dict[str, Any] | str) -> str:
 def of_regex(regex: str) -> str:
     if (len(regex) - len(regex.rstrip("\\"))) % 2:
         raise InvalidGrammar("A regular expression ends behind what a backslash stands before.")
-    if "\n" in regex and VERBOSE.search(regex):          # llguidance would write them as \n, and then they are said
-        raise InvalidGrammar("A regular expression with the flag x has no line breaks.")
+    require_alike(regex)
     return _bounded(LLMatcher.grammar_from_regex(regex))
 
 
@@ -93,7 +94,7 @@ def of_choice(choice: Sequence[str]) -> str:
 def of_grammar(text: str) -> str:
     """Of Lark's language, in which a rule may be %json and a schema, or of GBNF."""
     try:
-        return _bounded(_with_schemas(grammar_from("grammar", _bounded(text))))
+        return _bounded(f"{UNFORCED}\n{_with_schemas(grammar_from('grammar', _bounded(text)))}")
     except (ValueError, RecursionError):
         raise InvalidGrammar("The grammar is neither Lark's nor GBNF.") from None
 
@@ -132,8 +133,13 @@ def _parts(grammar: str) -> list[dict[str, Any]]:
 
 def _bounded(grammar: str) -> str:
     if len(grammar) > MAX_GRAMMAR_CHARS:
-        raise InvalidGrammar(f"A schema, regular expression or grammar has at most {MAX_GRAMMAR_CHARS} characters.")
+        raise InvalidGrammar(TOO_LONG)
     return grammar
+
+
+# Of what clients ask for, by kind; the last is a grammar already. They take as long as they like: see shared/trial.py.
+MAKERS: dict[str, Callable[[Any], str]] = {
+    "schema": of_schema, "regex": of_regex, "choice": of_choice, "grammar": of_grammar, "made": _bounded}
 
 
 class Grammars:
@@ -161,9 +167,9 @@ class Grammars:
     def compile(self, grammar: str, num_steps: int = 0) -> LLMatcher:
         """Compiles it and tries it `num_steps` tokens far, since some fail only then. Raises InvalidGrammar."""
         matcher = LLMatcher(self._tokenizer, within(FREE, whole=_bounded(grammar)), log_level=0, limits=LIMITS)
-        trial = matcher.deep_copy()
+        trial, may_force = matcher.deep_copy(), UNFORCED not in grammar or num_steps > 0      # a trial has a limit
         for step in range(num_steps + 1):
-            if trial.is_stopped() or trial.compute_ff_bytes().startswith(TOKEN):
+            if trial.is_stopped() or (may_force and trial.compute_ff_bytes().startswith(TOKEN)):
                 break                                   # behind a token that must follow there is no mask
             allowed = trial.compute_bitmask()
             if step < num_steps:

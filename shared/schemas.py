@@ -5,18 +5,18 @@ excludes, and no rewriting helps, a schema is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
-from shared.bounds import Bounds
+from shared.bounds import MAX_EXACT, Bounds, moved_inwards, path_of
 from shared.errors import InvalidGrammar
+from shared.patterns import within_json
 
 # With escapes of any character, "\u0061" would be another name than "a", for properties and for their patterns.
 ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
 BY_NAME = ("properties", "$defs", "definitions")
 DATA = ("const", "enum", "default", "examples")         # their values are data, not schemas
 UNTOLD = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-MAX_EXACT = 1 << 53         # integers: beyond, llguidance rounds them as doubles
+OUTSIDE = "This cannot be enforced: the schema refers to what is not in it, and nothing is fetched."
 
 
 def enforceable(schema: Any) -> Any:
@@ -30,11 +30,44 @@ def _said(schema: Any, bounds: Bounds) -> Any:
     if not isinstance(schema, dict):
         return schema
     bounds.require_exact(schema)
-    least, required = schema.get("minProperties"), schema.get("required")
-    if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0) and (
-            schema.keys().isdisjoint({"allOf", "$ref"})):                       # which may require the rest
+    _require_plain_references(schema, bounds)
+    _require_properties(schema, bounds)
+    return {key: _said_of(key, value, bounds) for key, value in moved_inwards(schema).items() if key != "x-guidance"}
+
+
+def _require_plain_references(schema: dict[str, Any], bounds: Bounds) -> None:
+    """Paths within the schema, to schemas, and not to themselves alone. Raises InvalidGrammar."""
+    if "$id" in schema and schema is not bounds.schema:
+        raise InvalidGrammar("This cannot be enforced: a part of the schema has an $id of its own.")
+    if not isinstance(reference := schema.get("$ref"), str):
+        return
+    names = path_of(reference)
+    if reference != "#" and not reference.startswith("#/"):
+        raise InvalidGrammar(OUTSIDE)
+    if any(name in DATA and before not in BY_NAME for before, name in zip(["", *names], names, strict=False)):
+        raise InvalidGrammar("This cannot be enforced: a reference leads to a value, not to a schema.")
+    seen, found = {id(schema)}, bounds.meant(reference)
+    while isinstance(found, dict) and "$ref" in found:
+        if id(found) in seen:
+            raise InvalidGrammar("This cannot be enforced: something in it is defined by itself.")
+        seen.add(id(found))
+        bounds.look()
+        found = bounds.meant(found["$ref"])
+
+
+def _require_properties(schema: dict[str, Any], bounds: Bounds) -> None:
+    """llguidance counts properties that are written, and one may be written twice. Raises InvalidGrammar."""
+    if not isinstance(schema.get("minProperties"), int):
+        return
+    parts = list(bounds.all_of(schema))
+    required = {name for part in parts for name in _names(part.get("required"))}
+    least = max(part["minProperties"] for part in parts if isinstance(part.get("minProperties"), int))
+    if least > max(1, len(required)):
         raise InvalidGrammar("This cannot be enforced: minProperties, where fewer properties are required.")
-    return {key: _said_of(key, value, bounds) for key, value in schema.items() if key != "x-guidance"}
+
+
+def _names(required: Any) -> list[str]:
+    return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
 
 
 def _said_of(key: str, value: Any, bounds: Bounds) -> Any:
@@ -44,9 +77,9 @@ def _said_of(key: str, value: Any, bounds: Bounds) -> Any:
                                  "that takes more than 53 bits.")
         return value
     if key == "pattern" and isinstance(value, str):
-        return _quotes_apart(value)
+        return within_json(value)
     if key == "patternProperties" and isinstance(value, dict):
-        return {_quotes_apart(pattern): _said(part, bounds) for pattern, part in value.items()}
+        return {within_json(pattern): _said(part, bounds) for pattern, part in value.items()}
     if key in BY_NAME and isinstance(value, dict):
         return {name: _said(part, bounds) for name, part in value.items()}
     return _said(value, bounds)
@@ -61,22 +94,3 @@ def _is_told(value: Any) -> bool:
     if isinstance(value, str):
         return not UNTOLD.search(value)
     return not isinstance(value, int) or abs(value) <= MAX_EXACT
-
-
-def _quotes_apart(pattern: str) -> str:
-    """Excludes NUL from every negated class: one that holds all control characters would match quotes and backslashes
-    too, even where it excludes them."""
-    return "".join(_parts(pattern))
-
-
-def _parts(pattern: str) -> Iterator[str]:
-    place = 0
-    while place < len(pattern):
-        part = pattern[place:place + (2 if pattern[place] == "\\" else 1)]
-        if pattern.startswith("[^", place):
-            first = pattern[place + 2:place + 3]
-            part = pattern[place:place + (3 if first in "]-" else 2)]           # which are themselves there
-            yield r"[^\x00" + ("\\" + first if len(part) > 2 else "")
-        else:
-            yield part
-        place += len(part)

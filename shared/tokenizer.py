@@ -45,9 +45,9 @@ class Tokenizer:
         token_id: int | None = self.fast.token_to_id(text)
         return token_id if token_id in self._added else None
 
-    def check_grammar(self, grammar: str) -> None:
-        """Raises InvalidGrammar, or Unavailable."""
-        self._trials.check(grammar)
+    def make_grammar(self, kind: str, value: Any) -> str:
+        """Of a form (`shared.grammar.MAKERS`), tried. Raises InvalidGrammar, or Unavailable."""
+        return self._trials.make(kind, value)
 
     def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None,
                     variables: Mapping[str, Any] = MappingProxyType({})) -> list[int]:

@@ -21,10 +21,11 @@ import time
 import weakref
 from collections import OrderedDict
 from threading import BoundedSemaphore, Lock
+from typing import Any, NamedTuple
 
 from shared import threads
 from shared.errors import InvalidGrammar, Unavailable
-from shared.grammar import TRIAL_STEPS, Grammars
+from shared.grammar import MAKERS, MAX_GRAMMAR_CHARS, TOO_LONG, TRIAL_STEPS, Grammars
 
 log = logging.getLogger(__name__)
 
@@ -37,55 +38,68 @@ NICENESS = 5
 START_S = 60.0              # until a tokenizer is made
 EXIT_S = 1.0                # wait for the exit code of a server that did not start
 MAX_AT_ONCE = 2
-MAX_WAIT_S = 5.0            # for others' trials
-MAX_KNOWN = 4096            # verdicts
+MAX_WAIT_S = 1.5            # for others' trials
+MAX_KNOWN = 4096            # verdicts,
+MAX_KNOWN_CHARS = 16 << 20  # and of the grammars among them
 TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
+MAX_ASKED_BYTES = 8 * MAX_GRAMMAR_CHARS
 BEGUN, FAILED = b"\1", b"\2"                            # sent before anything else; sent instead of a verdict
 
 
+class Verdict(NamedTuple):
+    grammar: str                                        # as it travels with a job; empty: it is refused
+    refusal: str
+
+
 class Trials:
-    """Checks grammars for one tokenizer. Thread-safe."""
+    """Makes and checks grammars for one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._made_of = tokenizer_json, vocab_size, eos_token_ids
         self._server: Server | None = None
-        self._known = OrderedDict[bytes, str]()         # hash of a grammar → why it is refused
+        self._known = OrderedDict[bytes, Verdict]()     # by the hash of what was asked
+        self._num_chars = 0                             # of their grammars
         self._lock, self._starts, self._places = Lock(), Lock(), BoundedSemaphore(MAX_AT_ONCE)
 
-    def check(self, grammar: str) -> None:
-        """Raises InvalidGrammar, or Unavailable where no process can be had."""
-        digest = hashlib.sha256(grammar.encode()).digest()
+    def make(self, kind: str, value: Any) -> str:
+        """The grammar of a form (`MAKERS`), tried. Raises InvalidGrammar, or Unavailable where there is no process."""
+        asked = json.dumps([kind, value]).encode()
+        if len(asked) > MAX_ASKED_BYTES:
+            raise InvalidGrammar(TOO_LONG)
+        digest = hashlib.sha256(asked).digest()
         with self._lock:
-            reason = self._known.get(digest)
-        if reason is None:
+            verdict = self._known.get(digest)
+        if verdict is None:
             if not self._places.acquire(timeout=MAX_WAIT_S):
                 raise Unavailable(retry_after_s=MAX_WAIT_S)
             try:
-                reason = self._try(grammar.encode())
+                verdict = self._try(asked)
             finally:
                 self._places.release()
         with self._lock:
-            self._known[digest] = reason
+            if digest not in self._known:
+                self._num_chars += len(verdict.grammar)
+            self._known[digest] = verdict
             self._known.move_to_end(digest)
-            while len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
-        if reason:
-            raise InvalidGrammar(reason)
+            while len(self._known) > MAX_KNOWN or self._num_chars > MAX_KNOWN_CHARS:
+                self._num_chars -= len(self._known.popitem(last=False)[1].grammar)
+        if verdict.refusal:
+            raise InvalidGrammar(verdict.refusal)
+        return verdict.grammar
 
-    def _try(self, grammar: bytes) -> str:
-        """Why it is refused; empty: it is not."""
+    def _try(self, asked: bytes) -> Verdict:
         for _ in range(2):
             try:
                 server = self._started()
                 began_s = time.monotonic()
-                begun, reason = server.ask(grammar).partition(BEGUN)[1:]
+                begun, answer = server.ask(asked).partition(BEGUN)[1:]
             except OSError as error:
                 log.warning("no grammar can be tried: %s", error)
                 break
-            if begun and reason not in (b"", FAILED):
-                return str(json.loads(reason))
-            if begun and not reason and time.monotonic() - began_s < WALL_S:
-                return TOO_MUCH                         # it has ended at one of its limits
+            if begun and answer not in (b"", FAILED):
+                return Verdict(*json.loads(answer))
+            if begun and not answer and time.monotonic() - began_s < WALL_S:
+                return Verdict("", TOO_MUCH)            # it has ended at one of its limits
             if begun:
                 log.warning("a trial of a grammar did not come to its end")
                 break
@@ -158,7 +172,7 @@ def _try(grammars: Grammars, asked: socket.socket) -> None:
             return
         try:
             asked.sendall(BEGUN)
-            asked.sendall(json.dumps(_judge(grammars, _read(asked).decode())).encode())
+            asked.sendall(json.dumps(_judge(grammars, _read(asked))).encode())
         except MemoryError:
             pass                                        # as whoever ends at a limit
         except Exception:
@@ -167,7 +181,7 @@ def _try(grammars: Grammars, asked: socket.socket) -> None:
             os._exit(0)
 
 
-def _judge(grammars: Grammars, grammar: str) -> str:
+def _judge(grammars: Grammars, asked: bytes) -> Verdict:
     before = _data_bytes()
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     signal.setitimer(signal.ITIMER_REAL, WALL_S)
@@ -176,10 +190,12 @@ def _judge(grammars: Grammars, grammar: str) -> str:
     if before:
         _limit(resource.RLIMIT_DATA, before + HEAP_BYTES)
     try:
+        kind, value = json.loads(asked)
+        grammar = MAKERS[kind](value)
         _kept = grammars.compile(grammar, TRIAL_STEPS)
-        return TOO_MUCH if _data_bytes() - before > KEPT_BYTES else ""
+        return Verdict("", TOO_MUCH) if _data_bytes() - before > KEPT_BYTES else Verdict(grammar, "")
     except InvalidGrammar as error:
-        return str(error)
+        return Verdict("", str(error))
 
 
 def _limit(what: int, most: int) -> None:

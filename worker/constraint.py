@@ -19,7 +19,7 @@ import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask_par
 
-from shared.grammar import Grammars
+from shared.grammar import UNFORCED, Grammars
 
 BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
 MAY_TAKE_S = 0.002                                      # for the look-up of one token; what exceeds it is lateness,
@@ -92,6 +92,7 @@ class GrammarConstraint:
         """Raises InvalidGrammar."""
         self.is_complete, self.forced = False, list[int]()
         self._grammars, self._matcher = grammars, grammars.matcher(grammar)
+        self._may_force = UNFORCED not in grammar
         self._last: list[int] = []                      # token, of those that it has taken
         self._after = after                             # the token that has to come before it begins
         self._is_lost = False                           # what was drawn by others it would not have allowed
@@ -156,11 +157,12 @@ class GrammarConstraint:
                 return False
         elif self._is_lost or not self._is_named(token_id):
             return False
-        if not self._goes_on(token_id):
-            return False
-        self._look_ahead()
-        self._trust.gain()
-        return True
+        began_s = time.thread_time()                    # what others take meanwhile is not its fault
+        if has_taken := self._goes_on(token_id):
+            self._look_ahead()
+            self._trust.gain()
+        self._note(time.thread_time() - began_s)
+        return has_taken
 
     def _is_named(self, token_id: int) -> bool:
         """Whether the mask allows it. Without a mask: forced text must come in the tokenizer's own tokens, though the
@@ -178,12 +180,10 @@ class GrammarConstraint:
         if self._after is not None:
             self._after = None if token_id == self._after else self._after
             return True
-        began_s = time.thread_time()                    # what others take meanwhile is not its fault
         if token_id in self._grammars.eos_token_ids:    # which may be what a part of the grammar stops at
             has_taken = not self._matcher.is_error() and self._matcher.consume_token(token_id)
         else:
             has_taken = self._matcher.try_consume_tokens([token_id]) == 1
-        self._note(time.thread_time() - began_s)
         if has_taken:
             self._last, self._bits = [token_id], None
         return has_taken
@@ -199,7 +199,7 @@ class GrammarConstraint:
         if self._after is not None or self._is_lost:
             return
         self.forced = []
-        if text := self._matcher.compute_ff_bytes():
+        if self._may_force and (text := self._matcher.compute_ff_bytes()):
             token_ids = self._grammars.token_ids(text, self._last)
             self.forced = token_ids if self._matcher.validate_tokens(token_ids[:1]) else []
         self.is_complete = self._matcher.is_stopped() and not self._matcher.is_error()

@@ -70,18 +70,16 @@ class Constrained(Fields):
     def is_constrained(self) -> bool:
         return any(wish for _, wish in self._wishes())
 
-    def compile_grammar(self, check: Callable[[str], None]) -> str:
+    def compile_grammar(self, make: Callable[[str, Any], str]) -> str:
         """In the form that travels with a job; empty: the answer may be anything. Raises BadRequest."""
         found = [(param, wish) for param, wish in self._wishes() if wish]
         if len(found) > 1:
             raise InvalidValue(f"{found[0][0]} and {found[1][0]} cannot both be given.", param=found[1][0])
         for param, (kind, value) in found:
             try:
-                compiled = KINDS[kind](value)
-                check(compiled)
+                return make(kind, value)
             except InvalidGrammar as error:
                 raise InvalidGrammar(str(error), param=param) from None
-            return compiled
         return ""
 
     def _wishes(self) -> list[tuple[str, tuple[str, Any] | None]]:
@@ -94,10 +92,6 @@ class Constrained(Fields):
             ("regex", "regex"), ("choice", "choice"), ("grammar", "grammar"), ("ebnf", "grammar"),
             ("json_schema", "schema"), ("guided_json", "schema"),
             ("guided_regex", "regex"), ("guided_choice", "choice"), ("guided_grammar", "grammar"))]
-
-
-KINDS = {"schema": grammar.of_schema, "regex": grammar.of_regex, "choice": grammar.of_choice,
-         "grammar": grammar.of_grammar}
 
 
 def _given(kind: str, value: Any) -> tuple[str, Any] | None:

@@ -168,7 +168,8 @@ class ChatRequest(Sampled):
             raise ValueError(f"a tool is nested at most {MAX_NESTING} levels deep")
         require_names(tools or ())
         for number, tool in enumerate(tools or ()):
-            if (tool["function"].get("parameters") or {}).get("type", "object") != "object":
+            kinds = (tool["function"].get("parameters") or {}).get("type", "object")
+            if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
                 param = f"tools[{number}].function.parameters"
                 raise InvalidValue(f"{param}: the schema of a tool's arguments has the type object.", param=param)
         return tools

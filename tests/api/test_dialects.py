@@ -253,6 +253,31 @@ async def job_of(template: str, **fields: Any) -> tuple[Job, Header]:
     return await make_job(order, served, "id", pod_id="pod", settings=Settings(), retain_s=9)
 
 
+BAD: list[Any] = [{"pattern": r"\bx"}, {"pattern": "^(?!x)"}, {"pattern": "(a)\\1"}, {"$ref": "https://x/y"},
+                  {"$ref": "#/none"}, {"type": "any"}, {"type": "object", "required": "a"}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+async def test_what_cannot_be_enforced_of_a_tool_is_left_out(bad: dict[str, Any]) -> None:
+    """Its shape and the other tools are kept as they are; of a strict one the request is refused, and it is named."""
+    good = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"],
+            "additionalProperties": False}
+    parameters = {"type": "object", "properties": {"e": bad, "s": {"type": "boolean"}}, "required": ["s"]}
+    functions: list[dict[str, Any]] = [{"name": "good", "parameters": good}, {"name": "bad", "parameters": parameters}]
+    template = "{{ messages[0].content }}{# <tool_call></tool_call> #}"
+    tools = [{"type": "function", "function": each} for each in functions]
+    grammar = (await job_of(template, tools=tools, tool_choice="required"))[0].sampling.grammar
+    grammars = Grammars(byte_card("m").tokenizer_json, 258, [257])
+    for text, is_right in (('good", "arguments": {"n": 5}', True), ('good", "arguments": {"n": 50}', False),
+                           ('bad", "arguments": {"s": true}', True), ('bad", "arguments": {"s": 5}', False)):
+        ids = list(f'<tool_call>\n{{"name": "{text}}}\n</tool_call>'.encode())
+        assert (grammars.matcher(grammar).try_consume_tokens(ids) == len(ids)) == is_right, text
+    functions[1]["strict"] = True
+    with pytest.raises(InvalidGrammar) as refused:
+        await job_of(template, tools=tools, tool_choice="required")
+    assert refused.value.param == "tools[1].function.parameters"
+
+
 FORM: dict[str, Any] = {"response_format": {"type": "json_object"}}
 
 

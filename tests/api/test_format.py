@@ -9,7 +9,7 @@ import pytest
 
 from api.wire.request import parse
 from shared.errors import BadRequest
-from shared.grammar import ANY_OBJECT, of_choice, of_grammar, of_regex, of_schema
+from shared.grammar import ANY_OBJECT, MAKERS, of_choice, of_grammar, of_regex, of_schema
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 LARK = 'start: "a"'
@@ -35,9 +35,14 @@ SAME: list[tuple[str, list[dict[str, Any]]]] = [
 def compiled(**fields: Any) -> str:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]} | fields
     request = parse(json.dumps(body).encode(), 4)
-    checked: list[str] = []
-    grammar = request.compile_grammar(checked.append)
-    assert checked == [grammar] * request.is_constrained
+    made: list[str] = []
+
+    def make(kind: str, value: Any) -> str:
+        made.append(MAKERS[kind](value))
+        return made[-1]
+
+    grammar = request.compile_grammar(make)
+    assert made == [grammar] * request.is_constrained
     return grammar
 
 

@@ -73,7 +73,7 @@ def test_what_is_not_refused_is_enforced(one: Schema, other: Schema, way: str) -
     {"const": {"exclusiveMinimum": 0, "maximum": 0.5}}, {"default": {"exclusiveMinimum": 0, "maximum": 0.5}},
     {"enum": [{"exclusiveMinimum": 0, "maximum": 0.5}]}, {"exclusiveMinimum": {"maximum": 0.5}},
     {"anyOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}]}, {"allOf": {"exclusiveMinimum": 0}, "maximum": 0.5},
-    {"properties": {"a": {"exclusiveMinimum": 0}, "b": {"maximum": 0.5}}}, {"$ref": "#", "maximum": 0.5},
+    {"properties": {"a": {"exclusiveMinimum": 0}, "b": {"maximum": 0.5}}}, {"$ref": "#/a", "maximum": 0.5},
     {"allOf": [{"$ref": "#"}], "exclusiveMinimum": 0}, {"$ref": "#/a/b/c"}, {"$ref": 5}, 5, None], ids=str)
 def test_nothing_else_is_refused(schema: Any) -> None:
     assert enforceable(schema) == schema
@@ -85,3 +85,36 @@ def test_what_refers_to_itself_over_and_over_is_looked_at_so_often() -> None:
     with pytest.raises(InvalidGrammar, match="too much work"):
         enforceable(many)
     assert MAX_LOOKS <= 100_000
+
+
+@pytest.mark.parametrize("reference", ["#/anyOf/0", "#/$defs/a%62", "#/$defs/a~1b"])
+def test_bounds_meet_wherever_a_reference_leads(reference: str) -> None:
+    target = {"type": "number", "exclusiveMinimum": 5}
+    schema = {"$defs": {"ab": target, "a/b": target}, "anyOf": [target, {"$ref": reference, "maximum": 5.5}]}
+    with pytest.raises(InvalidGrammar, match="less than 1 apart"):
+        enforceable(schema)
+
+
+LARGEST, EXACT = 2**63 - 1024, 2**53
+
+
+@pytest.mark.parametrize(("bounds", "right", "wrong"), [
+    ({"minimum": EXACT + 1}, [EXACT + 2, LARGEST], [EXACT, EXACT + 1 - 2]),
+    ({"exclusiveMinimum": EXACT}, [EXACT + 2], [EXACT]), ({"exclusiveMaximum": -EXACT}, [-EXACT - 2], [-EXACT]),
+    ({"maximum": -EXACT - 1}, [-EXACT - 2, -LARGEST], [-EXACT, 0]),
+    ({"minimum": -2**63, "maximum": 2**63 - 1}, [0, 5, -5, EXACT + 1, LARGEST, -LARGEST], [2**63, -2**63 - 1]),
+    ({"minimum": 0, "maximum": 2**64 - 1}, [0, LARGEST], [-1, 2**64]),
+    ({"minimum": 0, "exclusiveMinimum": EXACT}, [EXACT + 2], [0, EXACT]),
+    ({"exclusiveMinimum": 2.0**59, "minimum": 2**59}, [2**59 + 128], [2**59])])
+@pytest.mark.parametrize("kind", ["integer", "number"])
+def test_large_bounds_are_kept(bounds: dict[str, Any], right: list[int], wrong: list[int], kind: str) -> None:
+    schema = {"type": kind} | bounds
+    assert [number for number in right if not accepts(schema, str(number))] == []
+    assert [number for number in wrong if accepts(schema, str(number))] == []
+
+
+@pytest.mark.parametrize("bounds", [{"minimum": 2**63}, {"exclusiveMaximum": -2.0**63}, {"minimum": 1e300},
+                                    {"multipleOf": EXACT + 1}], ids=str)
+def test_what_no_number_of_64_bits_keeps_is_refused(bounds: dict[str, Any]) -> None:
+    with pytest.raises(InvalidGrammar, match="64 bits"):
+        enforceable({"type": "integer"} | bounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,48 @@ def test_what_a_class_excludes_is_excluded(pattern: str, where: str) -> None:
         assert accepted == is_right or (where == "key" and not accepted), text
         told += accepted
     assert told > 1
+
+
+@pytest.mark.parametrize("pattern", [
+    r"^[\x00-\x1f]$", r"^[\x00-!]+$", "^[\x01-z]*$", r"^\p{Cc}$", r"^\pC*$", "^[[:cntrl:]]$", r"^\P{P}+$",
+    r"^[\P{P}]+$", r'^[\x00-\x1f"]$', r'^[\x00-\x7f&&[^"]]+$', r"^\x01a?$", r"^\u0001a?$", "^\x01$", r"^\x7f$",
+    "^[a[b]]$", "^[a--b]$", "^[a-z~~m]$", "(?x)[ ^a]+", "(?i-u)(?sU)a", r"a\z", r"\x{41}"])
+def test_a_pattern_that_would_be_read_otherwise_is_refused(pattern: str) -> None:
+    schemas: list[Any] = [{"type": "string", "pattern": pattern}, {"patternProperties": {pattern: {}}}]
+    for schema in schemas:
+        with pytest.raises(InvalidGrammar, match=r"regular expression|control character"):
+            enforceable(schema)
+
+
+@pytest.mark.parametrize("pattern", [
+    r"^\[[a-z]\]$", "^[]a]+$", "^[^]a]+$", r"^[\]a-]$", r"^[\n\t]a$", "(?i)x", "(?P<y>x)", "(?:x)", r"^\x41$",
+    r"^[a\-\-b]$", "^[+-]?$", r"^\\p$", "^(&&|--)$", r"^[\w.+-]+@[\w-]+\.\w+$"])
+def test_a_pattern_that_all_read_alike_is_kept(pattern: str) -> None:
+    for text in ("[a]", "]", "a", "b", "-", "\\p", "\na", "\ta", "X", "x", "A", "+", "", "&&", "--", "^", "a@b.c", "@"):
+        is_right = bool(re.search(pattern, text))
+        assert accepts({"type": "string", "pattern": pattern}, json.dumps(text)) == is_right, text
+
+
+@pytest.mark.parametrize(("schema", "words"), [
+    ({"$ref": "#/default", "default": {"type": "string"}}, "not to a schema"),
+    ({"$ref": "#/examples/0", "examples": [{}]}, "not to a schema"),
+    ({"$ref": "#/components/const", "components": {"const": {}}}, "not to a schema"),
+    ({"$ref": "#foo", "$defs": {"a": {"$anchor": "foo"}}}, "nothing is fetched"),
+    ({"$id": "http://x/y", "$ref": "http://x/y#/$defs/a", "$defs": {"a": {}}}, "nothing is fetched"),
+    ({"properties": {"a": {"$id": "http://x/y"}}}, "an .id of its own"),
+    ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "defined by itself"),
+    ({"minProperties": 3, "allOf": [{"type": "object"}]}, "minProperties"),
+    ({"minProperties": 2, "$ref": "#/$defs/a", "$defs": {"a": {"required": ["x"]}}}, "minProperties"),
+    ({"allOf": [{"minProperties": 2}, {"required": ["a"]}]}, "minProperties"),
+    ({"minProperties": 3, "required": ["a", "a", "a"]}, "minProperties")], ids=str)
+def test_what_could_be_evaded_is_refused(schema: Any, words: str) -> None:
+    with pytest.raises(InvalidGrammar, match=words):
+        enforceable(schema)
+
+
+def test_a_property_may_be_called_as_a_keyword_is() -> None:
+    schema = {"$ref": "#/properties/default", "properties": {"default": {"type": "null"}}}
+    assert accepts(schema, "null") and not accepts(schema, "{}")
 
 
 def test_a_name_has_one_spelling() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shared.grammar import MAX_FORCED_BYTES, Grammars, of_choice, of_grammar, of_regex, of_schema
+from shared.grammar import MAX_FORCED_BYTES, TRIAL_STEPS, Grammars, of_choice, of_grammar, of_regex, of_schema
 from shared.job import Sampling
 from shared.tokenizer import Tokenizer as ChatTokenizer
 from tests.worker.engine.driver import run, token_ids
@@ -455,6 +455,16 @@ class Stuck:
     def accept(self, token_id: int) -> bool:
         self.num_accepted += 1
         return self.num_accepted < 3
+
+
+def test_what_must_follow_for_ever_is_not_looked_for() -> None:
+    """Of a client's grammar: no trial comes to where this one has but one way on, and never an end."""
+    grammar = of_grammar("start: /[0-9]{30}/ A B\nA: /a+/\nB: /a/")
+    GRAMMARS.compile(grammar, TRIAL_STEPS)
+    digits = TOKENIZER.encode("0123456789" * 3, add_special_tokens=False).ids
+    constraint = GrammarConstraint.of(GRAMMARS, grammar, digits)
+    for token_id in TOKENIZER.encode("a" * 20, add_special_tokens=False).ids:
+        assert constraint.accept(token_id) and not constraint.forced
 
 
 def test_who_cannot_go_on_fails_alone(engine: Engine) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from shared.schemas import ESCAPES, enforceable
 
 MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
 MAX_NAME_CHARS = 256
+TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 Tools = Iterable[Mapping[str, Any]]                     # functions, as OpenAI describes them
@@ -120,8 +121,8 @@ def quoted(text: str) -> str:
 def schema_of(tool: Mapping[str, Any]) -> dict[str, Any]:
     """Of a tool's arguments: none, where nothing is said of them. One that is not strict is kept as far as it can be
     enforced."""
-    return with_options(dict(NOTHING if tool.get("parameters") is None else tool["parameters"] or {"type": "object"}),
-                        is_strict=bool(tool.get("strict")))
+    schema = NOTHING if tool.get("parameters") is None else tool["parameters"]
+    return with_options({**schema, "type": "object"}, is_strict=bool(tool.get("strict")))
 
 
 def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
@@ -132,9 +133,31 @@ def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
     return schema | {"x-guidance": options}
 
 
+def eased_schemas(tool: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A tool whose schema cannot be enforced, with less of it: its shape alone, then its arguments' names alone."""
+    properties, _ = arguments_of(tool)
+    names: dict[str, Any] = {"properties": {name: {} for name in properties}}
+    for parameters in (_shape(tool.get("parameters")), names):
+        yield {**tool, "parameters": parameters}
+
+
+def _shape(schema: Any) -> dict[str, Any]:
+    """Types, properties and items of a schema, as far as they are right."""
+    if not isinstance(schema, dict):
+        return {}
+    properties, required = arguments_of({"parameters": schema})
+    shape: dict[str, Any] = {"type": kinds} if (kinds := [kind for kind in kinds_of(schema) if kind in TYPES]) else {}
+    if properties:
+        shape["properties"] = {name: _shape(each) for name, each in properties.items()}
+        shape["required"] = [name for name in required if name in properties]
+    if isinstance(schema.get("items"), dict):
+        shape["items"] = _shape(schema["items"])
+    return shape
+
+
 def object_of(tool: Mapping[str, Any]) -> str:
     """A tool's arguments as JSON, in a grammar."""
-    return f"%json {json.dumps({'type': 'object'} | schema_of(tool))}"
+    return f"%json {json.dumps(schema_of(tool))}"
 
 
 def arguments_of(tool: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
