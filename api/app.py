@@ -16,8 +16,8 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import docs
-from api.answer import REQUEST_ID, answer, new_request_id, request_id_headers
 from api.auth import Door
+from api.error_response import REQUEST_ID, answer, new_request_id, request_id_headers
 from api.pod import Pod
 from api.routes import batches, chat, completions, files, health, messages, models, responses, stored, tokens
 from api.sse import COMPLETION_ID

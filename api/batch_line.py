@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from api.accept import submit
 from api.delivered import Delivered
 from api.directory import Served
+from api.jobs import Order
 from api.pod import Pod
 from api.relay import Stream
 from api.resume import attend, join, token_bytes, whole
-from api.submit import Order
+from api.submit import submit
 from api.wire.batches import Batch, digits_of
 from api.wire.fold import TokenBytes, WholeFold, dump
 from api.wire.languages import ID_KINDS, whole_fold

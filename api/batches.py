@@ -16,12 +16,12 @@ from typing import Any
 from redis.asyncio import Redis
 
 from api.files import File, Files, pieces_key
+from api.scripts import register
 from api.wire.batches import Batch, BatchRequest, Status
 from api.wire.lines import Raw, Result
 from shared.connection import refusals
 from shared.errors import NOT_LISTED, BatchNotFound, InvalidValue, TooManyBatches
 from shared.keys import BATCHES, tenant_key
-from shared.queue import LUA
 from shared.settings import Settings
 
 MAX_BATCHES = 10_000                                    # of a tenant, those that are over too
@@ -39,7 +39,7 @@ class Batches:
         self._redis = redis
         self._files = files
         self._settings = settings
-        self._scripts = {name: redis.register_script((LUA / f"{name}.lua").read_text()) for name in SCRIPTS}
+        self._scripts = {name: register(redis, name) for name in SCRIPTS}
         self._lifetime_ms = round((settings.batch_s + settings.file_s) * 1000)
 
     # ── what clients do ──

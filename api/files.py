@@ -14,10 +14,10 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from api.scripts import register
 from shared.connection import refusals
 from shared.errors import FileTooLarge, NoSuchFile, StorageFull
 from shared.keys import tenant_key
-from shared.queue import LUA
 from shared.settings import Settings
 
 PIECE_BYTES = (256 << 10) - 1024                        # with its header one allocation of 256 KiB, not of 320
@@ -69,7 +69,7 @@ class Files:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis = redis
         self._settings = settings
-        self._keep = redis.register_script((LUA / "keep.lua").read_text())
+        self._keep = register(redis, "keep")
 
     async def append(self, tenant: str, file: File, piece: bytes) -> File:
         """The file with one more piece. Raises FileTooLarge or StorageFull."""

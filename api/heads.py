@@ -11,7 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from api.answer import last_answer
+from api.error_response import last_answer
 from shared.errors import APIError, BadRequest, HeadTooLarge, TooSlow
 
 MAX_HEADER_BYTES = 64 << 10                             # of a request line and its headers, or of what stands for them

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
+from api.scripts import register
 from shared.errors import IdempotencyKeyReused, InvalidValue
 from shared.job import Language
 from shared.keys import Shard, shard_of, tenant_key
-from shared.queue import LUA
 from shared.settings import Settings
 
 MAX_KEY_BYTES = 255
@@ -45,8 +45,8 @@ class Reservations:
     """The keys of all tenants."""
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
-        self._reserve = redis.register_script((LUA / "reserve.lua").read_text())
-        self._unreserve = redis.register_script((LUA / "unreserve.lua").read_text())
+        self._reserve = register(redis, "reserve")
+        self._unreserve = register(redis, "unreserve")
         self._deadline_s = settings.request_deadline_s
 
     async def reserve(self, tenant: str, key: str, language: Language, body: bytes, retain_s: float, completion_id: str

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from itertools import chain
 from typing import Any
 
-from api.delivered import Delivered
+from api.delivered import Delivered, Room
 from shared import connection
 from shared.errors import DeadlineExceeded, StreamLost, Unavailable
 from shared.job import Entry
@@ -159,6 +159,7 @@ class Relay:
         self._streams: dict[str, set[Stream]] = {}      # by job id
         self._heard: dict[str, asyncio.Event] = {}      # channel → set once it is subscribed
         self._stopping = False
+        self.room = Room()
 
     def __repr__(self) -> str:
         return f"<Relay {self.num_streams} streams, {len(self._heard)} shards>"
@@ -180,12 +181,14 @@ class Relay:
             raise Unavailable(retry_after_s=1.0) from None
 
     def open(self, job_id: str, queue: Queue, delivered: Delivered) -> Stream:
+        delivered.room = self.room
         stream = Stream(job_id, queue, self.settings, delivered)
         self._streams.setdefault(job_id, set()).add(stream)
         stream.left = self._stopping
         return stream
 
     def close(self, stream: Stream) -> None:
+        stream.delivered.forget()
         readers = self._streams[stream.job_id]
         readers.discard(stream)
         if not readers:

@@ -14,14 +14,14 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
 
-from api.accept import new_id, submit, submit_once
 from api.auth import Door
 from api.directory import Served
+from api.jobs import Order
 from api.pod import Pod
 from api.relay import Stream
 from api.resume import find, follow, join, position, token_bytes
 from api.sse import COMPLETION_ID, EventStream, Source
-from api.submit import Order
+from api.submit import new_id, submit, submit_once
 from api.wire.fold import Whole
 from api.wire.languages import Asked, event_fold, whole_fold
 from shared.errors import BodyTooLarge, Draining, TooSlow, UnsupportedEncoding

@@ -13,11 +13,11 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from api.scripts import register
 from shared.connection import refusals
 from shared.errors import NOT_LISTED, InvalidValue, StorageFull
 from shared.job import Language
 from shared.keys import shard_of, tenant_key
-from shared.queue import LUA
 from shared.settings import Settings
 
 MAX_STORED = 10_000                                     # chat completions that a tenant can list; the oldest leave
@@ -51,7 +51,7 @@ class Store:
         self._redis = redis
         self._lifetime_ms = round((settings.request_deadline_s + settings.store_s) * 1000)
         self._max_bytes = settings.max_tenant_stored_bytes
-        self._shelve = redis.register_script((LUA / "shelve.lua").read_text())
+        self._shelve = register(redis, "shelve")
 
     async def put(self, tenant: str, record: Record) -> None:
         """Before its job is submitted: a record without a job is found by nobody. Raises StorageFull."""

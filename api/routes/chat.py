@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends, Response
 
 from api import docs
 from api.auth import Door
+from api.jobs import Order
 from api.pod import Pod
 from api.respond import Caller, read_order, respond
 from api.stored import Record
-from api.submit import Order
 from api.wire.request import ChatRequest, parse
 
 

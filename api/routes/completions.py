@@ -8,15 +8,15 @@ from contextlib import suppress
 from fastapi import APIRouter, Depends, Response
 
 from api import docs
-from api.accept import new_id, submit
 from api.auth import Door
 from api.directory import Served
+from api.jobs import Order
 from api.pod import Pod
 from api.relay import Stream
 from api.respond import Caller, collect, read_order, respond
 from api.several import Several
 from api.sse import COMPLETION_ID, EventStream
-from api.submit import Order
+from api.submit import new_id, submit
 from api.wire.completions import CompletionRequest, TextsChunkFold, TextsFold, parse_completion
 from shared import connection
 from shared.errors import InvalidValue

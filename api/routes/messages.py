@@ -8,9 +8,9 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from api import docs
 from api.auth import Door
+from api.jobs import Order, encode
 from api.pod import Pod
 from api.respond import Caller, read_body, read_order, respond
-from api.submit import Order, encode
 from api.wire.messages import parse_count, parse_message
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from api import docs
-from api.accept import new_id, submit, submit_once
 from api.auth import Door
 from api.directory import Served
+from api.jobs import Order, encode
 from api.pod import Pod
 from api.respond import Caller, read_body, read_order, respond, rest
 from api.resume import find, find_stored, whole
@@ -31,7 +31,7 @@ from api.routes.listing import (
 )
 from api.sse import COMPLETION_ID
 from api.stored import Record
-from api.submit import Order, encode
+from api.submit import new_id, submit, submit_once
 from api.wire.items import listed
 from api.wire.languages import whole_fold
 from api.wire.responses import in_our_words, parse_response

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api import docs
+from api.jobs import adapted
 from api.pod import Pod
 from api.respond import read_body
-from api.submit import adapted
 from api.wire.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
 from shared.errors import InvalidValue, MissingField
 from shared.tokenizer import Tokenizer

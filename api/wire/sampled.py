@@ -20,7 +20,7 @@ MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 128
 
-Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/submit.py to say
+Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/jobs.py to say
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Biases = Annotated[dict[str, float], WithJsonSchema({

@@ -59,35 +59,41 @@ local function warmth(prefix)
   end
 end
 
--- load(job) -> what is to be known of it; nil if this worker could never compute it, or it is no job any more
-local function load(job)
-  local hash = key('job:' .. job)
-  local f = redis.call('HMGET', hash, 'entry', 'attempts', 'choices', 'tokenizer_id', 'weights_id', 'numerics_id',
-                       'start_tag', 'prefix', 'ready_ms')
+local function has_started(job) return (select(2, last(job)) or 0) > 0 end
+
+-- glance(job) -> what places it in line; nil if this worker could never compute it, or it is no job any more
+local function glance(job)
+  local f = redis.call('HMGET', key('job:' .. job), 'tokenizer_id', 'weights_id', 'choices', 'prefix', 'ready_ms',
+                       'priority')
   if not f[1] then redis.call('ZREM', key('ready'), job) return nil end
-  if f[4] ~= ARGV[5] or tonumber(f[3]) > tonumber(ARGV[13]) then return nil end
-  local started = (select(2, last(job)) or 0) > 0
-  if started and f[5] ~= ARGV[6] and ARGV[12] ~= '1' then return nil end
-  return {job = job, hash = hash, entry = f[1], attempts = tonumber(f[2]), choices = tonumber(f[3]), started = started,
-          numerics_id = f[6], start_tag = tonumber(f[7]), prefix = f[8], warmth = warmth(f[8]), ready_ms = tonumber(f[9])}
+  if f[1] ~= ARGV[5] then return nil end
+  if f[2] ~= ARGV[6] and ARGV[12] ~= '1' and has_started(job) then return nil end
+  if tonumber(f[3]) > tonumber(ARGV[13]) then return nil end
+  return {job = job, choices = tonumber(f[3]), prefix = f[4], warmth = warmth(f[4]), ready_ms = tonumber(f[5]),
+          priority = tonumber(f[6])}
+end
+
+local function load(j)
+  j.hash = key('job:' .. j.job)
+  local f = redis.call('HMGET', j.hash, 'entry', 'attempts', 'numerics_id', 'start_tag')
+  j.entry, j.attempts, j.numerics_id, j.start_tag = f[1], tonumber(f[2]), f[3], tonumber(f[4])
 end
 
 -- The head of the line. Of the first priority band those whose prefix this worker has cached come before the others,
 -- unless one of these has waited too long.
 local function candidates()
-  local line, mine, others, behind, band = {}, {}, {}, {}, nil
+  local line, mine, others, behind = {}, {}, {}, {}
   for page = 0, MAX_PAGES - 1 do
-    local rows = redis.call('ZRANGE', key('ready'), page * max_scan, (page + 1) * max_scan - 1, 'WITHSCORES')
-    for i = 1, #rows, 2 do
-      local candidate = load(rows[i])
-      if candidate and #line < max_scan then
-        local its_band = math.floor(rows[i + 1] / BAND)
-        band = band or its_band
+    local jobs = redis.call('ZRANGE', key('ready'), page * max_scan, (page + 1) * max_scan - 1)
+    for _, job in ipairs(jobs) do
+      local candidate = #line < max_scan and glance(job)
+      if candidate then
         table.insert(line, candidate)
-        table.insert(its_band > band and behind or candidate.warmth == 'mine' and mine or others, candidate)
+        local is_behind = candidate.priority > line[1].priority
+        table.insert(is_behind and behind or candidate.warmth == 'mine' and mine or others, candidate)
       end
     end
-    if #line >= max_scan or #rows < 2 * max_scan then break end
+    if #line >= max_scan or #jobs < max_scan then break end
   end
   if #others == 0 or now - others[1].ready_ms >= prefix_patience_ms then return line end
   for _, part in ipairs({others, behind}) do
@@ -117,9 +123,9 @@ end
 -- suits -> 'take', 'skip' or 'stop' (nothing behind it may overtake)
 local function suits(j)
   local waited_ms = now - j.ready_ms
-  local is_known = j.numerics_id ~= ''                  -- not of a job that a pod put back
-  if j.started and is_known and j.numerics_id ~= ARGV[7] and is_patient(waited_ms, patience_ms) then return 'skip' end
-  if not j.started and j.warmth == 'theirs' and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
+  local is_unlike = j.numerics_id ~= '' and j.numerics_id ~= ARGV[7]            -- '': of a job that a pod put back
+  if is_unlike and has_started(j.job) and is_patient(waited_ms, patience_ms) then return 'skip' end
+  if j.warmth == 'theirs' and not has_started(j.job) and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
   if j.attempts > 0 and not empty and not (j.attempts == 1 and is_proven()) then
     if j.attempts == 1 then leave_for(SHARE_MS) end
     if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
@@ -159,6 +165,7 @@ for _, j in ipairs(line) do
     leave_for(SHARE_MS)
     break
   end
+  load(j)
   local verdict = suits(j)
   if verdict == 'stop' then break end
   local row = verdict == 'take' and take(j)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from api import accept
+from api import submit
 from api.directory import Served
 from api.idempotency import MAX_KEY_BYTES, UNSUBMITTED_S, Reservation, Reservations
 from shared.errors import IdempotencyKeyReused, Overloaded
@@ -236,12 +236,12 @@ async def test_a_refusal_takes_no_key_from_who_was_let_in(pods: list[httpx.Async
     async def full(*_: Any) -> None:
         raise Overloaded
 
-    monkeypatch.setattr(accept, "submit", full)
+    monkeypatch.setattr(submit, "submit", full)
     queue, given_back = worker.queue, list[Reservation]()
     reservations = SimpleNamespace(give_back=given_back.append)
     pod: Any = SimpleNamespace(directory=SimpleNamespace(queue=lambda _: queue), reservations=reservations)
     with pytest.raises(Overloaded):
-        await accept._submit_reserved(pod, Served(queue, *2 * [cast(Any, None)]), cast(Any, None),
+        await submit._submit_reserved(pod, Served(queue, *2 * [cast(Any, None)]), cast(Any, None),
                                       replace(reserved, is_ours=True))
     assert not given_back
     await script.answer("Hi")

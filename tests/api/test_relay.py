@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from api import delivered as delivered_module
 from api.delivered import MAX_PUT_BACKS, Delivered
 from api.relay import READ_LIMIT, Relay, Stream
 from shared import connection
@@ -231,6 +232,26 @@ async def test_what_a_pod_does_not_know_it_cannot_put_back(redis: Redis) -> None
         await known.put_back(script.worker.queue)
     with pytest.raises(StreamLost):
         await known.put_back(script.worker.queue)
+
+
+async def test_what_the_streams_of_a_pod_keep_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who grows beyond it keeps nothing more; who ends leaves its room to others."""
+    script, relay = await make_script(redis), Relay("pod", SETTINGS)
+    await script.say(say("a" * 60))
+    entries = await log_of(script)
+    one, other = [relay.open(script.job.id, script.worker.queue, Delivered(script.job, HEADER.encode())) for _ in "12"]
+    one.delivered.add(entries)
+    size = relay.room.num_bytes
+    assert size > 60
+    monkeypatch.setattr(delivered_module, "MAX_POD_BYTES", 2 * size - 1)
+    other.delivered.add(entries)
+    with pytest.raises(StreamLost):
+        await other.delivered.put_back(script.worker.queue)
+    await one.delivered.put_back(script.worker.queue)
+    assert relay.room.num_bytes == size
+    for stream in (one, other):
+        relay.close(stream)
+    assert relay.room.num_bytes == 0
 
 
 def text_of(entries: list[Entry]) -> str:

@@ -114,7 +114,7 @@ async def test_harmony_can_be_made_to_call(http: httpx.AsyncClient, gpt_oss: Scr
     assert "commentary to=functions." in script.job.sampling.grammar and choice["finish_reason"] == "tool_calls"
     tools = [{"type": "function", "function": {"name": "a b"}}]
     refused = await http.post(CHAT, json=ask(gpt_oss.model, tools=tools, tool_choice="required"))
-    assert error_of(refused, 400)["param"] == "tools"
+    assert error_of(refused, 400)["param"] == "tools[0].function"
 
 
 async def test_an_answer_of_harmony_that_keeps_a_form_may_think_first(http: httpx.AsyncClient,

@@ -20,7 +20,7 @@ import jsonschema
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 
-from api.submit import Order, make_job
+from api.jobs import Order, make_job
 from api.wire.dialects import (
     DEEPSEEK,
     HARMONY,

@@ -11,7 +11,6 @@ from tokenizers import processors
 
 from shared.tokenizer import Tokenizer
 from tests.api.scripted import ScriptedWorker, ask, byte_card, byte_tokenizer, error_of, until_known
-from tests.system import System
 
 
 async def tokenize(http: httpx.AsyncClient, worker: ScriptedWorker, **fields: Any) -> Any:
@@ -53,11 +52,6 @@ async def test_a_chat_as_its_template_makes_it(http: httpx.AsyncClient, worker: 
     for tool in wrong:
         refused = await http.post("/tokenize", json={"model": worker.model, "tools": [tool]} | chat)
         assert str(error_of(refused, 400)["param"]).startswith("tools[0]")
-
-
-def test_the_only_model_needs_no_name(system: System) -> None:
-    for path, fields in (("/tokenize", {"prompt": "a", "add_special_tokens": None}), ("/detokenize", {"tokens": [97]})):
-        assert httpx.post(system.url + path, json=fields).status_code == 200
 
 
 async def test_one_of_several_models_is_named(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:

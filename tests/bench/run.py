@@ -124,7 +124,7 @@ def alone() -> Iterator[Side]:
 
 def answer(args: argparse.Namespace) -> None:
     """What `alone` speaks to, until nobody asks any more."""
-    from api.submit import resolve_sampling
+    from api.jobs import resolve_sampling
     from api.wire.request import ChatRequest
     from shared.settings import Settings
     from shared.tokenizer import Tokenizer

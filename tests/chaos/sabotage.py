@@ -62,8 +62,8 @@ def any_tokenizer() -> None:
 
     module: Any = queue
     script = module._script
-    tokenizer = "if j.tokenizer_id ~= ARGV[5] then return 'skip' end\n"
-    weights = "if started and j.weights_id ~= ARGV[6] and ARGV[12] ~= '1' then return 'skip' end\n"
+    tokenizer = "if f[1] ~= ARGV[5] then return nil end\n"
+    weights = "if f[2] ~= ARGV[6] and ARGV[12] ~= '1' and has_started(job) then return nil end\n"
     assert tokenizer in script("claim", "PUBLISH") and weights in script("claim", "PUBLISH")
     module._script = lambda *verb: script(*verb).replace(tokenizer, "").replace(weights, "")
 

@@ -93,6 +93,11 @@ def test_serve_starts_everything_and_chat_talks_to_it(served: tuple[subprocess.P
     assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in talk.stdout
 
 
+def test_the_only_model_needs_no_name_to_count_tokens(served: tuple[subprocess.Popen[str], str]) -> None:
+    for path, fields in (("tokenize", {"prompt": "a", "add_special_tokens": None}), ("detokenize", {"tokens": [97]})):
+        assert httpx.post(f"{served[1]}/{path}", json=fields).status_code == 200
+
+
 def test_a_worker_that_dies_is_started_again(served: tuple[subprocess.Popen[str], str]) -> None:
     process, url = served
     (worker,) = [child for child in psutil.Process(process.pid).children() if "worker" in child.cmdline()]

@@ -137,6 +137,6 @@ def test_a_schema_that_cannot_be_enforced_is_refused_where_it_is_strict(client: 
         if strict:
             with pytest.raises(openai.BadRequestError) as refused:
                 client.chat.completions.create(**options)
-            assert (refused.value.code, refused.value.param) == ("invalid_grammar", "tools")
+            assert (refused.value.code, refused.value.param) == ("invalid_grammar", "tools[0].function")
         else:
             assert client.chat.completions.create(**options).choices[0].message.tool_calls
