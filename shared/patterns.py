@@ -8,6 +8,7 @@ class that holds all control characters would match quotes and backslashes too, 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 
 from shared.errors import InvalidGrammar
@@ -19,6 +20,7 @@ FOREIGN = ("\\p", "\\P", "\\z", "\\x{", "\\u{", "\\U{")
 FLAGS = re.compile(r"\(\?[a-zA-Z]*[xUR]")
 OPERATIONS = ("&&", "--", "~~")
 TOLD = "\b\t\n\f\r"                                     # control characters that JSON has short escapes for
+BELLS = {r"\a": "\a", r"\v": "\v"}                      # and those that only regular expressions have one for
 NOT_ALIKE = ("This cannot be enforced: a regular expression has what languages read in different ways (classes within "
              "classes, or named by Unicode, or a flag x, U or R).")
 CONTROL = "This cannot be enforced: a pattern has a control character that JSON has no short escape for."
@@ -47,22 +49,26 @@ def within_json(pattern: str) -> str:
 
 
 def _parts(pattern: str) -> Iterator[str]:
-    is_in_class = False
+    is_in_class = is_negated = False
     parts = [part[0] for part in PARTS.finditer(pattern)]
     for number, part in enumerate(parts):
-        if ((character := _meant(part)) < " " and character not in TOLD) or character == "\x7f":
-            raise InvalidGrammar(CONTROL)
         before = parts[number - 1] if number else ""
-        if is_in_class and before == "^" and parts[number - 2:number - 1] == ["["] and part in "]-":
+        if is_in_class and part == "^" and before == "[":
+            is_negated = True
+            part += r"\x00"
+        elif is_negated and before == "^" and parts[number - 2] == "[" and part in "]-":
             part = "\\" + part                          # which are themselves there
         elif is_in_class and part == "]" and before != "[":
-            is_in_class = False
+            is_in_class = is_negated = False
         elif not is_in_class and part == "[":
             is_in_class = True
-        yield part + (r"\x00" if is_in_class and part == "^" and before == "[" else "")
+        elif not is_negated and _is_untold(part):
+            raise InvalidGrammar(CONTROL)
+        yield part
 
 
-def _meant(part: str) -> str:
-    """The character that a part stands for, if it is one."""
+def _is_untold(part: str) -> bool:
+    """Whether a part stands for a control character without a short escape."""
     code = CODE.fullmatch(part)
-    return chr(int(code[1], 16)) if code and int(code[1], 16) <= 0x10FFFF else part
+    character = chr(min(int(code[1], 16), sys.maxunicode)) if code else BELLS.get(part, part)
+    return (character < " " and character not in TOLD) or character == "\x7f"
