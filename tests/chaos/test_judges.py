@@ -18,7 +18,7 @@ from tests.nursery import Nursery
 SEED = 5
 DURATION_S = 7.0
 MAX_TRIALS = 8                                          # a short rain may hit nothing that matters
-PATIENCE_S = 25.0                                       # what was taken out may leave a client without an end
+PATIENCE_S = 12.0                                       # what was taken out may leave a client without an end
 WHOLE_PATIENCE_S = 120.0                                # the whole build does not: only a slow machine takes long
 FAULTS: tuple[Kind, ...] = ("freeze worker", "swallow")
 ASKS = (count(1, 60), count(20, 79), Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11}))
