@@ -31,7 +31,7 @@ EXPOSED_HEADERS = [REQUEST_ID, "request-id", "retry-after", "retry-after-ms", CO
 
 
 def make_app(pod: Pod) -> FastAPI:
-    """The application of a pod, whose chores somebody else runs."""
+    """The application of a pod; the pod's chores run elsewhere."""
     settings = pod.settings
     door = Door(settings.api_key)
     app = FastAPIOffline(title="Baton", description="Chat completions whose streams cannot be lost.",
@@ -71,23 +71,23 @@ async def _redis_away(request: Request, error: Exception) -> Response:
 
 
 async def _half_sent(request: Request, _: Exception) -> Response:
-    # Nobody reads it, but it is counted.
+    # The client has left, but the error is counted.
     return answer(BadRequest("The request was not sent to its end."), request.scope)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the framework raises: an unknown address, a method that it does not take."""
+    """Errors raised by the framework: an unknown address, a method that is not allowed."""
     assert isinstance(error, HTTPException)
     known: dict[int, type[APIError]] = {404: NotFound, 405: MethodNotAllowed}
     response = answer(known.get(error.status_code, BadRequest)(), request.scope)
     response.headers.update(error.headers or {})
-    if error.status_code == MethodNotAllowed.status:    # the framework names those of the first route alone
+    if error.status_code == MethodNotAllowed.status:    # the framework names those of the first matching route only
         response.headers["allow"] = ", ".join(_methods(request))
     return response
 
 
 def _methods(request: Request) -> Iterator[str]:
-    """That the address takes."""
+    """The methods that the address allows."""
     for method in METHODS:
         scope = dict(request.scope) | {"method": method}
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
@@ -112,7 +112,7 @@ class _Outermost:
                 headers = MutableHeaders(scope=message)
                 headers.update(request_id_headers(scope, request_id))
                 if self.pod.draining:
-                    headers["connection"] = "close"     # the next request of this client goes to another pod
+                    headers["connection"] = "close"     # the client's next request goes to another pod
                 self.pod.metrics.requests.labels(str(message["status"])).inc()
             await send(message)
 

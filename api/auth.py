@@ -13,7 +13,7 @@ ANONYMOUS = "anonymous"
 
 
 class Door:
-    """Without keys it is open, and all are one tenant."""
+    """Turns a key into its tenant. Without configured keys every request is allowed, and all share one tenant."""
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._digests = [_digest(key.encode("utf-8", "surrogateescape")) for key in keys]
@@ -24,13 +24,13 @@ class Door:
             return ANONYMOUS
         key = _key(request)
         digest = _digest(key) if key else b""
-        if not sum(hmac.compare_digest(digest, known) for known in self._digests):      # a sum: all are compared
+        if not sum(hmac.compare_digest(digest, known) for known in self._digests):      # a sum: compares with all
             raise Unauthorized(None if key else Unauthorized.missing)
         return digest.hex()[:16]
 
 
 def _key(request: Request) -> bytes:
-    """As OpenAI's clients send it, else as Anthropic's do."""
+    """From the header of OpenAI's clients, else from that of Anthropic's."""
     scheme, _, key = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
     if scheme.lower() != b"bearer":
         key = request.headers.get("x-api-key", "").encode("latin-1")

@@ -1,7 +1,7 @@
-"""One line of a batch, from its request to its result: a job like others, behind all that somebody waits for.
+"""One line of a batch, from its request to its result: a job like others, queued behind all interactive ones.
 
-What is wrong with a request is its result; what is wrong with the service is waited for. It knows nothing of files, and
-nothing of who runs a batch.
+An error of the request is its result; an error of the service is waited out. It knows nothing of files, nor of which
+pod runs a batch.
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ from shared.queue import Queue
 
 log = logging.getLogger(__name__)
 
-PRIORITY = 1                                            # behind those who wait
+PRIORITY = 1                                            # behind interactive jobs
 RETRY_S = 1.0
-LATE_S = 60.0                                           # its batch's time is over before its job's is
+LATE_S = 60.0                                           # the time of a batch ends before the deadline of its jobs
 
 
 class Asked(NamedTuple):
     result: Result
-    job_id: str | None = None                           # None: there was none
+    job_id: str | None = None                           # None: no job was submitted
 
 
 async def run(pod: Pod, batch: Batch, line: Line) -> None:
-    """Until the line has a result, here or from another pod. Raises what is wrong with Redis."""
+    """Runs until the line has a result, from this pod or another. Raises errors of Redis."""
     while True:
         try:
             asked = await _ask(pod, batch, line)
             break
         except (Overloaded, Unavailable) as busy:
             pause_s = busy.retry_after_s or RETRY_S
-        except (StreamLost, DeadlineExceeded):          # of a log that Redis has lost, or of a Redis that stays away
+        except (StreamLost, DeadlineExceeded):          # Redis has lost the log, or stays unreachable
             pause_s = RETRY_S
         except connection.TROUBLE:
             raise
-        except Exception:                               # a mistake of ours is one line's, as it is one request's
+        except Exception:                               # a bug of ours costs one line, as it costs one request
             log.exception("line %d of %s failed", line.number, batch.id)
             asked = Asked(refused(line, digits_of(batch.id, line.number), APIError()))
             break
@@ -78,7 +78,7 @@ async def run(pod: Pod, batch: Batch, line: Line) -> None:
 
 
 async def close(pod: Pod, batch: Batch, line: Line, job_id: str | None, code: GivenUp) -> None:
-    """The result of a line that is not waited for any more: what its job has come to, if it came to an end."""
+    """Cancels the job of a line and records the line's result: the job's answer if it had ended, else `code`."""
     result = given_up(line, digits_of(batch.id, line.number), code)
     if job_id:
         queue = _queue(pod, job_id)
@@ -88,14 +88,14 @@ async def close(pod: Pod, batch: Batch, line: Line, job_id: str | None, code: Gi
 
 
 async def _record(pod: Pod, batch: Batch, line: Line, asked: Asked) -> None:
-    """The log of an answer is kept until its result is, and no longer."""
+    """Keeps the log of an answer until its result is recorded, and no longer."""
     await pod.batches.record(batch, line.number, asked.result)
     if asked.job_id:
         await drop(pod, asked.job_id)
 
 
 async def drop(pod: Pod, job_id: str) -> None:
-    """A job of which nobody wants to know any more."""
+    """Erases a job whose answer is no longer needed, running or not."""
     await _queue(pod, job_id).erase(job_id)
 
 
@@ -110,12 +110,12 @@ async def _ended(pod: Pod, queue: Queue, batch: Batch, line: Line, job_id: str) 
     try:
         asked = ENDPOINTS[batch.endpoint].parse(dump(line.body), pod.settings.max_messages).asked
         return answered(line, digits, await whole(pod, queue, found, asked))
-    except APIError:                                    # it cannot be told any more
+    except APIError:                                    # the answer can no longer be rendered
         return None
 
 
 async def _ask(pod: Pod, batch: Batch, line: Line) -> Asked | None:
-    """None when there is a result already. Raises what may be another way later."""
+    """Submits or finds the line's job; None when there is a result already. Raises errors that may pass."""
     digits, endpoint = digits_of(batch.id, line.number), ENDPOINTS[batch.endpoint]
     body = dump(line.body)
     try:
@@ -134,14 +134,14 @@ async def _ask(pod: Pod, batch: Batch, line: Line) -> Asked | None:
                 return Asked(await _read(stream, fold, line, digits), allotted)
         except StreamLost:
             if await _queue(pod, allotted).find(allotted) is None:
-                await drop(pod, allotted)               # what is left of it would stand in the way of another try
+                await drop(pod, allotted)               # its remains would block another attempt
             raise
     except (BadRequest, NotFound) as refusal:
         return Asked(refused(line, digits, refusal))
 
 
 async def _find(pod: Pod, batch: Batch, model: str) -> Served:
-    """A model that was served when the batch began is one that may be served again."""
+    """A model that was served when the batch began may be served again: it is waited for."""
     try:
         return await pod.directory.find(model)
     except ModelNotFound:
@@ -153,7 +153,7 @@ async def _find(pod: Pod, batch: Batch, model: str) -> Served:
 @asynccontextmanager
 async def _stream(pod: Pod, served: Served, order: Order, job_id: str
                   ) -> AsyncIterator[tuple[Stream, Header, TokenBytes]]:
-    """The answer of a job that may have been submitted before, by a pod that is gone."""
+    """The answer of a job that a pod which is gone may have submitted."""
     queue = _queue(pod, job_id)
     await pod.relay.hear(queue.shard)
     found = await queue.find(job_id)
@@ -165,15 +165,15 @@ async def _stream(pod: Pod, served: Served, order: Order, job_id: str
         stream, header = await submit(pod, replace(served, queue=queue), order, job_id)
     try:
         if not found:
-            await attend(pod, stream)                   # nobody is pushed to of a job that needs no reader
-        stream.delivered = Delivered()                  # nobody has seen any of it: what is lost is asked again
+            await attend(pod, stream)                   # it needs no reader, so it is pushed to no pod yet
+        stream.delivered = Delivered()                  # no client has seen any of it: what is lost is computed again
         yield stream, header, tokens
     finally:
         pod.relay.close(stream)
 
 
 async def _read(stream: Stream, fold: WholeFold, line: Line, digits: str) -> Result:
-    """Raises Draining when the pod goes, and what the relay does."""
+    """Raises Draining when the pod stops, and the errors of the relay."""
     async for entries in stream.batches():
         for entry in entries:
             if entry.kind == "end" and (error := entry.finish.error):

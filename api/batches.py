@@ -1,8 +1,8 @@
-"""Batches: what Redis knows of them, which lines have a result, and who runs them. Each step may be repeated.
+"""Batches: their state in Redis, which lines have a result, and which pod runs them. Each step may be repeated.
 
-A batch, its results and its holder lie in its tenant's slot; what no tenant has is the index in which pods look for
-work. Results are the pieces of the output file and of the error file, numbered by line: nothing is written twice, and
-a line has one result however many pods have asked for it. It knows nothing of HTTP, of jobs or of models.
+A batch, its results and its holder lie in its tenant's slot; shared by all tenants is only the index in which pods look
+for work. Results are the pieces of the output file and of the error file, numbered by line: nothing is written twice,
+and a line has one result however many pods ran it. It knows nothing of HTTP, of jobs or of models.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from shared.errors import NOT_LISTED, BatchNotFound, InvalidValue, TooManyBatche
 from shared.keys import BATCHES, tenant_key
 from shared.settings import Settings
 
-MAX_BATCHES = 10_000                                    # of a tenant, those that are over too
-HOLD_S = 5.0                                            # without a word from the pod that runs a batch: others may
-BEGINNING_S = 60.0                                      # from a batch's place in the index to the batch itself, at most
-LATE_S = 3600.0                                         # behind its time, for a batch to be closed
+MAX_BATCHES = 10_000                                    # per tenant, ended ones included
+HOLD_S = 5.0                                            # without a renewal by the pod that runs it: others may
+BEGINNING_S = 60.0                                      # from the batch's entry in the index to the batch, at most
+LATE_S = 3600.0                                         # after its time is over, for a batch to be closed
 
 SCRIPTS = ("enlist", "hold", "unreserve", "allot", "record", "advance")
 
@@ -49,9 +49,9 @@ class Batches:
         now_ms = round(time.time() * 1000)
         batch = Batch(f"batch_{secrets.token_hex(16)}", tenant, asked.endpoint, asked.input_file_id, now_ms,
                       now_ms // 1000 + round(self._settings.batch_s), asked.metadata)
-        # Its requests must be there for as long as any of them may be asked.
+        # Its input file must outlive the batch.
         await self._files.publish(tenant, input_file, self._settings.batch_s + LATE_S)
-        # First into the index: a batch that no pod finds would stay `validating` for ever.
+        # Into the index first: a batch that no pod can find would stay `validating` for ever.
         await self._redis.zadd(BATCHES, {_member(tenant, batch.id): batch.created_ms})
         fields = [part for pair in batch.encode().items() for part in pair]
         if not await self._run("enlist", [_key(tenant, batch.id), tenant_key(tenant, "batches")], batch.id,
@@ -68,8 +68,8 @@ class Batches:
         return Batch.decode(fields)
 
     async def page(self, tenant: str, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
-        """Up to `limit` batches behind `after`, the newest first, and whether there are more. Raises InvalidValue when
-        `after` is none of them."""
+        """Up to `limit` batches after `after`, the newest first, and whether there are more. Raises InvalidValue when
+        `after` is not one of them."""
         index = tenant_key(tenant, "batches")
         rank: Any = -1 if after is None else await self._redis.zrevrank(index, after)
         if rank is None:
@@ -83,7 +83,7 @@ class Batches:
         return [Batch.decode(fields) for fields in rows if fields], len(ids) > limit
 
     async def advance(self, batch: Batch, status: Status, **fields: str | int) -> bool:
-        """To another status, with what is known then; False when it has another one than this by now."""
+        """Changes the status, and the fields that come with it; False when the batch has another status by now."""
         fields |= {"status": status, f"{status}_at": round(time.time())}
         return bool(await self._run("advance", [_key(batch.tenant, batch.id)], batch.status,
                                     *(part for pair in fields.items() for part in pair)))
@@ -91,12 +91,12 @@ class Batches:
     # ── what the pod does that runs it ──
 
     async def some_live(self, most: int) -> list[tuple[str, str]]:
-        """Tenant and id of some batches that are not over, any of them."""
+        """Tenant and id of up to `most` unfinished batches, in no order."""
         members: Any = await self._redis.zrandmember(BATCHES, most)
         return [(tenant, batch_id) for tenant, _, batch_id in (member.decode().partition(" ") for member in members)]
 
     async def hold(self, tenant: str, batch_id: str, pod_id: str) -> Batch | None:
-        """The batch, this pod's for `HOLD_S` more. None when another pod holds it, or there is none."""
+        """The batch, held by this pod for `HOLD_S` more. None when another pod holds it, or it does not exist."""
         flat = await self._run("hold", [tenant_key(tenant, f"pump:{batch_id}"), _key(tenant, batch_id)], pod_id,
                                round(HOLD_S * 1000))
         if flat:
@@ -106,17 +106,17 @@ class Batches:
         return None
 
     async def let_go(self, tenant: str, batch_id: str, pod_id: str) -> None:
-        """Another pod may have it at once."""
+        """Another pod may take the batch at once."""
         await self._run("unreserve", [tenant_key(tenant, f"pump:{batch_id}")], pod_id)
 
     async def leave(self, batch: Batch) -> None:
-        """It is over: nobody looks at it any more."""
+        """Takes a finished batch out of the index."""
         tenant = batch.tenant
         await self._redis.delete(tenant_key(tenant, f"allotted:{batch.id}"))
         await self._redis.zrem(BATCHES, _member(tenant, batch.id))
 
     async def unfinished(self, batch: Batch, lines: Sequence[Raw]) -> list[Raw]:
-        """Those of the lines that have no result."""
+        """The given lines that have no result."""
         if not lines:
             return []
         keys = [pieces_key(batch.tenant, file_id) for file_id in (batch.output_file_id, batch.error_file_id)]
@@ -128,18 +128,18 @@ class Batches:
         return [line for line, *has in zip(lines, found[::2], found[1::2], strict=True) if not any(has)]
 
     async def allot(self, batch: Batch, number: int, job_id: str) -> str | None:
-        """The job of a line, this one or the one that it has already. None: it needs none."""
+        """Assigns this job to a line; returns the line's job, this or an earlier one. None: it needs none."""
         allotted = await self._run("allot", [_key(batch.tenant, batch.id), *_result_keys(batch)], number, job_id,
                                    self._lifetime_ms)
         return allotted.decode() if allotted else None
 
     async def allotted(self, batch: Batch) -> dict[int, str]:
-        """Lines without a result whose jobs may run."""
+        """The jobs of lines without a result, by line number."""
         rows: Any = await self._redis.hgetall(tenant_key(batch.tenant, f"allotted:{batch.id}"))
         return {int(number): job_id.decode() for number, job_id in rows.items()}
 
     async def record(self, batch: Batch, number: int, result: Result) -> bool:
-        """What has become of a line; False when that was known."""
+        """Stores the result of a line; False when it has one already."""
         allotted, output, errors = _result_keys(batch)
         this, other, name = (errors, output, "error") if result.is_error else (output, errors, "output")
         return bool(await self._run("record", [_key(batch.tenant, batch.id), allotted, this, other], number,
@@ -147,7 +147,7 @@ class Batches:
                                     f"{name}_bytes", self._lifetime_ms))
 
     async def publish(self, batch: Batch) -> None:
-        """What its lines have become are files from here on."""
+        """Makes files of the lines' results."""
         now_ms = round(time.time() * 1000)
         for file_id, name, num_results, num_bytes in (
                 (batch.output_file_id, "output", batch.num_completed, batch.output_bytes),
@@ -178,7 +178,7 @@ def _member(tenant: str, batch_id: str) -> str:
 
 
 def _result_keys(batch: Batch) -> tuple[str, str, str]:
-    """Jobs of lines, output, errors."""
+    """The keys of the lines' jobs, of the output and of the errors."""
     tenant = batch.tenant
     return (tenant_key(tenant, f"allotted:{batch.id}"), pieces_key(tenant, batch.output_file_id),
             pieces_key(tenant, batch.error_file_id))

@@ -1,9 +1,9 @@
-"""A transport for the OpenAI SDK, or any httpx client: a stream outlives whatever server was sending it.
+"""A transport for the OpenAI SDK, or any httpx client: a stream survives the loss of the server that sends it.
 
     client = openai.OpenAI(base_url=…, http_client=httpx.Client(transport=ResumingTransport()))
 
 A file to copy: it imports the standard library alone, serves httpx and httpx2 alike, and knows nothing of the rest of
-Baton. The application sees whole events, each once; what is no chat completion and no response passes untouched.
+Baton. The application sees whole events, each once; all but chat completions and responses passes untouched.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 PATIENCE_S = 60.0                                       # from the last event to the last try
 MAX_TRIES = 60                                          # from the last event
-MAX_FORGOTTEN_ROUNDS = 6                                # some 2 s: a Redis that lost all has it again by then
+MAX_FORGOTTEN_ROUNDS = 6                                # some 2 s: then a Redis that lost its data has been restored
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0                   # once every server was tried; doubled from round to round
-RETURNABLE = ("draining", "service_unavailable")        # codes of errors that end a stream, and not its answer
+RETURNABLE = ("draining", "service_unavailable")        # error codes that end a stream, but not its answer
 FORGOTTEN = ("completion_not_found", "response_not_found")
 LAST_EVENTS = (b"response.completed", b"response.incomplete", b"response.failed")
 COMPLETION_ID = "x-baton-completion-id"
@@ -33,7 +33,7 @@ _Transport: Any = object                                # for type checkers: wha
 class ResumingTransport(_Transport):  # type: ignore[misc]
     """For a synchronous client or an asynchronous one, over another transport of its kind, or one of its own.
 
-    `origins` are further servers, https://HOST:PORT, tried in turn where no load balancer does that.
+    `origins` are further servers, https://HOST:PORT, tried in turn where there is no load balancer.
     """
 
     def __init__(self, transport: Any = None, *, origins: Sequence[str] = (), patience_s: float = PATIENCE_S) -> None:
@@ -85,7 +85,7 @@ class ResumingTransport(_Transport):  # type: ignore[misc]
 
 
 class _Body:
-    """The bytes of one stream, whichever servers they come from."""
+    """The bytes of one stream, from whichever servers send them."""
 
     def __init__(self, course: _Course, response: Any, inner: Any) -> None:
         self._course, self._response, self._inner = course, response, inner
@@ -130,7 +130,7 @@ class _Body:
 
 
 def _send(inner: Any, course: _Course) -> Any:
-    """A stream, or an answer that is the last word. Raises what the last try met when no server answers."""
+    """A stream, or an answer that is final. Raises the last error when no server answers."""
     while True:
         response = error = None
         try:
@@ -161,17 +161,17 @@ async def _send_async(inner: Any, course: _Course) -> Any:
 
 
 class _Course:
-    """One answer on its way: what is asked for it, of which server, whether once more, and what has come."""
+    """The progress of one answer: the next request and its server, whether to retry, and what has arrived."""
 
     def __init__(self, request: Any, origins: Sequence[str], patience_s: float) -> None:
         self.library = _library(request)
-        self.ended = False                              # with [DONE], or with an error that is final
+        self.ended = False                              # with [DONE], or with a final error
         self._request = request
         self._urls = [request.url, *(_moved(request.url, self.library.URL(origin)) for origin in origins)]
         self._key = request.headers.get("idempotency-key") or secrets.token_hex(16)
         self._patience_s = patience_s
         self._completion_id = ""                        # once a stream has begun
-        self._position: int | None = None               # of the last event that the application has
+        self._position: int | None = None               # of the last event that the application received
         self._half_event = b""
         self._turn = 0
         self._refresh()
@@ -180,15 +180,15 @@ class _Course:
 
     @property
     def lost(self) -> tuple[type[Exception], ...]:
-        """What one try meets and another may not; in a stream silence too, for a living server is never silent."""
+        """Errors after which a retry may succeed; in a stream timeouts too, since a living server is never silent."""
         lost = (self.library.NetworkError, self.library.RemoteProtocolError, self.library.ConnectTimeout)
         return (*lost, self.library.ReadTimeout) if self._completion_id else lost
 
     def request(self) -> Any:
-        """The request itself, under one key however often it is sent; in a stream, what follows the last event."""
+        """The request, under the same key each time; once a stream has begun, for what follows its last event."""
         url, headers = self._urls[self._turn % len(self._urls)], self._request.headers.copy()
         headers.pop("host", None)
-        headers["accept-encoding"] = "identity"         # events are looked at on their way
+        headers["accept-encoding"] = "identity"         # events are parsed here
         if not self._completion_id:
             headers["idempotency-key"] = self._key
             return self.library.Request("POST", url, headers=headers, content=self._request.content,
@@ -200,7 +200,7 @@ class _Course:
         return self.library.Request("GET", url, headers=headers, extensions=self._request.extensions)
 
     def pause_s(self, response: Any, error: Exception | None) -> float | None:
-        """Before the next try; None when this answer is the last word. Raises the error when it was the last try."""
+        """The pause before the next try; None when this answer is final. Raises the error when it was the last try."""
         is_final = error is None and not self._may_change(response)
         self._num_tries += 1
         self._turn += 1
@@ -214,7 +214,7 @@ class _Course:
         return min(max(pause_s, _retry_after_s(response)), left_s)
 
     def _may_change(self, response: Any) -> bool:
-        """Whether another server, or a later moment, may have another answer than this error."""
+        """Whether another server, or a later try, may answer differently."""
         code = _error_code(response.content)
         if response.status_code == 409:
             return code == "position_not_reached"
@@ -231,17 +231,17 @@ class _Course:
                     and response.headers.get("content-type", "").startswith("text/event-stream"))
 
     def answer(self, response: Any, inner: Any) -> Any:
-        """What the application gets: of a stream of Baton's, one that returns to it; else what came."""
+        """What the application gets: for a stream of Baton's one that resumes, else the response unchanged."""
         if not self.is_stream(response) or COMPLETION_ID not in response.headers:
             return response
         self._completion_id = response.headers[COMPLETION_ID]
         self._refresh()
-        streams = (_Body, self.library.SyncByteStream, self.library.AsyncByteStream)   # clients insist on theirs
+        streams = (_Body, self.library.SyncByteStream, self.library.AsyncByteStream)   # clients require their own types
         return self.library.Response(200, headers=response.headers, extensions=response.extensions,
                                      stream=type("Body", streams, {})(self, response, inner))
 
     def feed(self, piece: bytes) -> bytes:
-        """The events that are whole, without one that merely says that the server goes."""
+        """The complete events, without an error that only says that the server is stopping."""
         *events, self._half_event = (self._half_event + piece).split(b"\n\n")
         whole = b"".join(event + b"\n\n" for event in events if self._take(event))
         if whole:
@@ -261,7 +261,7 @@ class _Course:
         return True
 
     def cut(self) -> None:
-        """The stream has ended before its answer. Of an event that came half, the whole comes again."""
+        """The stream ended before its answer. An event that arrived in part is sent again as a whole."""
         self._half_event = b""
         self._turn += 1
 
@@ -302,7 +302,7 @@ def _error_code(body: bytes) -> str | None:
 
 
 def _last_event(response: Any) -> bytes:
-    """An answer that cannot be returned to: the server's own words, as an event."""
+    """An answer that cannot be resumed: the server's own error, as an event."""
     words = response.content if _error_code(response.content) else b'{"error":{"message":"The stream was cut.",' \
         b'"type":"server_error","param":null,"code":"stream_lost"}}'
     return b"data: %b\n\n" % b" ".join(words.splitlines())

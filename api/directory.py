@@ -1,4 +1,4 @@
-"""Which models there are: read from the directory that workers announce themselves in, cards kept by their hash."""
+"""The models that are served: read from the directory in which workers announce them; cards are cached by hash."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from shared.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-MIN_REFRESH_S = 0.2                                     # an unknown name makes us look again, not more often than this
+MIN_REFRESH_S = 0.2                                     # an unknown name triggers a refresh, at most this often
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A shard that somebody serves, and what is needed to put a job there."""
+    """A shard that is served, and what is needed to queue a job there."""
 
     queue: Queue
     tokenizer: Tokenizer
@@ -39,16 +39,16 @@ class Served:
 
 
 class Directory:
-    """What this pod knows of models: at most `announce_s` old, or as of the last unknown name. A worker's last word is
-    believed as long as it asked for, also where Redis has lost it."""
+    """The models that this pod knows of: at most `announce_s` old, or as of the last unknown name. An announcement is
+    valid until it expires, even if Redis has lost it."""
 
     def __init__(self, redis: Redis, settings: Settings, hear: Callable[[Shard], Awaitable[None]]) -> None:
         self._redis = redis
-        self._hear = hear                               # the relay's: subscribes to a shard
+        self._hear = hear                               # of the relay: subscribes to a shard
         self._settings = settings
         self._names: dict[str, list[Served]] = {}
-        self._heard: list[Announcement] = []            # the last word of each shard
-        self._known: set[str] = set()                   # also models that nobody serves at the moment
+        self._heard: list[Announcement] = []            # the latest announcement of each shard
+        self._known: set[str] = set()                   # models not served at the moment included
         self._tokenizers: dict[str, Tokenizer] = {}     # by card hash
         self._queues: dict[str, Queue] = {}             # by shard id
         self._refreshed_s = 0.0
@@ -80,7 +80,7 @@ class Directory:
         raise ModelNotFound(param="model")
 
     async def tokenizer(self, model: str, tokenizer_id: str) -> Tokenizer:
-        """The one that an answer of this model was made with. Raises NoWorker when nobody announces it."""
+        """The tokenizer of an answer of this model. Raises NoWorker when no worker announces it."""
         for max_age_s in (math.inf, MIN_REFRESH_S):
             await self.refresh(max_age_s)
             for served in self._names.get(model, ()):
@@ -89,12 +89,12 @@ class Directory:
         raise NoWorker(retry_after_s=self._settings.announce_ttl_s)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Refreshes until cancelled."""
         while True:
             try:
                 await self.refresh()
             except connection.TROUBLE as error:         # Redis is away: keep what we have
-                log.warning("the directory was not read: %s", type(error).__name__)
+                log.warning("the directory could not be read: %s", type(error).__name__)
             await asyncio.sleep(self._settings.announce_s)
 
     async def refresh(self, max_age_s: float = 0.0) -> None:
@@ -122,13 +122,13 @@ class Directory:
         self._tokenizers = {card: tokenizer for card, tokenizer in self._tokenizers.items() if card in in_use}
 
     async def _served(self, announcement: Announcement) -> Served | None:
-        """As it was before, where its shard does not answer: the others are served all the same."""
+        """The shard as served now; as before where it does not respond, so that it holds up no other."""
         shard = Shard(announcement.shard)
         try:
             tokenizer = await self._tokenizer(announcement)
             await self._hear(shard)
         except (*connection.TROUBLE, Unavailable) as error:
-            log.warning("shard %s does not answer: %s", shard.id, type(error).__name__)
+            log.warning("shard %s does not respond: %s", shard.id, type(error).__name__)
             known = (served for each in self._names.values() for served in each)
             return next((served for served in known if served.queue.shard == shard), None)
         return Served(self.queue(shard), tokenizer, announcement) if tokenizer else None
@@ -140,9 +140,9 @@ class Directory:
             if packed is None:
                 return None
             try:
-                # Tens of milliseconds for a large vocabulary: not in the loop that relays.
+                # Tens of milliseconds for a large vocabulary: keeps the loop free for relaying.
                 tokenizer = await asyncio.to_thread(lambda: Tokenizer(Card.unpack(card_hash, packed)))
-            except Exception as error:                  # tokenizers raises a plain one
+            except Exception as error:                  # tokenizers raises plain Exceptions
                 log.warning("a card of shard %s cannot be used: %s", announcement.shard, type(error).__name__)
                 return None
             self._tokenizers[card_hash] = tokenizer
@@ -153,5 +153,5 @@ def _decode(rows: Iterable[bytes]) -> Iterator[Announcement]:
     for raw in rows:
         try:
             yield Announcement.decode(raw)
-        except ValueError:                              # of another version: its workers have pods of their own
+        except ValueError:                              # of another version, whose workers have their own pods
             log.warning("an announcement cannot be read")

@@ -1,4 +1,4 @@
-"""What /docs says beyond what FastAPI reads from the routes: requests, answers, keys, and the shape of errors."""
+"""What /docs adds to FastAPI's description of the routes: requests, answers, keys, and the shape of errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "The request i
 
 
 def says(*, takes: str = "", gives: str, events: str = "") -> dict[str, Any]:
-    """Of a route: the model of its body, the object that it answers with, and with `stream` what events."""
+    """For a route: the model of its body, the object that it returns, and its events when `stream` is true."""
     content = {"application/json": _of(gives)}
     if events:
         content["text/event-stream"] = {"schema": {"type": "string"}}
@@ -61,7 +61,7 @@ def _of(name: str) -> dict[str, Any]:
 
 
 def in_messages(route: dict[str, Any]) -> dict[str, Any]:
-    """Of a route whose errors have Anthropic's shape."""
+    """For a route whose errors have Anthropic's shape."""
     error = {"content": {"application/json": _of("MessageError")}}
     return route | {"responses": route["responses"] | {"4XX": error, "5XX": error}}
 
@@ -80,7 +80,7 @@ UPLOAD: dict[str, Any] = {"requestBody": {"required": True, "content": {"multipa
 
 
 def complete(app: FastAPI) -> None:
-    """Makes /openapi.json, once, when somebody asks."""
+    """Makes /openapi.json, once, at the first request for it."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -1,5 +1,5 @@
-"""An error as an HTTP answer: in the shape of the language spoken there, with the time at which to come back, and an id
-to ask about."""
+"""An error as an HTTP response: in the shape of the address' API, with the time after which to retry, and a request
+id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from api.wire.message_fold import error_body
 from shared.errors import APIError
 
 REQUEST_ID = "x-request-id"
-MESSAGES = "/v1/messages"                               # under it Anthropic's language is spoken, else OpenAI's
+MESSAGES = "/v1/messages"                               # addresses under it speak Anthropic's API, all others OpenAI's
 
 
 def new_request_id() -> str:
@@ -21,12 +21,12 @@ def new_request_id() -> str:
 
 
 def request_id_headers(scope: Scope, request_id: str) -> dict[str, str]:
-    """By the names that clients know."""
+    """The request id in every header that clients know."""
     return {REQUEST_ID: request_id} | ({"request-id": request_id} if _is_messages(scope) else {})
 
 
 def answer(error: APIError, scope: Scope) -> JSONResponse:
-    """To a request of this scope, to which app.py has given an id."""
+    """The response to a request of this scope, to which app.py has given an id."""
     return _answer(error, error_body(error, scope["request_id"]) if _is_messages(scope) else error.body())
 
 
@@ -44,7 +44,7 @@ def _answer(error: APIError, body: dict[str, Any]) -> JSONResponse:
 
 
 def last_answer(error: APIError) -> bytes:
-    """The whole answer as it stands on the wire, for a connection that ends with it: nobody knows its language."""
+    """A complete response as bytes, for a connection that ends with it: the API that it speaks is unknown."""
     response = _answer(error, error.body())
     response.headers.update({REQUEST_ID: new_request_id(), "connection": "close"})
     head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)

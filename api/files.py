@@ -1,6 +1,6 @@
-"""Files: pieces in Redis, and what is known of each. A file that is being written is seen by nobody until it is whole.
+"""Files: their pieces in Redis, and the facts known of each. A file becomes visible once it is complete.
 
-It knows where files are, not what stands in them, and nothing of HTTP.
+It knows where files are, not their contents, and nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from shared.keys import tenant_key
 from shared.settings import Settings
 
 PIECE_BYTES = (256 << 10) - 1024                        # with its header one allocation of 256 KiB, not of 320
-MAX_READ_PIECES = 256                                   # in one round trip, where they are small
-MAX_FILES = 1000                                        # of a tenant: each write looks at all of them
-UPLOAD_TTL_S = 300.0                                    # of a file that is not whole, since its last piece
+MAX_READ_PIECES = 256                                   # per round trip, of small ones
+MAX_FILES = 1000                                        # per tenant: each write scans all of them
+UPLOAD_TTL_S = 300.0                                    # of an incomplete file, since its last piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class File:
         return replace(self, filename=filename, purpose=purpose)
 
     def rest(self) -> str:
-        """What lua/keep.lua does not look at."""
+        """The fields that lua/keep.lua does not read."""
         return json.dumps({name: value for name, value in asdict(self).items()
                            if name not in ("id", "num_bytes", "expires_ms")})
 
@@ -72,7 +72,7 @@ class Files:
         self._keep = register(redis, "keep")
 
     async def append(self, tenant: str, file: File, piece: bytes) -> File:
-        """The file with one more piece. Raises FileTooLarge or StorageFull."""
+        """Adds a piece to the file. Raises FileTooLarge or StorageFull."""
         num_bytes = file.num_bytes + len(piece)
         if num_bytes > self._settings.max_file_bytes:
             raise FileTooLarge(f"A file has at most {self._settings.max_file_bytes} bytes.")
@@ -80,11 +80,11 @@ class Files:
         return await self._write(tenant, longer, UPLOAD_TTL_S, piece=(file.num_pieces, piece))
 
     async def finish(self, tenant: str, file: File, lifetime_s: float) -> File:
-        """From here on others see it, for so long at least. Raises StorageFull."""
+        """Makes the file visible, for at least so long. Raises StorageFull."""
         return await self._write(tenant, replace(file, is_whole=True), lifetime_s)
 
     async def publish(self, tenant: str, file: File, lifetime_s: float) -> File:
-        """As finish, of a file whose pieces somebody else has written, or that is to be kept longer: it has a place."""
+        """As finish, without limits: for a file whose pieces exist already, or that is to be kept longer."""
         return await self._write(tenant, replace(file, is_whole=True), lifetime_s, is_bounded=False)
 
     async def get(self, tenant: str, file_id: str) -> File:
@@ -135,13 +135,13 @@ def pieces_key(tenant: str, file_id: str) -> str:
 
 
 def pieces_at_once(file: File) -> int:
-    """So many that a read brings about one piece's worth of bytes."""
+    """The number of pieces to read at once: about the bytes of one full piece."""
     mean_bytes = file.num_bytes // max(file.num_pieces, 1)
     return min(max(PIECE_BYTES // max(mean_bytes, 1), 1), MAX_READ_PIECES)
 
 
 def _seen(rows: dict[bytes, bytes]) -> Iterator[File]:
-    """Those that are whole, and not past their time."""
+    """The complete files that have not expired."""
     now_ms = time.time() * 1000
     for file_id, raw in rows.items():
         file = File.decode(file_id.decode(), raw)

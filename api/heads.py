@@ -1,7 +1,7 @@
-"""HTTP/1.1 on one connection: uvicorn's, with bounds on a request's head, in bytes and in seconds.
+"""HTTP/1.1 on one connection: uvicorn's, with limits for the head of a request, in bytes and in seconds.
 
-Without them a header of any size is taken, and half a header is waited on for ever. It knows nothing of routes; what it
-refuses has not become a request.
+Without them a header of any size is accepted, and half a header is waited for without end. It knows nothing of routes;
+a request that it refuses never reaches the application.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from api.error_response import last_answer
 from shared.errors import APIError, BadRequest, HeadTooLarge, TooSlow
 
-MAX_HEADER_BYTES = 64 << 10                             # of a request line and its headers, or of what stands for them
+MAX_HEADER_BYTES = 64 << 10                             # of a request line and its headers, or of framing and trailers
 HEAD_TIMEOUT_S = 20.0                                   # from a request's first byte, or a connection's start
-LINGER_S = 1.0                                          # after a refusal: closing at once can swallow it
+LINGER_S = 1.0                                          # after a refusal: closing at once can discard the response
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -25,7 +25,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0                      # of this request, in headers that are complete
         self._num_framing_bytes = 0                     # since the last byte of a body, or the end of a request
         self._refused = False
-        self._clock: asyncio.TimerHandle | None = None  # runs while a head is awaited
+        self._clock: asyncio.TimerHandle | None = None  # runs while the head is incomplete
 
     # ── what arrives ──
 
@@ -83,7 +83,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("the head is too large")
 
     def _refuse(self, error: APIError) -> None:
-        """The last answer of this connection; none where it would fall into the middle of another one."""
+        """The last response of this connection; none where it would land in the middle of another one."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True

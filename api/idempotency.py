@@ -1,7 +1,6 @@
-"""Idempotency-Key: under one key, the same body in the same language is the same completion, on any pod, for as long as
-its answer is kept.
+"""Idempotency-Key: the same key, body and API mean the same completion, on any pod, for as long as its answer is kept.
 
-A key is reserved before anything is submitted, and given back when nothing is. It knows nothing of HTTP.
+A key is reserved before the job is submitted, and released if that fails. It knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ UNSUBMITTED_S = 60.0                                    # from a reservation to 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What a key stands for."""
+    """What a key refers to."""
 
     redis_key: str
     value: str                                          # as it is stored: the body's digest, the completion's id
-    is_ours: bool                                       # nobody had reserved it before
+    is_ours: bool                                       # this request is the first with the key
     age_s: float
 
     @property
@@ -51,8 +50,8 @@ class Reservations:
 
     async def reserve(self, tenant: str, key: str, language: Language, body: bytes, retain_s: float, completion_id: str
                       ) -> Reservation:
-        """This completion, whose answer is to be kept so long, or the one for which the key stands already. Raises
-        IdempotencyKeyReused, InvalidValue."""
+        """Reserves the key for this completion, whose answer is kept for `retain_s`; returns that, or the earlier
+        reservation. Raises IdempotencyKeyReused, InvalidValue."""
         raw = key.encode("latin-1")
         if not 0 < len(raw) <= MAX_KEY_BYTES:
             raise InvalidValue(f"An Idempotency-Key has 1 to {MAX_KEY_BYTES} bytes.", param="Idempotency-Key")
@@ -67,5 +66,5 @@ class Reservations:
         return Reservation(redis_key, value, value == ours, (lifetime_ms - left_ms) / 1000)
 
     async def give_back(self, reservation: Reservation) -> None:
-        """The key stands for nothing, if it still stood for this."""
+        """Releases the key, unless it refers to something else by now."""
         await self._unreserve(keys=[reservation.redis_key], args=[reservation.value])

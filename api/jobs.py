@@ -1,6 +1,6 @@
-"""From a request to a job: renders, counts, makes the grammar, and refuses what can be refused.
+"""From a request to a job: renders, counts, makes the grammar, and refuses whatever can be refused.
 
-All that can be known before acceptance is an HTTP status, also for streams; nothing is decided afterwards.
+Whatever can be known before acceptance is reported by HTTP status, for streams too; nothing is decided later.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 
-FORMS = ThreadPoolExecutor(32, "form")                  # threads that wait for trials of grammars, and for nothing else
+FORMS = ThreadPoolExecutor(32, "form")                  # threads that only wait for trials of grammars
 PLACES = asyncio.Semaphore(256)                         # requests that wait for these threads; more are refused
-INLINE_BYTES = 16_384                                   # longer requests are rendered beside the loop that relays
+INLINE_BYTES = 16_384                                   # longer requests are rendered in a thread, not in the loop
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What somebody asks of a model, whichever language it was said in."""
+    """What a client asks of a model, in whichever API."""
 
     request: ChatRequest | CompletionRequest
     tenant: str
     num_body_bytes: int
     language: Language = "chat"
-    is_unread: bool = False                             # it goes on with nobody reading
-    record: Record | None = None                        # what is stored of it; its log is kept for `store_s` then
+    is_unread: bool = False                             # it runs on without readers
+    record: Record | None = None                        # to be stored; the log is kept for `store_s` then
     priority: int = 0
-    deadline_s: float | None = None                     # what it may take, waiting included; None: as settings say
-    retain_s: float | None = None                       # how long its log is kept; None: as settings say
-    continues: bool = False                             # a conversation that is stored, of whatever length
+    deadline_s: float | None = None                     # for waiting and computing; None: as configured
+    retain_s: float | None = None                       # how long its log is kept; None: as configured
+    continues: bool = False                             # it continues a stored conversation, of any length
 
     @property
     def is_long(self) -> bool:
@@ -58,7 +58,7 @@ class Order:
 
 async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: str, settings: Settings, retain_s: float
                    ) -> tuple[Job, Header]:
-    """The job and the header of its log. Raises the BadRequest that says why there is none."""
+    """The job and the header of its log. Raises BadRequest, with the reason, when there can be none."""
     request, card = order.request, served.card
     prompt = (await asyncio.to_thread(encode, request, served.tokenizer) if order.is_long else
               encode(request, served.tokenizer))
@@ -121,9 +121,9 @@ def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int
 
 
 def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
-    """The grammar of the answer; empty: it may be anything. Raises BadRequest.
+    """The grammar of the answer; empty: no constraint. Raises BadRequest.
 
-    If calls are required: calls. If a form is asked for: the form, or calls where tools are offered. Else, where a tool
+    If calls are required: calls. If a form is requested: the form, or calls where tools are offered. Else, where a tool
     is strict: text in which all calls follow the schemas.
     """
     if not isinstance(request, ChatRequest):
@@ -146,8 +146,7 @@ def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
 
 
 def _calls(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) -> str:
-    """The grammar of calls alone, in which what cannot be enforced of a tool that is not strict is left out. Raises
-    BadRequest."""
+    """The grammar of calls alone; for tools that are not strict it omits what cannot be enforced. Raises BadRequest."""
     choice = request.calls
     if dialect is None or not dialect.can_call:
         raise UnsupportedParameter("This model's chat template does not say how it calls tools, so it cannot be made "
@@ -182,8 +181,8 @@ def _calls(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) 
 
 
 def adapted(said: Sequence[Message], card: Card) -> list[dict[str, Any]]:
-    """Messages as the model's template takes them. Most know no developer: what one says stands in a system turn, as
-    OpenAI itself reads it."""
+    """Messages as the model's template expects them. Most templates have no developer role: its messages become system
+    ones, as OpenAI does it too."""
     messages = [message.for_template() for message in said]
     if not any("developer" in template for template in card.chat_templates.values()):
         for message in messages:

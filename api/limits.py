@@ -1,4 +1,4 @@
-"""How full the service is: when to refuse, and when to come back. Fed by a clock, asked by submit."""
+"""The load of the service: when to refuse, and when to retry. Measured on a clock, read by submit."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PRESSED_FRACTION = 0.75                                 # of max_redis_fraction:
 
 
 def retry_after_s(num_queued: int, jobs_per_s: float) -> float:
-    """Backlog over measured rate: when the line will have moved on. Without a rate yet: soon."""
+    """Backlog over measured rate: when the queue will have moved on. Without a measured rate: soon."""
     return min(max(num_queued / jobs_per_s if jobs_per_s > 0 else MIN_RETRY_S, MIN_RETRY_S), MAX_RETRY_S)
 
 
 def measured_rate(before: float, num_ended: int, num_live: int) -> float:
-    """Jobs that end in a second, smoothed, after one more: so many ended in it, and so many live behind it.
+    """Jobs that end per second, smoothed, after one more second: `num_ended` ended in it, `num_live` are still live.
 
-    A second without any shows what was asked, not what could be answered: after a quiet hour the line moves as before.
+    A second without any ended job shows demand, not capacity: after a quiet hour the queue moves as before.
     """
     if not num_ended and not num_live:
         return before
@@ -69,20 +69,20 @@ class Limits:
         return retry_after_s((await queue.counters())["queued"], self._jobs_per_s.get(shard_id, 0.0))
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Measures until cancelled."""
         while True:
             try:
                 await self._watch()
                 self.answered_s = asyncio.get_running_loop().time()
             except connection.TROUBLE as error:         # Redis is away: readiness says so
-                log.warning("Redis was not looked at: %s", type(error).__name__)
+                log.warning("Redis could not be measured: %s", type(error).__name__)
             await asyncio.sleep(WATCH_S)
 
     async def _watch(self) -> None:
         self.redis_fraction = max(memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
                                   for memory in await connection.infos(self._redis, "memory"))
         for queue, error in await connection.for_each(self._directory.queues(), self._measure, WATCH_S):
-            log.warning("%r was not looked at: %s", queue, type(error).__name__)
+            log.warning("%r could not be measured: %s", queue, type(error).__name__)
 
     async def _measure(self, queue: Queue) -> None:
         counters, shard = await queue.counters(), queue.shard.id

@@ -1,4 +1,4 @@
-"""What this pod counts, and what it reads from Redis when a scraper asks, in Prometheus' format."""
+"""What this pod counts, and what it reads from Redis for a scrape, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Metrics:
                                for name, text in WORKER_GAUGES.items()}
 
     async def scrape(self, queues: Iterable[Queue], num_streams: int) -> bytes:
-        """What Redis does not answer in time has no line."""
+        """Shards whose Redis does not answer in time are left out."""
         self.streams.set(num_streams)
         for gauge in (self._jobs, self._totals, self._workers, *self._worker_gauges.values()):
-            gauge.clear()                               # workers that have left leave no line behind either
+            gauge.clear()                               # workers that have left leave no line behind
         with contextlib.suppress(*connection.TROUBLE, TimeoutError):
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 for queue in queues:

@@ -23,8 +23,8 @@ from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
-READY_WITHIN_S = 2.0                                    # of Redis' last answer
-MAX_LEAVE_TRIES = 5                                     # of a job that nobody reads here, when Redis is away
+READY_WITHIN_S = 2.0                                    # since Redis last answered
+MAX_LEAVE_TRIES = 5                                     # per job without readers here, while Redis is away
 
 
 class Pod:
@@ -53,7 +53,7 @@ class Pod:
 
     @asynccontextmanager
     async def running(self, *others: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-        """The pod's chores and others', for as long as it serves. A chore that fails ends the pod."""
+        """Runs the pod's chores and others while it serves. A chore that fails ends the pod."""
         async with asyncio.TaskGroup() as group:
             chores = [group.create_task(chore) for chore in (
                 *self.relay.chores(), self.directory.run(), self.limits.run(),
@@ -66,7 +66,7 @@ class Pod:
         await self.redis.aclose()
 
     def part(self, stream: Stream) -> None:
-        """A request is over. An answer that is not complete waits a moment for a reader, here or elsewhere."""
+        """A request has ended. An unfinished answer waits a while for a reader, on this pod or another."""
         self.relay.close(stream)
         if not stream.has_ended and not self.relay.relays(stream.job_id):
             task = asyncio.create_task(self._leave(stream))
@@ -81,5 +81,5 @@ class Pod:
             except connection.TROUBLE:
                 await asyncio.sleep(connection.RECONNECT_S)
                 if self.relay.relays(stream.job_id):
-                    return                              # the client has come back meanwhile
-        log.warning("job %s was not left: Redis is away; it ends when its reader's time is over", stream.job_id)
+                    return                              # the client has returned meanwhile
+        log.warning("job %s could not be left: Redis is away; it ends when reader_ttl_s is over", stream.job_id)

@@ -1,7 +1,7 @@
-"""The pump: a pod takes batches that no other one runs, and runs them to their end, some lines at a time.
+"""The pump: a pod takes batches that no other pod runs, and runs them to their end, some lines at a time.
 
-All that is done stands in Redis, so whoever pumps may stop at any point: when Redis is away, when the pod drains or
-dies. The next one, here or elsewhere, finds what is left. It knows nothing of HTTP, and of lines only that they are.
+All progress is in Redis, so the pump may stop at any point: when Redis is away, when the pod drains or dies. The next
+one, on this pod or another, continues from there. It knows nothing of HTTP, nor of the contents of lines.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from shared.errors import APIError, ModelNotFound, NoSuchFile, NoWorker
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0                                            # between two looks for batches that nobody runs
-MAX_LOOKED_AT = 32                                      # in one of them
+LOOK_S = 1.0                                            # between two searches for batches that no pod runs
+MAX_LOOKED_AT = 32                                      # batches per search
 MAX_PUMPED = 8                                          # batches of one pod at a time
-TURN_S = 60.0                                           # without a line that ends: then other batches get its place
+TURN_S = 60.0                                           # without a line that ends: then other batches take its place
 MAX_IN_FLIGHT = 64                                      # lines of one batch
-RENEW_S = 1.0                                           # far below HOLD_S; a batch that is cancelled is noticed then
-CHUNK_LINES = 256                                       # looked up in one round trip
+RENEW_S = 1.0                                           # far below HOLD_S; also how soon a cancelled batch is noticed
+CHUNK_LINES = 256                                       # looked up per round trip
 
 
 async def pump(pod: Pod) -> None:
-    """Until cancelled."""
+    """Takes and runs batches until cancelled."""
     pumping: dict[str, asyncio.Task[None]] = {}
     try:
         while True:
@@ -47,13 +47,13 @@ async def pump(pod: Pod) -> None:
                     if is_free and (batch := await pod.batches.hold(tenant, batch_id, pod.id)):
                         pumping[batch_id] = asyncio.create_task(_run(pod, batch))
             except connection.TROUBLE as error:
-                log.warning("no batches were looked for: %s", type(error).__name__)
+                log.warning("batches could not be looked up: %s", type(error).__name__)
     finally:
         await connection.end(pumping.values())
 
 
 async def _run(pod: Pod, batch: Batch) -> None:
-    """To its end, or until it is somebody else's turn, which may be this pod's again."""
+    """Runs a batch to its end, or until another batch takes its turn; any pod may then continue it."""
     try:
         await Pump(pod, batch).run()
         await pod.batches.let_go(batch.tenant, batch.id, pod.id)
@@ -61,9 +61,9 @@ async def _run(pod: Pod, batch: Batch) -> None:
         log.warning("%r is run by another pod by now", batch)
     except (*connection.TROUBLE, APIError) as error:
         log.warning("%r is left for a moment: %s", batch, type(error).__name__)
-    except Exception:                                   # a mistake of ours must not end every pod in turn
+    except Exception:                                   # a bug of ours must not end every pod in turn
         log.exception("%r was not run", batch)
-        await asyncio.sleep(HOLD_S)                     # others may have it meanwhile
+        await asyncio.sleep(HOLD_S)                     # other pods may take it meanwhile
 
 
 class Lost(Exception):
@@ -80,7 +80,7 @@ class Pump:
 
     @property
     def has_turn(self) -> bool:
-        """Its jobs go on without it, and it comes back to them."""
+        """Whether to keep its turn: without one, its jobs run on, and the pump returns to them later."""
         return not self.pod.draining and asyncio.get_running_loop().time() - self._moved_s < TURN_S
 
     @property
@@ -106,7 +106,7 @@ class Pump:
         batch, checker = self.batch, Checker(self.batch.endpoint)
         try:
             async for piece in self._input():
-                # Some 20 µs a line: not in the loop that relays.
+                # Some 20 µs a line: keeps the loop free for relaying.
                 await asyncio.to_thread(checker.feed, piece)
                 await self._hold_if_due()
                 if checker.is_done or self.step != "validate":
@@ -147,7 +147,7 @@ class Pump:
             await connection.end(running)
             for task in running:
                 if not task.cancelled():
-                    task.exception()                    # what has ended one of them has ended the others
+                    task.exception()                    # one task's error has ended the others
 
     async def _finalize(self) -> None:
         await self.pod.batches.advance(self.batch, "finalizing")
@@ -166,9 +166,9 @@ class Pump:
     # ── what they are made of ──
 
     async def _close(self, code: GivenUp) -> None:
-        """Every line that has no result gets one."""
+        """Gives every line without a result one."""
         if not self.batch.has_begun:
-            return                                      # whether its lines are any was not seen
+            return                                      # the lines were never validated
         allotted = await self.pod.batches.allotted(self.batch)
         try:
             async for raw in self._unfinished():
@@ -179,7 +179,7 @@ class Pump:
             log.warning("%r has no input any more: the rest of its lines cannot be named", self.batch)
 
     async def _publish_and(self, advance: Callable[[Batch], Awaitable[object]]) -> None:
-        await self._hold()                              # the counts of its results are as they stay
+        await self._hold()                              # its counts are final now
         await self.pod.batches.publish(self.batch)
         await advance(self.batch)
 
@@ -188,7 +188,7 @@ class Pump:
         return self.has_turn and self.step in ("run", "finalize")
 
     async def _some_end(self, running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-        """Waits a moment for any of them; those that still run. Raises what is wrong with Redis."""
+        """Waits a moment for any of them to end; returns those that still run. Raises errors of Redis."""
         ended, running = await asyncio.wait(running, timeout=RENEW_S, return_when=asyncio.FIRST_COMPLETED)
         for task in ended:
             task.result()
@@ -197,7 +197,7 @@ class Pump:
         return running
 
     async def _unfinished(self) -> AsyncIterator[Raw]:
-        """The lines that have no result, in order. Raises NoSuchFile."""
+        """Yields the lines without a result, in order. Raises NoSuchFile."""
         splitter = Splitter()
         async for piece in self._input():
             async for raw in self._without_result(splitter.feed(piece)):
@@ -221,7 +221,7 @@ class Pump:
             await self.pod.directory.find(model)
         except ModelNotFound:
             return False
-        except NoWorker:                                # just now
+        except NoWorker:                                # for now
             return True
         return True
 
@@ -230,7 +230,7 @@ class Pump:
             await self._hold()
 
     async def _hold(self) -> None:
-        """The batch stays ours, and is as Redis knows it now. Raises Lost."""
+        """Renews the hold, and rereads the batch from Redis. Raises Lost."""
         held = await self.pod.batches.hold(self.batch.tenant, self.batch.id, self.pod.id)
         if held is None:
             raise Lost

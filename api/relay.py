@@ -1,8 +1,8 @@
-"""The relay: what is pushed to this pod reaches the streams that wait for it, in order, without gap or repetition.
+"""The relay: delivers what is pushed to this pod to the streams that wait for it, in order, no gaps, no repeats.
 
 A push is a hint, the log is the truth: an entry that follows the last one is accepted, an older one dropped, and
-whatever is missing is read from the log. Where the log lacks what was delivered, Redis lost it, and it is put back. It
-knows nothing of HTTP, and nothing of what entries mean.
+whatever is missing is read from the log. If the log lacks what was delivered, Redis has lost it, and it is restored. It
+knows nothing of HTTP, nor of what entries mean.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
-ATTEND_S = 1.0                                          # how often a pod says what it relays; far below reader_ttl_s
-TICK_S = 0.1                                            # how exactly silence is noticed
-READ_LIMIT = 256                                        # entries of one look into a log
-READ_TIMEOUT_S = 2.0                                    # of one look: meanwhile no heartbeat goes out
-MAX_SWEEP_S = 10.0                                      # silence between two looks: thousands may wait in line
-LATE_S = 30.0                                           # after its deadline, for others to end a job
+ATTEND_S = 1.0                                          # how often a pod renews its readers; far below reader_ttl_s
+TICK_S = 0.1                                            # resolution of the silence timers
+READ_LIMIT = 256                                        # entries per read of a log
+READ_TIMEOUT_S = 2.0                                    # per read: no heartbeats are sent meanwhile
+MAX_SWEEP_S = 10.0                                      # of silence, between reads: thousands may wait in the queue
+LATE_S = 30.0                                           # after its deadline, for other processes to end a job
 HEAR_TIMEOUT_S = 2.0
 
 
@@ -39,14 +39,14 @@ class Stream:
         self.job_id = job_id
         self.queue = queue
         self.delivered = delivered
-        self.last: Entry | None = None                  # the last one that `batches()` gave
-        self.left = False                               # the client is gone, or the pod goes
-        self.silent_s = 0.0                             # since entries came
-        self.unsent_s = 0.0                             # since bytes went to the client, as whoever sends them says
+        self.last: Entry | None = None                  # the last one that `batches()` returned
+        self.left = False                               # the client is gone, or the pod stops
+        self.silent_s = 0.0                             # since entries arrived
+        self.unsent_s = 0.0                             # since bytes went to the client, set by the sender
         self._settings = settings
         self._pending: list[Entry] = []
-        self._behind = False                            # the log has what we do not
-        self._sweep_at_s = settings.sweep_s             # of silence
+        self._behind = False                            # the log has entries that we lack
+        self._sweep_at_s = settings.sweep_s             # the next sweep, in seconds of silence
         self._wake = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -55,16 +55,16 @@ class Stream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all of it was given."""
+        """Whether all entries were returned."""
         return self.last is not None and self.last.kind == "end"
 
     def push(self, entry: Entry) -> None:
-        """Takes what was pushed, if it is the next; else remembers that the log must be read.
+        """Accepts a pushed entry if it is the next one; else notes that the log must be read.
 
-        An entry of another epoch is not taken: if Redis went back its past may differ from ours, so the log is read.
+        An entry of another epoch is not accepted: Redis may hold older data, with a different past, so the log is read.
         """
         newest = self._pending[-1] if self._pending else self.last
-        position = newest.position if newest else 0     # position 0, the header, is known before anything is pushed
+        position = newest.position if newest else 0     # position 0, the header, is known before any push
         if entry.position <= position and (newest is None or entry.epoch == newest.epoch):
             return
         is_next = entry.position == position + 1 and (not position or newest is None or entry.epoch == newest.epoch)
@@ -84,7 +84,7 @@ class Stream:
         self._wake.set()
 
     def tick(self, passed_s: float) -> None:
-        """Time passes. In silence the log is looked into, at `sweep_s` and then ever less often."""
+        """Advances the timers. In silence the log is read, at `sweep_s` and then at growing intervals."""
         self.silent_s += passed_s
         self.unsent_s += passed_s
         if self.silent_s >= self._sweep_at_s:
@@ -94,7 +94,7 @@ class Stream:
             self._wake.set()
 
     async def batches(self) -> AsyncIterator[list[Entry]]:
-        """What has arrived, as it arrives; an empty batch is a heartbeat. Ends when the client left.
+        """Yields entries as they arrive; an empty batch is a heartbeat. Ends when the client has left.
 
         Raises StreamLost when the log is gone, DeadlineExceeded when Redis stays away.
         """
@@ -129,16 +129,16 @@ class Stream:
                     return await self.read()
                 except (StreamLost, Behind):
                     await self.delivered.put_back(self.queue)
-                    log.warning("%r was put back: Redis had lost it", self)
+                    log.warning("%r was restored: Redis had lost it", self)
                     self.look()
                     return []
         except (*connection.TROUBLE, TimeoutError):
             if self.silent_s > self._settings.request_deadline_s + LATE_S:
                 raise DeadlineExceeded from None
-            return []                                   # Redis is away: the next sweep looks again
+            return []                                   # Redis is away: the next sweep reads again
 
     async def read(self) -> list[Entry]:
-        """What comes next in the log. What is pushed meanwhile stands in it too, or follows it."""
+        """The next entries of the log. Entries pushed meanwhile are among them, or follow them."""
         self._behind = False
         missed = await self.queue.read(self.job_id, after=self.last, limit=READ_LIMIT)
         pushed, self._pending = self._pending, []
@@ -157,7 +157,7 @@ class Relay:
         self.pod_id = pod_id
         self.settings = settings
         self._streams: dict[str, set[Stream]] = {}      # by job id
-        self._heard: dict[str, asyncio.Event] = {}      # channel → set once it is subscribed
+        self._heard: dict[str, asyncio.Event] = {}      # channel → set once subscribed
         self._stopping = False
         self.room = Room()
 
@@ -172,7 +172,7 @@ class Relay:
         return job_id in self._streams
 
     async def hear(self, shard: Shard) -> None:
-        """Listens to a shard before anything is submitted to it. Raises Unavailable when Redis is away."""
+        """Subscribes to a shard before anything is submitted to it. Raises Unavailable when Redis is away."""
         subscribed = self._heard.setdefault(shard.key(f"push:{self.pod_id}"), asyncio.Event())
         try:
             async with asyncio.timeout(HEAR_TIMEOUT_S):
@@ -195,7 +195,7 @@ class Relay:
             del self._streams[stream.job_id]
 
     def leave_all(self) -> None:
-        """The pod stops: every stream that still runs, or is opened after this, ends here."""
+        """The pod stops: ends every running stream, and every stream opened later."""
         self._stopping = True
         for stream in self._all():
             stream.leave()
@@ -229,7 +229,7 @@ class Relay:
             before = now
 
     async def _attend(self) -> None:
-        """Says that what this pod relays has a reader: about 2 µs of Redis per stream."""
+        """Renews the readers of the answers that this pod relays: about 2 µs of Redis per stream."""
         while True:
             await asyncio.sleep(ATTEND_S)
             jobs: dict[Queue, list[str]] = {}
@@ -237,4 +237,4 @@ class Relay:
                 jobs.setdefault(next(iter(streams)).queue, []).append(job_id)
             for (queue, job_ids), error in await connection.for_each(
                     jobs.items(), lambda item: item[0].attend(self.pod_id, item[1]), self.settings.reader_ttl_s / 4):
-                log.warning("%r was not told of %d readers: %s", queue, len(job_ids), type(error).__name__)
+                log.warning("%r could not renew %d readers: %s", queue, len(job_ids), type(error).__name__)

@@ -1,6 +1,6 @@
-"""Answers an order over HTTP, as an event stream or as one object at the end; also an answer that began before.
+"""Answers an order over HTTP, as an event stream or as one object at the end; also an answer that has begun before.
 
-It knows requests and responses, nothing of what is asked in which language.
+It knows requests and responses, nothing of the languages of the API.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from api.wire.languages import Asked, event_fold, whole_fold
 from shared.errors import BodyTooLarge, Draining, TooSlow, UnsupportedEncoding
 from shared.queue import Found, Queue
 
-DRAINED_BYTES = 1 << 20                                 # of a refused body: closing at once can swallow the refusal
+DRAINED_BYTES = 1 << 20                                 # of a refused body: closing at once can discard the response
 BODY_TIMEOUT_S = 60.0
 TOO_LARGE = "The body of a request has at most {} bytes."
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, and what for if it was asked before."""
+    """The client of a request, and its position if it asked before."""
 
     request: Request
     tenant: str
@@ -75,7 +75,7 @@ async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: 
 
 async def again(pod: Pod, order: Order, completion_id: str, after: int | None, request: Request, asked: Asked | None
                 ) -> Response:
-    """The answer that others may have begun, told as its log says that it was asked for."""
+    """An answer that may have begun before, in the form that its log's header gives."""
     queue, found = await find(pod, order.tenant, completion_id, order.language)
     if found.header.stream:
         return await rest(pod, queue, found, after, asked)
@@ -85,13 +85,13 @@ async def again(pod: Pod, order: Order, completion_id: str, after: int | None, r
 
 
 async def rest(pod: Pod, queue: Queue, found: Found, after: int | None, asked: Asked | None = None) -> EventStream:
-    """The events behind one, also of what runs. Raises what follow does."""
+    """The events after `after`, of running answers too. Raises the errors of `follow`."""
     stream, fold, said = await follow(pod, queue, found, after, asked)
     return EventStream(stream, fold, {COMPLETION_ID: found.job_id}, said=said, on_close=partial(pod.part, stream))
 
 
 async def collect(pod: Pod, streams: list[Stream], source: Source, fold: Whole[Any], request: Request) -> Response:
-    """Reads streams to their end. Raises what ended them, or Draining when the client or the pod left."""
+    """Reads streams to their end. Raises the error that ended them, or Draining when the client or the pod left."""
     watch = asyncio.create_task(_watch(request, source))
     try:
         async for entries in source.batches():
@@ -103,7 +103,7 @@ async def collect(pod: Pod, streams: list[Stream], source: Source, fold: Whole[A
         watch.cancel()
         for stream in streams:
             pod.part(stream)
-    raise Draining(retry_after_s=0.1)                   # to a client that has left this goes nowhere
+    raise Draining(retry_after_s=0.1)                   # a client that has left does not receive it
 
 
 async def _watch(request: Request, source: Source) -> None:
@@ -113,7 +113,7 @@ async def _watch(request: Request, source: Source) -> None:
 
 
 async def read_order(pod: Pod, caller: Caller) -> bytes:
-    """The body of a request that is to become a job. Raises Draining, and what read_body does."""
+    """The body of a request that becomes a job. Raises Draining, and the errors of read_body."""
     body = await read_body(pod, caller.request)
     if pod.draining:
         raise Draining(retry_after_s=0.1)
@@ -121,7 +121,7 @@ async def read_order(pod: Pod, caller: Caller) -> bytes:
 
 
 async def read_body(pod: Pod, request: Request) -> bytes:
-    """The body, whatever its content type says. Raises UnsupportedEncoding, TooSlow, or BodyTooLarge before the end."""
+    """The body, whatever its content type. Raises UnsupportedEncoding, TooSlow, or BodyTooLarge before its end."""
     pieces, num_bytes, max_bytes = [], 0, pod.settings.max_body_bytes
     if request.headers.get("content-encoding", "identity") != "identity":
         raise UnsupportedEncoding

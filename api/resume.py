@@ -1,6 +1,6 @@
-"""Resumes an answer on any pod: it is found by its id, folded again from the log's start, and sent from a position on.
+"""Resumes an answer on any pod: found by its id, folded again from the start of its log, sent from a position on.
 
-A position is the ordinal of an event, so whatever pod counts them counts alike. It knows nothing of HTTP.
+A position is the ordinal of an event, and every pod counts events alike. It knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from shared.keys import shard_of
 from shared.queue import Behind, Found, Queue
 
 MAX_POSITION_DIGITS = 15
-RETRY_S = 1.0                                           # until what runs may have come to its end, or to a position
+RETRY_S = 1.0                                           # until a running answer may have ended, or reached a position
 
 
 async def find(pod: Pod, tenant: str, completion_id: str, language: Language) -> tuple[Queue, Found]:
-    """The shard of an answer, and how it stands. Raises NotFound, also when it is another tenant's or language's."""
+    """The shard and the state of an answer. Raises NotFound, also for another tenant or another API."""
     shard = shard_of(completion_id)
-    # The id may be invented: its queue is not kept yet.
+    # The id may be invented: its queue is not cached yet.
     found = await Queue(pod.redis, shard, pod.settings).find(completion_id) if shard else None
     if shard is None or found is None or found.tenant != tenant or found.header.language != language:
         raise ResponseNotFound if language == "responses" else CompletionNotFound
@@ -44,7 +44,7 @@ async def find(pod: Pod, tenant: str, completion_id: str, language: Language) ->
 
 
 async def find_stored(pod: Pod, tenant: str, completion_id: str, language: Language) -> tuple[Record, Queue, Found]:
-    """With what was asked. What is kept no longer leaves its room to others. Raises NotFound."""
+    """Also what was asked. Removes the record if the answer has expired. Raises NotFound."""
     record = await pod.store.get(tenant, completion_id)
     if record is None or record.language != language:
         raise ResponseNotFound if language == "responses" else CompletionNotFound
@@ -57,7 +57,7 @@ async def find_stored(pod: Pod, tenant: str, completion_id: str, language: Langu
 
 
 def position(text: str | None, param: str) -> int | None:
-    """Of the last event that a client has. Raises InvalidValue when the text is none."""
+    """The position of the client's last event. Raises InvalidValue when the text is not a position."""
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_POSITION_DIGITS):
@@ -66,8 +66,8 @@ def position(text: str | None, param: str) -> int | None:
 
 
 async def whole(pod: Pod, queue: Queue, found: Found, asked: Asked | None = None) -> bytes:
-    """An answer, as one object. Raises the JobEnded that it ended with, or CompletionInProgress, where its language
-    has no words for that."""
+    """An answer as one object. If it failed or still runs, raises its JobEnded or CompletionInProgress, unless its API
+    can express that in an object."""
     fold = whole_fold(found.job_id, found.header, await token_bytes(pod, found), asked)
     if found.finish is None and not fold.tells_halves:
         raise CompletionInProgress(retry_after_s=RETRY_S)
@@ -79,7 +79,7 @@ async def whole(pod: Pod, queue: Queue, found: Found, asked: Asked | None = None
 
 @contextmanager
 def _kept_until_now(found: Found) -> Iterator[None]:
-    """Of a finished answer StreamLost becomes CompletionNotFound: its log has expired since it was found."""
+    """Turns StreamLost of a finished answer into CompletionNotFound: its log has expired since it was found."""
     try:
         yield
     except StreamLost:
@@ -102,10 +102,10 @@ async def join(pod: Pod, queue: Queue, found: Found) -> Stream:
 
 async def follow(pod: Pod, queue: Queue, found: Found, after: int | None, asked: Asked | None = None
                  ) -> tuple[Stream, EventFold, bytes]:
-    """A stream that goes on behind event `after`, its fold, and of the events that have happened already those at once.
+    """A stream that continues after event `after`, its fold, and the events that exist already.
 
-    Raises PositionNotReached or InvalidValue when there is no such event. Behind the last one nothing is said; behind
-    an error that is told as one, it is raised.
+    Raises PositionNotReached or InvalidValue when there is no such event. After the last event it is empty; after an
+    error event, that error is raised.
     """
     fold = event_fold(found.job_id, found.header, await token_bytes(pod, found), asked,
                       after=num_events_until(found.header.language, after))
@@ -115,7 +115,7 @@ async def follow(pod: Pod, queue: Queue, found: Found, after: int | None, asked:
         with _kept_until_now(found):
             said = await _catch_up(stream, fold)
         if not fold.ended:
-            await attend(pod, stream)                  # not before: whoever is refused was no reader
+            await attend(pod, stream)                  # only now: a refused request was no reader
     except BaseException:
         pod.relay.close(stream)
         raise
@@ -124,16 +124,16 @@ async def follow(pod: Pod, queue: Queue, found: Found, after: int | None, asked:
 
 async def attend(pod: Pod, stream: Stream) -> None:
     await stream.queue.attend(pod.id, [stream.job_id])
-    stream.look()                                       # at what came before the pod was pushed to
+    stream.look()                                       # for entries from before the pod was pushed to
 
 
 async def _catch_up(stream: Stream, fold: EventFold) -> bytes:
-    """Reads until there is something to say; the rest comes as in any stream."""
+    """Reads until there are events to send; the rest arrives as in any stream."""
     said = b""
     while not (said or fold.ended):
         try:
             entries = await stream.read()
-        except Behind:                                  # Redis has lost what we just read: it is being put back
+        except Behind:                                  # Redis has lost what we just read: it is being restored
             raise PositionNotReached(retry_after_s=RETRY_S) from None
         if not entries:
             break
@@ -149,9 +149,9 @@ async def _catch_up(stream: Stream, fold: EventFold) -> bytes:
 
 
 async def token_bytes(pod: Pod, found: Found) -> TokenBytes:
-    """For log probabilities. Raises NoWorker when they are asked for and nobody announces the tokenizer."""
+    """For log probabilities. Raises NoWorker when they are requested and no worker announces the tokenizer."""
     if found.header.fold_version not in FOLD_VERSIONS:
-        raise Unavailable(retry_after_s=RETRY_S)        # an answer of another release: its pods count its events
+        raise Unavailable(retry_after_s=RETRY_S)        # an answer of another release, whose pods count its events
     if not found.header.logprobs:
         return lambda _: b""
     return (await pod.directory.tokenizer(found.header.model, found.header.tokenizer_id)).token_bytes

@@ -1,4 +1,4 @@
-"""Serving: uvicorn with a way to stop that lets streams end. Not ready first, then wait, then say so and leave."""
+"""Serving: uvicorn with a shutdown that lets streams end: not ready, then a wait, then error events, then exit."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.1
 KEEP_ALIVE_S = 75
-CLOSE_S = 5                                             # for the last events to leave, after the streams were ended
+CLOSE_S = 5                                             # for the last events to be sent, after the streams were ended
 
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        yield                                           # signals are ours
+        yield                                           # we handle signals ourselves
 
 
 async def serve(settings: Settings, listening: socket.socket) -> None:
-    """Until SIGTERM or SIGINT. Raises BrokenEnvironment when Redis is none that we can use."""
+    """Serves until SIGTERM or SIGINT. Raises BrokenEnvironment when Redis cannot be used."""
     pod = Pod(settings)
     await connection.check(pod.redis, allow_no_aof=settings.allow_no_aof)
     config = uvicorn.Config(make_app(pod), log_config=None, access_log=False, http=BoundedProtocol, ws="none",
@@ -43,7 +43,7 @@ async def serve(settings: Settings, listening: socket.socket) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    gc.freeze()                                         # what start-up made is not looked through again
+    gc.freeze()                                         # objects from start-up are not collected again
     async with pod.running(pump(pod)):
         serving = asyncio.create_task(server.serve([listening]))
         stop = asyncio.create_task(stopping.wait())
@@ -56,7 +56,7 @@ async def serve(settings: Settings, listening: socket.socket) -> None:
 
 
 async def drain(pod: Pod) -> None:
-    """New requests go elsewhere; running streams may end within `drain_s`, and are then told."""
+    """New requests go elsewhere; running streams may end within `drain_s`, the rest get an error event."""
     pod.draining = True
     log.info("draining: %d streams", pod.relay.num_streams)
     loop = asyncio.get_running_loop()

@@ -36,7 +36,7 @@ class Several:
         async def pass_on(number: int, stream: Stream) -> None:
             async for entries in stream.batches():
                 arrived.put_nowait([Numbered(number, entry) for entry in entries])
-                await arrived.join()                    # no stream goes on before what has come was sent
+                await arrived.join()                    # no stream continues before its entries were sent
                 if entries and entries[-1].kind == "end":
                     break
 

@@ -1,7 +1,7 @@
 """An event stream as an ASGI response: the entries of a log, folded to bytes, with heartbeats, until it ends.
 
-It knows nothing of Redis and nothing of what events mean. A body ends cleanly only when the answer is complete or an
-error event has said that it is not.
+It knows nothing of Redis and nothing of what events mean. A body ends normally only when the answer is complete, or
+after an error event.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Source(Protocol):
 
 
 class EventStream(Response):
-    """Relays one stream to one client, behind what was `said` already by its fold.
+    """Relays one stream to one client, after what its fold has already `said`.
 
-    `on_first` runs at the first entry, `on_close` however it ends.
+    `on_first` runs at the first entry, `on_close` at the end, whatever its reason.
     """
 
     def __init__(self, stream: Source, fold: EventFold[Any], headers: Mapping[str, str], *, said: bytes = b"",
@@ -75,11 +75,11 @@ class EventStream(Response):
             error: APIError = Draining()
         except APIError as failure:
             error = failure
-        # To a client that has left this goes nowhere.
+        # A client that has left does not receive it.
         await send({"type": "http.response.body", "body": self._fold.error(error), "more_body": False})
 
     async def _say(self, body: bytes, send: Send) -> bool:
-        """True when that was the end."""
+        """Sends the fold's bytes. True: that was the end."""
         ended = self._fold.ended
         if body or ended:
             await send({"type": "http.response.body", "body": body, "more_body": not ended})

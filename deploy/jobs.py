@@ -1,4 +1,4 @@
-"""`baton jobs`: what is queued and what runs where, read from Redis, and what an operator may do about it.
+"""`baton jobs`: which jobs are queued and which run where, read from Redis, and what an operator may do about them.
 
 It knows the queue and tables. It shows no prompt and no answer.
 """
@@ -77,7 +77,7 @@ async def _cancel(console: Console, redis: Redis, settings: Settings, job_id: st
 
 
 async def _requeue(console: Console, redis: Redis, settings: Settings, job_id: str) -> None:
-    """A running job goes back to the head of its line; a dead letter is submitted again, under a new id."""
+    """Returns a running job to the head of the queue; submits a dead letter again, under a new id."""
     queue = _queue_of(redis, settings, job_id)
     for letter in await queue.dead(MAX_LISTED):
         if letter["job"] == job_id:
@@ -97,7 +97,7 @@ ACTIONS: dict[str, Action] = {"list": _list, "show": _show, "cancel": _cancel, "
 
 
 async def _queues(redis: Redis, settings: Settings) -> AsyncIterator[tuple[str, Queue]]:
-    """Every shard that was announced lately, with the canonical name of its model."""
+    """Every shard announced lately, with the canonical name of its model."""
     fields: Any = await redis.hgetall(DIRECTORY)
     for raw in fields.values():
         announcement = Announcement.decode(raw)

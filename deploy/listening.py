@@ -1,4 +1,4 @@
-"""The socket that the API listens on: one for a pod alone, one shared by all pods of a machine."""
+"""The socket that the API listens on: of a single pod, or shared by all pods of a machine."""
 
 from __future__ import annotations
 

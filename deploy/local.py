@@ -1,7 +1,7 @@
 """`baton serve`: Redis, API pods and workers of one machine, as child processes of one supervisor.
 
-A child that dies is started again; one that says its environment is at fault ends them all. Ctrl-C ends every child,
-pods first, so that what runs may be told.
+A child that dies is restarted; one that reports a broken environment ends them all. Ctrl-C ends every child, pods
+first, so that running streams get their last events.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Stopped(Exception):
 
 
 def serve(settings: Settings) -> int:
-    """Until it is stopped. Raises BrokenEnvironment with the one thing to do."""
+    """Runs until it is stopped. Raises BrokenEnvironment with the one thing to do."""
     for number in STOPS:
         signal.signal(number, _raise_stopped)
     redis: RedisServer | None = None
@@ -104,7 +104,7 @@ def _raise_stopped(*_: object) -> None:
 
 
 def _find_redis(settings: Settings, port: int) -> tuple[str, RedisServer | None]:
-    """The URL that was given, or a server of our own."""
+    """The given URL, or a server of our own."""
     if "redis_url" in settings.model_fields_set:
         return settings.redis_url, None
     if url := os.environ.get("REDIS_URL"):
@@ -117,7 +117,7 @@ def _find_redis(settings: Settings, port: int) -> tuple[str, RedisServer | None]
 
 def _children(settings: Settings, redis_url: str, listening: socket.socket) -> list[Child]:
     environment = os.environ | {"BATON_DRAIN_S": str(DRAIN_S)} | settings.environment() | {"BATON_REDIS_URL": redis_url}
-    if settings.workers > 1 and not settings.threads:   # each by itself would take nearly all cores
+    if settings.workers > 1 and not settings.threads:   # each alone would take nearly all cores
         environment |= {"BATON_THREADS": str(threads_of_each(num_cores(), settings.workers))}
     baton = [sys.executable, "-m", "deploy.cli"]
     fd = listening.fileno()

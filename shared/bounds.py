@@ -1,8 +1,8 @@
 """Numeric bounds, where llguidance (1.9) gets them wrong.
 
-It writes an excluded integer where the bounds are less than 1 apart, 0 for (0, 0.5] and -5 for [-5.5, -5): those are
-found here, and refused. Its bounds are doubles, and integers of 64 bits: beyond 53 bits they are moved inwards, to
-numbers that are both.
+It generates an excluded integer where two bounds are less than 1 apart: 0 for (0, 0.5], -5 for [-5.5, -5). Such schemas
+are found here and refused. Its bounds are doubles and 64-bit integers: bounds beyond 53 bits are moved inwards, to a
+number that both represent exactly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from shared.errors import InvalidGrammar
 
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 EITHER = ("anyOf", "oneOf")
-MAX_LOOKS = 100_000                                     # visits of schemas, repeated ones through $ref too
-MAX_EXACT = 1 << 53                                     # integers: beyond, doubles leave some out
-MOST = math.nextafter(2.0**63, 0.0)                     # of 64 bits, as a double
+MAX_LOOKS = 100_000                                     # visits of schemas, repeated visits through $ref included
+MAX_EXACT = 1 << 53                                     # integers up to here are exact as doubles
+MOST = math.nextafter(2.0**63, 0.0)                     # the largest double below 2**63
 REFUSED = ("This cannot be enforced: bounds less than 1 apart, of which the one nearer to 0 is a whole number and is "
            "excluded.")
 TOO_LARGE = "This cannot be enforced: a bound or a multipleOf beyond 64 bits."
 
-End = tuple[float, bool]                                # of an interval: how far inwards it is, and if it is excluded
-Interval = tuple[End | None, End | None]                # its lower end, and its upper one, negated
+End = tuple[float, bool]                                # of an interval: the larger the tighter; True: excluded
+Interval = tuple[End | None, End | None]                # its lower end, and its upper end negated; None: unbounded
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Bounds:
             raise InvalidGrammar(REFUSED)
 
     def _excludes_a_whole_alone(self, part: dict[str, Any]) -> bool:
-        """Alone, and with each option of its anyOf and oneOf."""
+        """Whether its bounds miss an excluded integer, alone or with one option of its anyOf or oneOf."""
         common = list(self.all_of(part))
         interval = _interval(common)
         options = (option for each in common for key in EITHER for option in _listed(each, key))
@@ -51,7 +51,7 @@ class Bounds:
             _is_missed(_within(interval, _interval(self.all_of(option)))) for option in options)
 
     def all_of(self, part: Any) -> Iterator[dict[str, Any]]:
-        """The part, and what it must satisfy too (allOf, $ref), each once."""
+        """Yields the part and every schema that applies with it (allOf, $ref), each once."""
         waiting, seen = [part], set[int]()
         while waiting:
             part = waiting.pop()
@@ -62,13 +62,13 @@ class Bounds:
                 waiting += [*_listed(part, "allOf"), self.meant(part.get("$ref"))]
 
     def look(self) -> None:
-        """Raises InvalidGrammar when it was too often."""
+        """Counts a visit. Raises InvalidGrammar above `MAX_LOOKS`."""
         self.num_looks += 1
         if self.num_looks > MAX_LOOKS:
             raise InvalidGrammar("This cannot be enforced: it takes too much work.")
 
     def meant(self, reference: Any) -> Any:
-        """What a reference within the schema leads to; None: nothing, or out of it."""
+        """The part of the schema that a reference points to; None: there is none, or it is outside the schema."""
         if not isinstance(reference, str):
             return None
         if reference not in self._found:
@@ -93,8 +93,8 @@ def path_of(reference: str) -> list[str]:
 
 
 def moved_inwards(schema: dict[str, Any]) -> dict[str, Any]:
-    """With bounds that are kept exactly: those beyond 53 bits are moved to the next such number, what is beyond 64 bits
-    is excluded. Raises InvalidGrammar where nothing is left."""
+    """A copy with bounds that are enforced exactly: those beyond 53 bits are moved inwards to the next double. Raises
+    InvalidGrammar when no value is left, and for a multipleOf beyond 53 bits."""
     said = dict(schema)
     for key, value in _own(schema):
         if abs(value) >= MAX_EXACT:
@@ -127,7 +127,7 @@ def _listed(schema: dict[str, Any], key: str) -> list[Any]:
 
 
 def _interval(schemas: Iterable[dict[str, Any]]) -> Interval:
-    """Where the bounds of all of them meet."""
+    """The intersection of the intervals of all these schemas."""
     bounds = [bound for schema in schemas for bound in _own(schema)]
     return (max(((value, key != "minimum") for key, value in bounds if key.endswith("inimum")), default=None),
             max(((-value, key != "maximum") for key, value in bounds if key.endswith("aximum")), default=None))

@@ -24,17 +24,17 @@ class Card:
     tokenizer_json: str                                 # of the `tokenizers` library
     chat_templates: dict[str, str]                      # by name; 'default' is the one for chats
     special_tokens: dict[str, str]                      # bos_token, eos_token, …: what templates may refer to
-    sampling_defaults: dict[str, float]                 # of the model's generation_config: what a request leaves open
+    sampling_defaults: dict[str, float]                 # from its generation_config: for what a request leaves open
     eos_token_ids: tuple[int, ...]
     vocab_size: int                                     # rows of the logits; no id at or above reaches a worker
     max_model_len: int                                  # prompt and answer together, in tokens
     max_num_seqs: int                                   # choices that one worker can run at once
-    prefill_chunk_tokens: int                           # the grid on which prompts are cut, and their beginnings named
+    prefill_chunk_tokens: int                           # prompts are cut, and prefixes named, at multiples of it
     weights_id: str                                     # other weights never continue a started answer
-    numerics_id: str                                    # workers of one id promise each other bit-equality
+    numerics_id: str                                    # workers with equal ids produce bit-identical results
     created_s: int                                      # of the weights, for GET /v1/models
 
-    @cached_property                                    # asked for with every request, of up to 35 MB
+    @cached_property                                    # needed for every request; hashes up to 35 MB
     def tokenizer_id(self) -> str:
         return hashlib.sha256(self.tokenizer_json.encode()).hexdigest()[:16]
 
@@ -52,7 +52,7 @@ class Card:
 
     @classmethod
     def unpack(cls, card_hash: str, packed: bytes) -> Card:
-        """Raises ValueError when the bytes are too many, or are not those that were hashed."""
+        """Raises ValueError when the bytes are too many or do not match the hash."""
         inflater = zlib.decompressobj()
         raw = inflater.decompress(packed, MAX_CARD_BYTES)
         if inflater.unconsumed_tail or hashlib.sha256(raw).hexdigest() != card_hash:
@@ -62,7 +62,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """A field of the directory: a shard that is served, under which names, and by which card."""
+    """A field of the directory: a shard, the names under which it is served, and its card."""
 
     shard: str                                          # shard id
     names: tuple[str, ...]                              # the first is canonical

@@ -1,4 +1,4 @@
-"""Connections to Redis: one for verbs, one of its own for each blocking read, and what Redis must be like.
+"""Connections to Redis: a pool for verbs, one connection per blocking read, and the checks of Redis at start.
 
 Every verb is idempotent, so redis-py may send it again when a reply was lost. A subscription blocks, so it never shares
 a pool with commands, has no read timeout, and its retry loop is ours: after each connect the caller must look at what
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 5.0
-MAX_RETRIES = 4                                         # of one verb, by redis-py: about a second in all
+MAX_RETRIES = 4                                         # per verb, by redis-py: about a second in all
 MAX_CONNECTIONS = 64                                    # per pool; further commands wait for one
 RECONNECT_S = 0.2
 CANCEL_AGAIN_S = 0.1                                    # until a task that ignored its cancellation is cancelled again
@@ -54,14 +54,14 @@ UNREACHABLE = (ConnectionError, TimeoutError, BusyLoadingError, ClusterError, Re
 
 
 class NotNow(RedisError):
-    """Redis answers, and executes nothing now."""
+    """Redis answers, but executes nothing now."""
 
 
 NOT_NOW = re.compile(r"\b(BUSY|MISCONF|OOM|READONLY|NOREPLICAS|MASTERDOWN|TRYAGAIN|LOADING)\b")
 TROUBLE = (RedisError, RedisClusterException, OSError)
-"""Whatever is raised when Redis, or the way to it, is at fault."""
+"""Raised when Redis, or the connection to it, is at fault."""
 UNWRITABLE = (ReadOnlyError, OutOfMemoryError, NotNow)
-"""Redis answers and refuses writes now. The verb was not executed, or not to its end."""
+"""Redis answers but refuses writes now. The verb was not executed, or only in part."""
 
 
 @contextmanager
@@ -76,14 +76,14 @@ def refusals() -> Iterator[None]:
 
 
 def connect(url: str) -> Redis:
-    """A client for verbs; of a whole cluster for `redis+cluster://…`. Raises BrokenEnvironment when the URL is none."""
+    """A client for verbs; for `redis+cluster://…` of a whole cluster. Raises BrokenEnvironment for an invalid URL."""
     retry: dict[str, Any] = {"retry": Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), MAX_RETRIES),
                              "retry_on_error": [BusyLoadingError]}
     timeouts: dict[str, Any] = {"socket_timeout": COMMAND_TIMEOUT_S, "socket_connect_timeout": COMMAND_TIMEOUT_S,
                                 "health_check_interval": HEALTH_CHECK_S, "max_connections": MAX_CONNECTIONS}
     try:
         if is_cluster(url):
-            # It has the commands that we use: each script keeps to one slot, and pipelines are no transactions.
+            # It has the commands that we use: each script touches one slot, and pipelines are not transactions.
             return cast(Redis, _mended_cluster(RedisCluster.from_url(_node_url(url), **timeouts, **retry)))
         pool = BlockingConnectionPool.from_url(url, timeout=COMMAND_TIMEOUT_S, **timeouts, **retry)
     except ValueError:
@@ -94,12 +94,12 @@ def connect(url: str) -> Redis:
 
 
 def _mended(kind: type[Any]) -> type[Any]:
-    """The same class of connection, but a write to a transport that was closed meanwhile raises ConnectionError."""
+    """The same connection class, but writing to a transport that has been closed raises ConnectionError."""
     class Connection(kind):  # type: ignore[misc]
         async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
             try:
                 await super().send_packed_command(command, check_health)
-            except (RuntimeError, AttributeError) as error:     # uvloop's of a closed transport; redis-py has no writer
+            except (RuntimeError, AttributeError) as error:     # by uvloop, if closed; by redis-py, without a writer
                 raise ConnectionError("the connection was reset") from error
 
     return Connection
@@ -121,15 +121,15 @@ def _node_url(url: str) -> str:
 
 
 async def listen(url: str, channels: Collection[str]) -> AsyncGenerator[tuple[str, bytes | None], None]:
-    """(channel, message) for ever; message None when a channel was (re)subscribed: something may have been missed.
+    """Yields (channel, message) for ever; None as message: the channel was (re)subscribed, messages may be missing.
 
-    `channels` may grow: it is looked at again with every message, and every `SUBSCRIBE_S`.
+    `channels` may grow: it is checked after every message, and every `SUBSCRIBE_S`.
     """
     if not is_cluster(url):
         while True:
             async for heard in _hear(parse_url(url), channels):
                 yield heard
-    # A sharded channel is heard on the node that owns its slot: each has a connection of its own.
+    # A sharded channel is published on the node that owns its slot, so each has a connection of its own.
     heard_of: asyncio.Queue[tuple[str, bytes | None]] = asyncio.Queue(maxsize=MAX_HEARD)
     ears: dict[str, asyncio.Task[None]] = {}
     try:
@@ -138,7 +138,7 @@ async def listen(url: str, channels: Collection[str]) -> AsyncGenerator[tuple[st
                 ears[channel] = asyncio.create_task(_hear_sharded(url, channel, heard_of))
             for ear in ears.values():
                 if ear.done():
-                    ear.result()                        # only a mistake of ours ends one
+                    ear.result()                        # only a bug of ours ends one
             if heard_of.empty():
                 await asyncio.wait([next_one := asyncio.create_task(heard_of.get())], timeout=SUBSCRIBE_S)
                 if not next_one.cancel():
@@ -150,14 +150,14 @@ async def listen(url: str, channels: Collection[str]) -> AsyncGenerator[tuple[st
 
 
 async def _hear_sharded(url: str, channel: str, heard_of: asyncio.Queue[tuple[str, bytes | None]]) -> None:
-    """One channel, from whichever node owns it; for ever."""
+    """Messages of one channel, from whichever node owns it, for ever."""
     while True:
         try:
             async with cast(RedisCluster, connect(url)) as cluster:
                 node = cluster.get_node_from_key(channel)
                 assert node, "a connected cluster covers every slot"
         except TROUBLE as error:
-            log.warning("the cluster was not asked (%s)", type(error).__name__)
+            log.warning("the cluster could not be queried (%s)", type(error).__name__)
             await asyncio.sleep(RECONNECT_S)
             continue
         async for heard in _hear(parse_url(_node_url(url)) | {"host": node.host, "port": node.port}, (channel,),
@@ -167,7 +167,7 @@ async def _hear_sharded(url: str, channel: str, heard_of: asyncio.Queue[tuple[st
 
 async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sharded: bool = False
                 ) -> AsyncGenerator[tuple[str, bytes | None], None]:
-    """What one connection hears, until it is lost."""
+    """Yields the messages of one connection until it is lost."""
     pool = ConnectionPool(**{"socket_timeout": None, "socket_connect_timeout": COMMAND_TIMEOUT_S,
                              "health_check_interval": 5, "retry": Retry(ExponentialWithJitterBackoff(), 0), **address})
     pool.connection_class = _mended(pool.connection_class)
@@ -192,7 +192,7 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
 
 async def for_each(things: Iterable[T], act: Callable[[T], Awaitable[object]], timeout_s: float
                    ) -> list[tuple[T, Exception]]:
-    """Acts on shards at once, so that one whose Redis is away holds up no other. Those that failed, and why."""
+    """Acts on all shards at once, so that one without its Redis delays no other. Returns the failed ones, and why."""
     failed = list[tuple[T, Exception]]()
 
     async def act_on(thing: T) -> None:
@@ -207,9 +207,9 @@ async def for_each(things: Iterable[T], act: Callable[[T], Awaitable[object]], t
 
 
 async def end(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Cancels tasks that speak to Redis until they are done; a cancellation of the caller is raised only then.
+    """Cancels tasks that use Redis until they are done; only then is a cancellation of the caller raised.
 
-    Once may not be enough: before Python 3.12 wait_for, in redis-py, loses a cancellation that comes with a reply.
+    Once may not be enough: before Python 3.12 wait_for, in redis-py, loses a cancellation that arrives with a reply.
     """
     cancelled: asyncio.CancelledError | None = None
     while running := [task for task in tasks if not task.done()]:
@@ -232,7 +232,7 @@ async def infos(redis: Redis, *sections: str) -> list[dict[str, Any]]:
 
 
 async def check(redis: Redis, *, allow_no_aof: bool) -> None:
-    """Asserts at start what the protocol relies on. Raises BrokenEnvironment with what to change."""
+    """Checks at start what the protocol relies on. Raises BrokenEnvironment, which says what to change."""
     try:
         found = await infos(redis)
     except (*UNREACHABLE, OSError) as error:
@@ -248,7 +248,7 @@ async def check(redis: Redis, *, allow_no_aof: bool) -> None:
 
 
 def problems(info: dict[str, Any], *, allow_no_aof: bool, is_cluster: bool = False) -> list[str]:
-    """What is wrong with a Redis of this INFO, each with the change that mends it."""
+    """What is wrong with a Redis that reports this INFO, each with the change that corrects it."""
     found = []
     version = str(info.get("redis_version", "0"))
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:

@@ -1,7 +1,7 @@
-"""Everything that a client may be told went wrong: a tree, in which a leaf knows how it looks on the wire.
+"""Every error that a client may see: a tree, in which each leaf defines how it looks on the wire.
 
-Texts are fixed here: never an echo of the input, a path, a trace, a Redis message or a key. Numbers that we computed
-may stand in them. Raised where the fact is known, translated at one border (api/app.py).
+Texts are fixed here: they never echo the input, a path, a trace, a Redis message or a key; they may contain numbers
+that we computed. An error is raised where the fact is known and translated at one border (api/app.py).
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class UnsupportedParameter(BadRequest):
 
 
 class PreviousResponseNotFound(BadRequest):
-    """As ResponseNotFound, of the one that a request goes on from."""
+    """As ResponseNotFound, for the response that a request continues."""
 
     code = "previous_response_not_found"
     text = "The previous response does not exist, or is not kept any more."
 
 
 class InvalidGrammar(BadRequest):
-    """A schema, a regular expression or a grammar that is none, too large, or more than can be enforced."""
+    """A schema, regular expression or grammar that is invalid, too large, or cannot be enforced in full."""
 
     code = "invalid_grammar"
     text = "What the answer must be cannot be enforced."
@@ -95,7 +95,7 @@ class ContextTooLong(BadRequest):
 
 
 class StorageFull(BadRequest):
-    """The files of one key together, or their number, or its stored requests."""
+    """The files of a key exceed their limit, in bytes or in number, or its stored requests do."""
 
     code = "storage_limit_exceeded"
     text = "Your files take too much room with this one. Delete some, or wait until they expire."
@@ -152,7 +152,7 @@ class NotFound(APIError):
 
 
 class NoEmbeddings(NotFound):
-    """The address is OpenAI's, and nobody answers it."""
+    """The address is OpenAI's, but is not served here."""
 
     code = "embeddings_not_served"
     text = "No worker of this service serves embeddings: it completes chats."
@@ -164,21 +164,21 @@ class ModelNotFound(NotFound):
 
 
 class CompletionNotFound(NotFound):
-    """Never begun, another's, or kept no longer: nobody learns which."""
+    """Never begun, owned by another key, or expired: the client does not learn which."""
 
     code = "completion_not_found"
     text = "There is no such completion, or it is not kept any more."
 
 
 class ResponseNotFound(NotFound):
-    """As CompletionNotFound, in the language of responses."""
+    """As CompletionNotFound, for responses."""
 
     code = "response_not_found"
     text = "There is no such response, or it is not kept any more."
 
 
 class NoSuchFile(NotFound):
-    """Never uploaded, another's, deleted, or kept no longer: nobody learns which."""
+    """Never uploaded, owned by another key, deleted or expired: the client does not learn which."""
 
     code = "file_not_found"
     text = "There is no such file, or it is not kept any more."
@@ -206,7 +206,7 @@ class TooSlow(APIError):
 
 
 class Conflict(APIError):
-    """The request does not fit what there is, now or for good."""
+    """The request conflicts with the present state, for now or for good."""
 
     status = 409
     type = "invalid_request_error"
@@ -261,7 +261,7 @@ class HeadTooLarge(APIError):
 
 
 class Overloaded(APIError):
-    """The line is full. It moves: come back after `retry_after_s`."""
+    """The queue is full, but it drains: retry after `retry_after_s`."""
 
     status = 429
     type = "rate_limit_error"
@@ -274,7 +274,7 @@ class TenantOverloaded(Overloaded):
 
 
 class Unavailable(APIError):
-    """Nobody can serve this now, and soon somebody may."""
+    """Cannot be served now, but probably soon."""
 
     status = 503
     type = "service_unavailable_error"
@@ -283,7 +283,7 @@ class Unavailable(APIError):
 
 
 class Draining(Unavailable):
-    """In a stream it has no position: the client returns to another pod, to its last event."""
+    """In a stream it has no position: the client resumes on another pod, after its last event."""
 
     code = "draining"
     text = "This server is about to stop. Please retry: another one will answer."
@@ -295,7 +295,7 @@ class NoWorker(Unavailable):
 
 
 class JobEnded(APIError):
-    """An accepted job ended without an answer. Its code stands in the terminal of the log."""
+    """An accepted job ended without an answer. Its code is in the terminal entry of the log."""
 
     status = 500
 
@@ -306,7 +306,7 @@ class JobFailed(JobEnded):
 
 
 class FormTooComplex(JobEnded):
-    """The limits of work and memory are those of every worker: no other one would come further."""
+    """Limits of work and memory are the same on every worker: no other one would get further."""
 
     status = 400
     type = "invalid_request_error"
@@ -339,7 +339,7 @@ JOB_ERRORS: dict[str, type[JobEnded]] = {
 
 
 def job_error(code: str) -> JobEnded:
-    """What a terminal's error code looks like on the wire."""
+    """The client's error for the error code of a terminal."""
     return JOB_ERRORS.get(code, JobFailed)()
 
 

@@ -1,8 +1,8 @@
-"""What an answer must be: JSON of a schema, a match of a regular expression, one of some texts, or words of a grammar.
+"""Constraints on an answer: JSON of a schema, a match of a regular expression, one of some texts, or a grammar.
 
-It is compiled to be tried before a job is queued (shared/trial.py), and by a worker to know which tokens may follow.
-llguidance has limits of work and memory of its own, but not for all that may be in a grammar; what it does not enforce,
-it refuses. Here a grammar is llguidance's own form of it, one string that travels with the job.
+A constraint is compiled on trial before a job is queued (shared/trial.py), and by the worker, to know the allowed
+tokens. llguidance limits its own work and memory, but not for everything that a grammar may contain; it refuses what it
+does not enforce. Here a grammar is llguidance's own form of it, one string that travels with the job.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from shared.schemas import ESCAPES, enforceable
 MAX_GRAMMAR_CHARS = 256 << 10
 TOO_LONG = f"A schema, regular expression or grammar has at most {MAX_GRAMMAR_CHARS} characters."
 MAX_CHOICES = 1000
-MAX_CACHED = 16             # compiled grammars of one tokenizer: each may take as much as a trial lets it
+MAX_CACHED = 16             # compiled grammars per tokenizer: each may be as large as a trial allows
 MAX_CACHED_CHARS = 4 << 20  # of all of them
-TRIAL_STEPS = 8             # tokens that a grammar is tried with before a job is queued
-MAX_FORCED_BYTES = 64       # of what must follow, as tokens: more of it costs time at each of them
-UNFORCED = "// of a client" # in a grammar: what must follow is not looked for, since that may never end
-TOKEN = b"\xff"             # in forced text: stands before the [id] of a special token
+TRIAL_STEPS = 8             # tokens drawn on trial before a job is queued
+MAX_FORCED_BYTES = 64       # of forced text that is tokenized at once: more costs time at each token
+UNFORCED = "// of a client" # marks a client's grammar: its forced text is not computed, since that may never end
+TOKEN = b"\xff"             # in forced text: precedes the [id] of a special token
 # Limits of work. Compiling burns some 50,000 units of fuel in a millisecond, a step some 14,000.
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=20_000,
                         max_items_in_row=5_000, max_lexer_states=50_000, max_grammar_size=200_000,
                         verbose_errors=False)
-# llguidance must not tokenize forced text by itself: it would do all of it again at every token, into special ones too.
+# llguidance must not tokenize forced text itself: it would do so again at every token, and into special tokens.
 FREE = '%llguidance {"no_forcing": true}\nstart: @whole'
-# A model in doubt may write blanks for ever: what separates JSON's parts is short.
+# A model in doubt may write whitespace for ever: between the parts of JSON it is bounded.
 JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,16}"} | ESCAPES
 ANY_OBJECT = {"type": "object"}
 UNENFORCED = ("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
               "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
               "$dynamicRef", "$recursiveRef")
-SCHEMA_WITHIN = re.compile(r"%json\s*(?={)")             # Lark's language
-# How messages of the compiler begin, and what we say instead: the rest of a message may quote the input.
+SCHEMA_WITHIN = re.compile(r"%json\s*(?={)")             # in a Lark grammar
+# How compiler messages begin, and our reason instead: the rest of a message may quote the input.
 REASONS = tuple((re.compile(words, re.MULTILINE), reason) for words, reason in (
     (r"Unimplemented keys", "a keyword of the schema is none that is enforced"),
     (r"Unsatisfiable schema", "the schema contradicts itself"),
@@ -69,7 +69,7 @@ PLACE = re.compile(r"(at \d+\(\d+\): )?(failed to compile JSON schema: )?")
 
 
 def of_schema(schema: dict[str, Any] | str) -> str:
-    """A JSON schema, or its text."""
+    """The grammar of a JSON schema, which may be given as text."""
     try:
         text = _bounded(schema if isinstance(schema, str) else json.dumps(schema))
         text = json.dumps(enforceable(json.loads(text)), allow_nan=False)
@@ -92,7 +92,7 @@ def of_choice(choice: Sequence[str]) -> str:
 
 
 def of_grammar(text: str) -> str:
-    """Of Lark's language, in which a rule may be %json and a schema, or of GBNF."""
+    """The grammar of a text in Lark, where a rule may be %json and a schema, or in GBNF."""
     try:
         return _bounded(f"{UNFORCED}\n{_with_schemas(grammar_from('grammar', _bounded(text)))}")
     except (ValueError, RecursionError):
@@ -100,7 +100,7 @@ def of_grammar(text: str) -> str:
 
 
 def _with_schemas(lark: str) -> str:
-    """Those within it as they can be enforced; what is none is left to the compiler."""
+    """Makes the schemas within it enforceable; what is not valid JSON is left to the compiler."""
     said, done = list[str](), 0
     for found in SCHEMA_WITHIN.finditer(lark):
         with contextlib.suppress(json.JSONDecodeError):
@@ -114,7 +114,7 @@ def _with_schemas(lark: str) -> str:
 
 
 def within(frame: str, **forms: str) -> str:
-    """One grammar of several: in `frame`, in Lark's language, @NAME is the grammar that is given as argument NAME."""
+    """Several grammars as one: in `frame`, written in Lark, @NAME is the grammar given as argument NAME."""
     grammars: list[dict[str, Any]] = [{"lark_grammar": frame}]
     for name, form in forms.items():
         first, *rest = _parts(form)
@@ -123,10 +123,10 @@ def within(frame: str, **forms: str) -> str:
 
 
 def _parts(grammar: str) -> list[dict[str, Any]]:
-    """The first is the grammar, the rest is what it names."""
+    """Its parts: first the grammar itself, then those that it refers to."""
     try:
         parts: list[dict[str, Any]] = json.loads(grammar)["grammars"]
-    except ValueError:                                  # Lark's own
+    except ValueError:                                  # a Lark grammar
         return [{"lark_grammar": grammar}]
     return parts
 
@@ -137,7 +137,7 @@ def _bounded(grammar: str) -> str:
     return grammar
 
 
-# Of what clients ask for, by kind; the last is a grammar already. They take as long as they like: see shared/trial.py.
+# By the kind of constraint; the last takes a finished grammar. Their time is not limited here: see shared/trial.py.
 MAKERS: dict[str, Callable[[Any], str]] = {
     "schema": of_schema, "regex": of_regex, "choice": of_choice, "grammar": of_grammar, "made": _bounded}
 
@@ -151,26 +151,26 @@ class Grammars:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
 
-    @cached_property                                    # not everybody needs it, and it takes some 20 MiB
+    @cached_property                                    # not always needed, and takes some 20 MiB
     def _tokenizer(self) -> LLTokenizer:
         eos = list(self.eos_token_ids) or None
         try:
             return LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=eos)
-        except ValueError:                              # a kind of tokenizer that llguidance does not know
+        except ValueError:                              # a kind of tokenizer that llguidance does not support
             raise InvalidGrammar("Nothing can be enforced with this model's tokenizer.") from None
 
     def prepare(self) -> None:
-        """Makes the tokenizer, if it is one."""
+        """Loads the tokenizer, if llguidance supports it."""
         with contextlib.suppress(InvalidGrammar):
             _ = self._tokenizer
 
     def compile(self, grammar: str, num_steps: int = 0) -> LLMatcher:
-        """Compiles it and tries it `num_steps` tokens far, since some fail only then. Raises InvalidGrammar."""
+        """Compiles it and draws `num_steps` tokens on trial, since some fail only then. Raises InvalidGrammar."""
         matcher = LLMatcher(self._tokenizer, within(FREE, whole=_bounded(grammar)), log_level=0, limits=LIMITS)
-        trial, may_force = matcher.deep_copy(), UNFORCED not in grammar or num_steps > 0      # a trial has a limit
+        trial, may_force = matcher.deep_copy(), UNFORCED not in grammar or num_steps > 0      # trials are bounded
         for step in range(num_steps + 1):
             if trial.is_stopped() or (may_force and trial.compute_ff_bytes().startswith(TOKEN)):
-                break                                   # behind a token that must follow there is no mask
+                break                                   # where a special token is forced, there is no mask
             allowed = trial.compute_bitmask()
             if step < num_steps:
                 trial.consume_token(_some(allowed, step))
@@ -179,7 +179,7 @@ class Grammars:
         return matcher
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """At the beginning of an answer. Raises InvalidGrammar."""
+        """A matcher at the start of an answer. Raises InvalidGrammar."""
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
@@ -193,26 +193,26 @@ class Grammars:
         return matcher.deep_copy()
 
     def token_ids(self, text: bytes, last: list[int]) -> list[int]:
-        """The tokens that the tokenizer would write for a text behind `last`: those certain whatever follows."""
+        """Tokenizes a text that follows the tokens `last`, as far as the tokens do not depend on what comes next."""
         begun = text[:MAX_FORCED_BYTES]
         before, mark, token = begun.rpartition(TOKEN)
         if mark and b"]" not in token:
-            begun = before                              # not half a token
+            begun = before                              # no partial token
         return self._tokenizer.tokenize_partial(begun, recent_tokens=last)[0]
 
 
 def _some(allowed: bytes, step: int) -> int:
-    """One allowed token of a mask; each step begins its search in another quarter of it."""
+    """One allowed token of a mask; each step starts its search in another quarter of it."""
     begin = len(allowed) * (step % 4) // 4
     place = begin + len(allowed[begin:]) - len(allowed[begin:].lstrip(b"\0"))
     if place == len(allowed):
         place = len(allowed) - len(allowed.lstrip(b"\0"))
-    byte = allowed[place] if place < len(allowed) else 1            # nothing may follow: the matcher says so
+    byte = allowed[place] if place < len(allowed) else 1            # none is allowed: the matcher reports it
     return 8 * place + (byte & -byte).bit_length() - 1
 
 
 def _reason(error: str) -> str:
-    """A compiler error in our own words: nothing of the input, except keywords that are listed above."""
+    """A compiler error in our own words: it quotes nothing of the input but the keywords listed above."""
     said = PLACE.sub("", error, count=1)
     found = next((reason for words, reason in REASONS if words.match(said)), "it has a part that is not understood")
     named = [key for key in UNENFORCED if f'"{key}"' in said] if found == REASONS[0][1] else []

@@ -1,4 +1,4 @@
-"""What travels between the API and the workers: a job, what is said while it runs, and how it ends.
+"""What travels between the API and the workers: a job, the entries of its log, and its end.
 
 Every class here is frozen and carries its own codec. Nothing here knows Redis, HTTP or tensors.
 """
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 SCHEMA_VERSION = 1
 
-_compact = json.JSONEncoder(separators=(",", ":")).encode       # json.dumps would make one for each step of each answer
+_compact = json.JSONEncoder(separators=(",", ":")).encode       # json.dumps would create one at every step of an answer
 
 Language = Literal["chat", "completions", "responses", "messages"]
 """The API in which a request was made and is answered (api/wire)."""
@@ -28,8 +28,8 @@ MAX_TOP_LOGPROBS = 20
 class Sampling:
     """How the next token is drawn, for every choice of one request.
 
-    The order of the stages is that of transformers: logit_bias, penalties, temperature, top_k, top_p, min_p.
-    Noise is a pure function of (seed, choice, position, token id), so a seed repeats whatever the batch.
+    The stages run in the order of transformers: logit_bias, penalties, temperature, top_k, top_p, min_p. Noise is a
+    pure function of (seed, choice, position, token id): a seed gives the same answer in any batch.
     """
 
     max_tokens: int
@@ -38,18 +38,18 @@ class Sampling:
     top_p: float = 1.0                                  # 1: off
     top_k: int = 0                                      # 0: off
     min_p: float = 0.0                                  # 0: off
-    presence_penalty: float = 0.0                       # of tokens generated so far
-    frequency_penalty: float = 0.0                      # of tokens generated so far
-    repetition_penalty: float = 1.0                     # of tokens in the prompt or generated so far
+    presence_penalty: float = 0.0                       # on tokens generated so far
+    frequency_penalty: float = 0.0                      # on tokens generated so far
+    repetition_penalty: float = 1.0                     # on tokens in the prompt or generated so far
     logit_bias: tuple[tuple[int, float], ...] = ()      # (token id, added to its logit)
-    num_logprobs: int | None = None                     # None: none; k: of the drawn token and of the k likeliest
-    min_tokens: int = 0                                 # no end-of-sequence, stop token or stop string before
+    num_logprobs: int | None = None                     # None: none; k: for the drawn token and the k likeliest
+    min_tokens: int = 0                                 # until then no end-of-sequence, stop token or stop string
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()                          # texts; matched by worker/output, not by the engine
     stop_token_ids: tuple[int, ...] = ()
     speculative: bool = True                            # tokens may be drafted; the answer is the same
-    tells_stop: bool = False                            # the log is to say which stop string was found
-    grammar: str = ""                                   # what the answer must be (shared/grammar.py); empty: anything
+    tells_stop: bool = False                            # the log records which stop string was found
+    grammar: str = ""                                   # constraint on the answer (shared/grammar.py); empty: none
     grammar_after: int | None = None                    # the grammar begins behind this token; until then no end
     shown_token_ids: tuple[int, ...] = ()               # special tokens whose text is shown: the markers of a dialect
 
@@ -69,12 +69,12 @@ class Delta:
 
     index: int                                          # which of the n choices
     token_ids: tuple[int, ...]                          # every drawn token: enough to continue on another worker
-    text: str                                           # what may be shown: no half characters, no half stop strings
+    text: str                                           # to be shown: no partial characters, no partial stop strings
     finish_reason: FinishReason | None = None           # set on the last delta of a choice
     logprobs: tuple[TokenLogprob, ...] = ()             # one for each token id, when they were asked for
-    num_cached_tokens: int = 0                          # of the prompt, found computed; on a choice's first delta
-    is_exact: bool = True                               # False: from here on valid, not promised to be the same text
-    stop: str = ""                                      # the stop string that ended the choice, which the text lacks
+    num_cached_tokens: int = 0                          # prompt tokens found in the cache; on a choice's first delta
+    is_exact: bool = True                               # False: from here on valid, but perhaps another text
+    stop: str = ""                                      # the stop string that ended the choice; the text excludes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The terminal of a log. Exactly one ends every accepted job. lua/prelude.lua writes it too."""
+    """The terminal entry of a log: exactly one ends every accepted job. lua/prelude.lua writes it too."""
 
     usage: Usage
     error: str | None = None                            # a code of shared/errors.py; None: the answer is complete
@@ -112,19 +112,19 @@ class Header:
     seed: int
     n: int
     num_prompt_tokens: int
-    tokenizer_id: str = ""                              # whose ids the deltas hold
+    tokenizer_id: str = ""                              # of the token ids in the deltas
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
     logprobs: bool = False
-    reasoning: Literal["", "open", "maybe"] = ""        # whether it begins with a thought (api/wire/reasoning.py)
-    think_end_id: int | None = None                     # the token that ends it, where it is one
+    reasoning: Literal["", "open", "maybe"] = ""        # whether it begins with reasoning (api/wire/reasoning.py)
+    think_end_id: int | None = None                     # the token that ends reasoning, if it is a single token
     tool_dialect: str = ""                              # how the model writes calls (api/wire/dialects); empty: none
     typed_arguments: tuple[str, ...] = ()               # tool arguments that are not strings, if a dialect must know
     has_named_tool: bool = False                        # tool_choice named a function: finish_reason stays stop
-    has_functions: bool = False                         # calls are answered as OpenAI did before there were tools
+    has_functions: bool = False                         # calls are answered in OpenAI's older form, function_call
     language: Language = "chat"
-    fold_version: int = 1                               # of api/wire: how entries become events
+    fold_version: int = 1                               # of api/wire: how entries are folded into events
 
     def encode(self) -> str:
         return _header_adapter.dump_json(self).decode()
@@ -142,10 +142,10 @@ class Entry:
     """One entry of an answer's log, as the log, a push and a publish carry it."""
 
     epoch: int
-    position: int                                       # header 0, then deltas and the terminal: dense, never twice
-    num_tokens: int                                     # drawn by all choices so far
+    position: int                                       # header 0, then deltas and the terminal: no gaps, no repeats
+    num_tokens: int                                     # drawn by all choices up to here
     kind: Kind
-    data: str                                           # JSON, as it was written; what it holds depends on the kind
+    data: str                                           # JSON text, unchanged; its content depends on the kind
 
     @property
     def id(self) -> str:
@@ -153,7 +153,7 @@ class Entry:
 
     @property
     def line(self) -> str:
-        """As a push carries it, behind the job's id."""
+        """Its line in a push, to be preceded by the job's id."""
         return f"{self.epoch} {self.position} {self.num_tokens} {self.kind} {self.data}"
 
     @classmethod
@@ -181,7 +181,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One accepted request, as the API queues it: token ids in, resolved seed, nothing left to decide."""
+    """One accepted request, as the API queues it: token ids, the resolved seed, every decision made."""
 
     id: str                                             # the completion id: shard and 128 random bits
     tenant: str                                         # a hash of the key, never the key
@@ -189,13 +189,13 @@ class Job:
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     tokenizer_id: str                                   # of the card that rendered the prompt: must equal the worker's
-    weights_id: str                                     # of that card: only like weights continue a started answer
+    weights_id: str                                     # of that card: only equal weights continue a started answer
     n: int = 1
-    prefix: tuple[str, ...] = ()                        # names of the prompt's beginnings (shared/prefix.py), some
-    priority: int = 0                                   # 0: interactive; higher waits behind lower
+    prefix: tuple[str, ...] = ()                        # names of some of the prompt's prefixes (shared/prefix.py)
+    priority: int = 0                                   # 0: interactive; higher values wait behind lower ones
     created_s: int = 0
-    deadline_s: float = 3600.0                          # of life after acceptance, in Redis time
-    retain_s: float | None = None                       # how long its log is kept after its end; None: as settings say
+    deadline_s: float = 3600.0                          # maximum age since acceptance, in Redis time
+    retain_s: float | None = None                       # how long its log is kept after its end; None: as configured
     version: int = SCHEMA_VERSION
 
     def encode(self) -> bytes:
@@ -219,7 +219,7 @@ _header_adapter = TypeAdapter(Header)
 
 
 def encode_deltas(deltas: list[Delta]) -> str:
-    """Deltas as compact JSON rows, their fields in order, trailing blanks left out."""
+    """Deltas as compact JSON rows: fields in order, trailing empty ones left out."""
     return _compact([_row(delta) for delta in deltas])
 
 

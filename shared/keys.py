@@ -16,8 +16,8 @@ DIRECTORY = "{baton}:models"
 field is valid until its own `expires_ms`; any worker removes it some time later."""
 
 BATCHES = "{baton}:batches"
-"""ZSET, the API's: `<tenant> <batch>` of every batch that is not over → the ms at which it was created. Where a pod
-looks for work that no other one does."""
+"""ZSET, written by the API: `<tenant> <batch>` of every unfinished batch → the ms at which it was created. Pods look
+here for batches that no other pod runs."""
 
 SHARD_KEYS: dict[str, tuple[str, str, str]] = {
     # name: (type, owner, what and until when)
@@ -43,7 +43,7 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
 }
 
 TENANT_KEYS: dict[str, tuple[str, str, str]] = {
-    # What spans models lies under the tenant's own tag, `{t.<tenant>}`.
+    # Keys that span models lie under the tenant's own tag, `{t.<tenant>}`.
     "stored:<id>": ("string", "scripts", "the request of a stored answer, JSON; `request_deadline_s + store_s`"),
     "stored": ("zset", "scripts", "answers to be stored → the ms of Redis time at which what was asked expires"),
     "stored_bytes": ("hash", "scripts", "answer to be stored → the bytes of what was asked; field '': of all of them"),
@@ -58,7 +58,7 @@ TENANT_KEYS: dict[str, tuple[str, str, str]] = {
 }
 
 
-KINDS = ("chatcmpl-", "cmpl-", "resp_", "msg_")          # how ids begin, by the language that was asked in
+KINDS = ("chatcmpl-", "cmpl-", "resp_", "msg_")          # prefixes of ids, by the API that was asked
 COMPLETION_ID = re.compile(rf"(?:{'|'.join(KINDS)})([0-9A-Za-z]+-[0-9A-Za-z]+)-[0-9A-Za-z]+")
 
 
@@ -81,12 +81,12 @@ class Shard:
 
 
 def tenant_key(tenant: str, name: str) -> str:
-    """A key of a tenant's own slot."""
+    """A key in the tenant's own slot."""
     return f"{{t.{tenant}}}:{name}"
 
 
 def new_completion_id(shard: Shard, kind: str = "chatcmpl-") -> str:
-    """An id that says where its log is, and that nobody guesses: the shard and 128 random bits."""
+    """An id that names the shard of its log and cannot be guessed: the shard and 128 random bits."""
     return completion_id(shard, secrets.token_hex(16), kind)
 
 

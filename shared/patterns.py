@@ -1,5 +1,5 @@
-"""Regular expressions that llguidance reads otherwise than Python and ECMAScript do, or would not enforce within JSON:
-they are refused, or said otherwise.
+"""Regular expressions that llguidance reads differently from Python and ECMAScript, or would not enforce within JSON:
+they are refused or rewritten.
 
 Rust's syntax has classes within classes, operations on them, names of classes, and flags of its own. In a JSON string a
 class that holds all control characters would match quotes and backslashes too, and a single one nothing at all.
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 
 from shared.errors import InvalidGrammar
 
-# What stands in a pattern, one after the other: an escape, a group's flags, or a character.
+# The parts of a pattern, in order: an escape, the flags of a group, or a character.
 PARTS = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x\{|u\{|U\{|(?s:.))|\(\?[a-zA-Z]+|(?s:.)")
 CODE = re.compile(r"\\[xuU]([0-9a-fA-F]+)")
 FOREIGN = ("\\p", "\\P", "\\z", "\\x{", "\\u{", "\\U{")
 FLAGS = re.compile(r"\(\?[a-zA-Z]*[xUR]")
 OPERATIONS = ("&&", "--", "~~")
-TOLD = "\b\t\n\f\r"                                     # control characters that JSON has short escapes for
+TOLD = "\b\t\n\f\r"                                     # control characters with a short escape in JSON
 BELLS = {r"\a": "\a", r"\v": "\v"}                      # and those that only regular expressions have one for
 NOT_ALIKE = ("This cannot be enforced: a regular expression has what languages read in different ways (classes within "
              "classes, or named by Unicode, or a flag x, U or R).")
@@ -27,7 +27,7 @@ CONTROL = "This cannot be enforced: a pattern has a control character that JSON 
 
 
 def require_alike(regex: str) -> None:
-    """Raises InvalidGrammar where Python reads it otherwise."""
+    """Raises InvalidGrammar where Python reads it differently."""
     is_in_class, is_first = False, False
     for part in PARTS.finditer(regex):
         text = part[0]
@@ -57,7 +57,7 @@ def _parts(pattern: str) -> Iterator[str]:
             is_negated = True
             part += r"\x00"
         elif is_negated and before == "^" and parts[number - 2] == "[" and part in "]-":
-            part = "\\" + part                          # which are themselves there
+            part = "\\" + part                          # which are literal there
         elif is_in_class and part == "]" and before != "[":
             is_in_class = is_negated = False
         elif not is_in_class and part == "[":

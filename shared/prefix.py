@@ -1,7 +1,7 @@
-"""The names of a prompt's beginnings: for each whole prefill chunk a hash, chained over all before, salted by tenant.
+"""Names of a prompt's prefixes: for each whole prefill chunk a hash, chained over all before, salted by tenant.
 
-Two prompts have a name in common exactly when they share every token up to it, the tenant and the grid. The API puts
-the names on a job, so that it finds the worker that holds them; the engine finds computed chunks by them. It knows
+Two prompts share a name exactly when they share every token up to it, the tenant and the grid. The API puts the names
+on a job so that the worker that has cached them can claim it; the engine finds computed chunks by them. It knows
 token ids alone.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 NAME_BYTES = 16
-MAX_NAMES = 16                                          # that a job carries
+MAX_NAMES = 16                                          # per job
 
 
 def prefix_names(salt: str, token_ids: Sequence[int], chunk_tokens: int) -> tuple[str, ...]:
-    """In order. The chunk with the last token has none: it is computed always, for its logits are needed."""
+    """In order. The chunk with the last token has no name: it is always computed, since its logits are needed."""
     name = f"{salt} {chunk_tokens}".encode()
     names = []
     for begin in range(0, len(token_ids) - chunk_tokens, chunk_tokens):
@@ -27,6 +27,6 @@ def prefix_names(salt: str, token_ids: Sequence[int], chunk_tokens: int) -> tupl
 
 
 def some(names: tuple[str, ...]) -> tuple[str, ...]:
-    """At most `MAX_NAMES`: the first ones, which many prompts share, and the last, by which a conversation grows."""
+    """At most `MAX_NAMES`: the first ones, which many prompts share, and the last ones, which a conversation reuses."""
     half = MAX_NAMES // 2
     return names if len(names) <= MAX_NAMES else names[:half] + names[-half:]

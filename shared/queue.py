@@ -25,14 +25,14 @@ from shared.settings import Settings
 LUA = Path(__file__).parent / "lua"
 VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "leave", "restore", "erase")
 MAX_REAPED = 64                                         # jobs put back by one reap
-MAX_PODS = 8                                            # that relay one answer: the newest are pushed to
-MAX_ATTENDED = 1024                                     # jobs of one `attend`, in which Redis does nothing else
-MAX_CHOICES = 1 << 30                                   # of a worker of which nothing is known
-ANY_JOB = ("*",)                                        # instead of the jobs that a worker holds
+MAX_PODS = 8                                            # that relay one answer: entries are pushed to the newest
+MAX_ATTENDED = 1024                                     # jobs per `attend`, during which Redis does nothing else
+MAX_CHOICES = 1 << 30                                   # of a worker whose limit is unknown
+ANY_JOB = ("*",)                                        # in place of the held jobs: unspecified
 STALLED_REAPS = 4                                       # that were due and did not run: Redis itself stood still
-ERASED_S = 60.0                                         # until what was erased is gone; nobody finds it meanwhile
-MIN_DEADLINE_S = 1.0                                    # of a job that is put back: late, it must still be ended
-PREFIX_TTL_S = 600.0                                    # how long a worker is believed to hold a prompt's beginning
+ERASED_S = 60.0                                         # until erased data expires; meanwhile it cannot be found
+MIN_DEADLINE_S = 1.0                                    # of a restored job: even a late one must still be ended
+PREFIX_TTL_S = 600.0                                    # how long a worker is assumed to have a prefix cached
 
 Outcome = Literal["ok", "refused", "gone"]
 Left = Literal["read", "waits", "cancelled", "none"]
@@ -56,14 +56,14 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A job that is now this worker's, and how far others have come with it."""
+    """A job that is now this worker's, and how far earlier workers came with it."""
 
     job: Job
     epoch: int
     position: int
     num_tokens: int
-    alone: bool                                         # it lost a worker before: nothing else may run beside it
-    is_like: bool = True                                # whoever began the answer had the same numerics
+    alone: bool                                         # it has cost a worker before: nothing else may run beside it
+    is_like: bool = True                                # the answer was begun with equal numerics
     header: str = ""                                    # the log's first entry
 
 
@@ -71,7 +71,7 @@ class Claimed:
 class Claims:
     jobs: tuple[Claimed, ...]
     malformed: tuple[str, ...]                          # ids of jobs that do not decode
-    look_again_s: float | None                          # until a job that was left to another worker may be ours
+    look_again_s: float | None                          # until we may take a job that was left to another worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,13 @@ class Reaped:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A job of which its id alone was known."""
+    """What is known of a job found by its id."""
 
     job_id: str
     tenant: str
     header: Header
     finish: Finish | None                               # None: it still runs
-    job: Job | None                                     # None: it has ended, or is one of another version
+    job: Job | None                                     # None: it has ended, or has another schema version
 
 
 class Behind(Exception):
@@ -112,7 +112,7 @@ class Queue:
         return f"<Queue {self.shard.id}>"
 
     async def submit(self, job: Job, header: Header) -> int:
-        """Puts a job in line; the jobs in line. Raises Overloaded or TenantOverloaded."""
+        """Queues a job; returns how many are queued. Raises Overloaded or TenantOverloaded."""
         limits = self.settings
         outcome, num_queued = await self._run(
             "submit", *self._acceptance(job, header.encode(), job.deadline_s), limits.max_queued,
@@ -127,8 +127,8 @@ class Queue:
                     numerics_id: str, most_choices: int = MAX_CHOICES, held: Iterable[str] | None = None) -> Claims:
         """Takes jobs of at most `num_free` choices. Repeat a call whose reply was lost with the same `sequence`.
 
-        `most_choices`: the most that the worker ever has room for. `held`: all jobs that it computes; what Redis thinks
-        that it holds besides goes back in line. None: it does not say.
+        `most_choices`: the most that the worker ever has room for. `held`: all jobs that it computes; others that Redis
+        has assigned to it go back to the queue. None: unspecified.
         """
         settings = self.settings
         look_again_ms, *rows = await self._run(
@@ -146,10 +146,10 @@ class Queue:
         return Claims(tuple(jobs), tuple(malformed), look_again_ms / 1000 if look_again_ms >= 0 else None)
 
     async def publish(self, worker: str, writes: Sequence[Write], sequence: int = 1) -> list[Outcome]:
-        """Appends one step's entries and renews the lease; what became of each entry.
+        """Appends one step's entries and renews the lease; returns the outcome of each.
 
-        `sequence` counts the publishes of a worker: Redis must know the one before, or this one again. Raises Behind,
-        and nothing was done, when it does not; 1 begins anew.
+        `sequence` counts the publishes of a worker; 1 starts a new count. Redis must know the one before, or this one.
+        If not, raises Behind, and nothing was written.
         """
         args: list[Any] = []
         for w in writes:
@@ -161,9 +161,9 @@ class Queue:
 
     async def restore(self, job: Job, header: str, entries: Sequence[Entry], *, epoch: int, worker: str = "",
                       numerics_id: str = "") -> int | None:
-        """Puts back what Redis has lost of a job: `entries` are all that is known, from position 1 on.
+        """Restores what Redis has lost of a job: `entries` are all that is known, from position 1 on.
 
-        A worker that still computes it gets the epoch under which it goes on; 0 when others do, None when it has ended.
+        A worker that still computes it gets its new epoch; 0 when others compute it, None when it has ended.
         """
         rest_s = max(job.created_s + job.deadline_s - time.time(), MIN_DEADLINE_S)
         args: list[Any] = []
@@ -174,13 +174,13 @@ class Queue:
         return found
 
     async def read(self, job_id: str, after: Entry | None = None, limit: int | None = None) -> list[Entry]:
-        """Entries of a log behind `after`, in order and without fences.
+        """The entries of a log after `after`, in order and without fences.
 
-        Raises StreamLost when there is no log, Behind when `after` does not stand in it.
+        Raises StreamLost when there is no log, Behind when `after` is not in it.
         """
         found = await self._range(job_id, after.id if after else "-", limit + 1 if limit and after else limit)
         if after and not (found and found[0] == after):
-            found = await self._range(job_id, "-", None)    # put back under another epoch, or gone
+            found = await self._range(job_id, "-", None)    # restored under another epoch, or gone
             at = next((i for i, entry in enumerate(found) if entry.says_the_same(after)), None)
             if at is None:
                 raise Behind if found else StreamLost
@@ -195,7 +195,7 @@ class Queue:
         return [_entry(entry_id, fields) for entry_id, fields in rows]
 
     async def release(self, worker: str, job_ids: Sequence[str] = (), *, has_failed: bool = False) -> int:
-        """Hands jobs back to the head of the line; without ids all that the worker holds, and its lease ends.
+        """Hands jobs back to the head of the queue; without ids all that the worker holds, and its lease ends.
 
         With `has_failed` it counts as a lost lease: after `max_attempts` in a row without progress a job is given up.
         """
@@ -203,18 +203,18 @@ class Queue:
                                    int(has_failed), *job_ids))
 
     async def reap(self) -> Reaped:
-        """Requeues what expired leases held, and ends what is past its deadline or has no readers any more."""
+        """Requeues the jobs of expired leases, and ends those past their deadline or without readers."""
         settings = self.settings
         stall_s = max(settings.lease_s, STALLED_REAPS * settings.reap_s)
         return Reaped(*await self._run("reap", settings.max_attempts, settings.max_claims, MAX_REAPED, self._lease_ms,
                                        round(stall_s * 1000)))
 
     async def cancel(self, job_id: str, code: str = "cancelled", *, worker: str = "") -> bool:
-        """Ends a job, whoever holds it or only if `worker` does; False when it has ended, is unknown or not held so."""
+        """Ends a job, with `worker` only if that holds it. False when it has ended, is unknown or not held so."""
         return await self._run("cancel", job_id, code, worker) is not None
 
     async def erase(self, job_id: str) -> bool:
-        """Ends a job if it lives; nobody finds it any more. False when it is unknown."""
+        """Ends a job if it runs; it can no longer be found. False when it is unknown."""
         return await self._run("erase", job_id, round(ERASED_S * 1000)) is not None
 
     async def is_erased(self, job_id: str) -> bool:
@@ -222,7 +222,7 @@ class Queue:
         return bool(await self.redis.hexists(self.shard.key(f"job:{job_id}"), "erased"))
 
     async def attend(self, pod: str, job_ids: Sequence[str]) -> int:
-        """This pod relays these jobs: they have a reader for `reader_ttl_s` more. How many of them live."""
+        """This pod relays these jobs: they have a reader for `reader_ttl_s` more. Returns how many of them are live."""
         num_live = 0
         for begin in range(0, len(job_ids), MAX_ATTENDED):
             num_live += await self._run("attend", pod, round(self.settings.reader_ttl_s * 1000), MAX_PODS,
@@ -230,12 +230,12 @@ class Queue:
         return num_live
 
     async def leave(self, pod: str, job_id: str, grace_s: float) -> Left:
-        """This pod relays a job no more. Without other readers it is cancelled, after a grace in which one may come."""
+        """This pod no longer relays a job. Without other readers it is cancelled, `grace_s` later."""
         outcome: Left = (await self._run("leave", pod, round(grace_s * 1000), job_id)).decode()
         return outcome
 
     async def find(self, job_id: str) -> Found | None:
-        """Whose a job is and how it stands; None when it is unknown, expired or erased."""
+        """The owner and the state of a job; None when it is unknown, expired or erased."""
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hmget(self.shard.key(f"job:{job_id}"), "tenant", "request", "erased")
             pipe.xrange(self.shard.key(f"out:{job_id}"), count=1)
@@ -248,7 +248,7 @@ class Queue:
                      last.finish if last.kind == "end" else None, _readable(request) if request else None)
 
     async def describe(self, job_id: str) -> dict[str, str]:
-        """The job's hash without the request, and the `tokens` of its log: empty when it is unknown or expired."""
+        """The job's hash without the request, and the `tokens` of its log; empty when it is unknown or expired."""
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.shard.key(f"job:{job_id}"))
             pipe.xrevrange(self.shard.key(f"out:{job_id}"), count=1)
@@ -259,23 +259,23 @@ class Queue:
         return {name.decode(): value.decode() for name, value in fields.items() if name != b"request"}
 
     async def live(self, limit: int) -> list[dict[str, str]]:
-        """What `describe` says of jobs in line or running, oldest first, each with its `id`."""
+        """`describe` for queued and running jobs, oldest first, each with its `id`."""
         rows: Any = await self.redis.xrange(self.shard.key("jobs"), count=limit)
         ids = [fields[b"job"].decode() for _, fields in rows]
         return [{"id": job_id, **await self.describe(job_id)} for job_id in ids]
 
     async def dead(self, limit: int) -> list[dict[str, str]]:
-        """The newest dead letters, each with the ms of its end in `at_ms`; `request` and `header` as they were."""
+        """The newest dead letters, each with the ms of its end in `at_ms`; `request` and `header` unchanged."""
         rows: Any = await self.redis.xrevrange(self.shard.key("dead"), count=limit)
         return [{"at_ms": entry_id.partition(b"-")[0].decode(),
                  **{name.decode(): value.decode() for name, value in fields.items()}} for entry_id, fields in rows]
 
     async def num_live(self) -> int:
-        """Jobs in line or running."""
+        """The number of queued and running jobs."""
         return int(await self.redis.xlen(self.shard.key("jobs")))
 
     async def counters(self) -> Mapping[str, int]:
-        """Totals since the shard began, and `queued` and `live` as they are now."""
+        """Totals since the shard began, and the present `queued` and `live`."""
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(self.shard.key("counters"))
             pipe.zcard(self.shard.key("ready"))
@@ -284,7 +284,7 @@ class Queue:
         return {**{name.decode(): int(value) for name, value in totals.items()}, "queued": num_queued, "live": num_live}
 
     async def workers(self) -> list[dict[str, str]]:
-        """What the workers with a lease say of themselves."""
+        """What the workers with a lease report about themselves."""
         names: Any = await self.redis.zrange(self.shard.key("leases"), 0, -1)
         async with self.redis.pipeline(transaction=False) as pipe:
             for name in names:
@@ -293,7 +293,7 @@ class Queue:
         return [{key.decode(): value.decode() for key, value in row.items()} for row in rows]
 
     def _acceptance(self, job: Job, header: str, deadline_s: float) -> tuple[Any, ...]:
-        """What accept() of lua/prelude.lua takes."""
+        """The arguments of accept() in lua/prelude.lua."""
         num_prompt_tokens, retain_s = len(job.prompt_token_ids), job.retain_s or self.settings.retain_s
         cost = job.n * job.sampling.max_tokens + num_prompt_tokens
         reader_ttl_s = self.settings.reader_ttl_s if job.pod else 0
@@ -324,7 +324,7 @@ def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
 
 
 def parse_push(message: bytes) -> list[tuple[str, Entry]]:
-    """A packed push: (job id, entry) in the order in which they were appended."""
+    """The entries of a packed push: (job id, entry), in the order in which they were appended."""
     rows = (line.split(" ", 1) for line in message.decode().split("\n"))
     return [(job_id, Entry.parse(line)) for job_id, line in rows]
 

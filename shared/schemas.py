@@ -1,5 +1,5 @@
-"""Rewrites JSON schemas so that llguidance (1.9) enforces all of them; where it would let pass what JSON Schema
-excludes, and no rewriting helps, a schema is refused.
+"""Rewrites JSON schemas so that llguidance (1.9) enforces all of them; a schema of which it would accept what JSON
+Schema excludes, and which no rewriting helps, is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from shared.bounds import MAX_EXACT, Bounds, moved_inwards, path_of
 from shared.errors import InvalidGrammar
 from shared.patterns import within_json
 
-# With escapes of any character, "\u0061" would be another name than "a", for properties and for their patterns.
+# If any character could be escaped, "\u0061" would be a name other than "a", for properties and for their patterns.
 ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
 BY_NAME = ("properties", "$defs", "definitions")
 DATA = ("const", "enum", "default", "examples")         # their values are data, not schemas
@@ -20,7 +20,7 @@ OUTSIDE = "This cannot be enforced: the schema refers to what is not in it, and 
 
 
 def enforceable(schema: Any) -> Any:
-    """An equivalent schema, which llguidance enforces. Raises InvalidGrammar when there is none."""
+    """An equivalent schema that llguidance enforces. Raises InvalidGrammar when there is none."""
     return _said(schema, Bounds(schema))
 
 
@@ -36,7 +36,7 @@ def _said(schema: Any, bounds: Bounds) -> Any:
 
 
 def _require_plain_references(schema: dict[str, Any], bounds: Bounds) -> None:
-    """Paths within the schema, to schemas, and not to themselves alone. Raises InvalidGrammar."""
+    """Requires references to be paths to schemas within this one, and not circular. Raises InvalidGrammar."""
     if "$id" in schema and schema is not bounds.schema:
         raise InvalidGrammar("This cannot be enforced: a part of the schema has an $id of its own.")
     if not isinstance(reference := schema.get("$ref"), str):
@@ -56,7 +56,7 @@ def _require_plain_references(schema: dict[str, Any], bounds: Bounds) -> None:
 
 
 def _require_properties(schema: dict[str, Any], bounds: Bounds) -> None:
-    """llguidance counts properties that are written, and one may be written twice. Raises InvalidGrammar."""
+    """Refuses a minProperties above what is required: llguidance counts a property that is written twice as two."""
     if not isinstance(schema.get("minProperties"), int):
         return
     parts = list(bounds.all_of(schema))

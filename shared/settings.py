@@ -29,7 +29,7 @@ WORKER_ONLY = frozenset({
 SERVE_ONLY = frozenset({"apis", "workers", "data_dir"})
 
 PREFIX = "BATON_"
-TEST_PREFIX = "BATON_TEST_"                             # read by tests/ alone
+TEST_PREFIX = "BATON_TEST_"                             # read only by tests/
 
 Words = Annotated[tuple[str, ...], NoDecode]            # in a variable: separated by commas
 
@@ -155,7 +155,7 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
 
 
 def refuse_unknown(environment: Mapping[str, str]) -> None:
-    """A misspelt variable would be ignored in silence: name the one that was meant."""
+    """A misspelt variable would be ignored: raises BrokenEnvironment, which names the one that was meant."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(environment):
         if name.startswith(PREFIX) and not name.startswith(TEST_PREFIX) and name not in known:

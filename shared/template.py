@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from shared.errors import TemplateRefused
 
 MAX_RENDERED_CHARS = 16 << 20
-MAX_RENDER_S = 2.0                                      # looked at between the pieces that a template puts out
+MAX_RENDER_S = 2.0                                      # checked between the pieces that a template outputs
 
 
 class ChatTemplate:
@@ -37,7 +37,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
                special_tokens: Mapping[str, str], **variables: Any) -> str:
         """The prompt's text. Raises TemplateRefused when the template rejects the messages or takes too long."""
-        # As transformers: templates know what to do with a key that is missing, and print one that is None.
+        # As transformers does: templates handle a missing key, but print one that is None.
         messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
         pieces, num_chars, deadline = [], 0, time.monotonic() + MAX_RENDER_S
@@ -48,13 +48,13 @@ class ChatTemplate:
                 if num_chars > MAX_RENDERED_CHARS or time.monotonic() > deadline:
                     raise TemplateRefused
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError,
-                ArithmeticError, RecursionError):       # what an expression meets in messages it was not written for
+                ArithmeticError, RecursionError):       # raised by expressions, on messages they were not written for
             raise TemplateRefused from None
         return "".join(pieces)
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what an assistant said, for training; here it renders its body."""
+    """`{% generation %}…{% endgeneration %}` marks an assistant's text, for training; here it renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja declares it so
 
@@ -74,9 +74,9 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace(…)`, in which no name leads to the inside of Python."""
+    """`namespace(…)`, from which no name gives access to Python's internals."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:    # a template may have an attribute `self`
+    def __init__(*args: Any, **kwargs: Any) -> None:    # a template may name an attribute `self`
         self, *rest = args
         attributes = dict(*rest, **kwargs)
         for name in attributes:

@@ -6,9 +6,9 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-LARGE_BYTES = 128 << 20     # of weights: a step takes tens of milliseconds
+LARGE_BYTES = 128 << 20     # of weights: from here on a step takes tens of milliseconds
 SPINS = 2000                # some 30 µs
-STACK_BYTES = 8 << 20       # of a thread that we start, whatever the system would give it
+STACK_BYTES = 8 << 20       # of threads that we start, whatever the system's default
 
 
 def num_cores() -> int:
@@ -23,8 +23,8 @@ def most_threads() -> int:
 
 
 def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets OpenMP threads sleep soon at a barrier instead of spinning, so that a thread whose core was taken by another
-    process can go on on theirs. OpenMP reads the variable once, when torch is loaded."""
+    """Lets OpenMP threads that wait at a barrier sleep soon, so that a thread whose core another process took can
+    continue on one of theirs. OpenMP reads the variable once, when torch is loaded."""
     if environment.keys().isdisjoint({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}):
         environment["GOMP_SPINCOUNT"] = str(SPINS)
 

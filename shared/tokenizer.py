@@ -18,7 +18,7 @@ from shared.errors import BadRequest, TemplateRefused
 from shared.template import ChatTemplate
 from shared.trial import Trials
 
-CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]    # noncharacters: in no text that is meant to be read
+CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]    # noncharacters: not meant to occur in text
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -29,24 +29,24 @@ class Tokenizer:
     def __init__(self, card: Card) -> None:
         self.card = card
         self.fast = FastTokenizer.from_str(card.tokenizer_json)
-        self.fast.no_truncation()                       # some files hold what a training script left there
+        self.fast.no_truncation()                       # some files contain what a training script set
         self.fast.no_padding()
         self.templates = {name: ChatTemplate(source) for name, source in card.chat_templates.items()}
         added = self.fast.get_added_tokens_decoder()
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         contents = sorted({token.content for token in added.values() if token.content.strip()}, key=len, reverse=True)
-        # The lookahead finds occurrences that overlap as well.
+        # The lookahead also finds overlapping occurrences.
         self._written = re.compile("(?=" + "|".join(map(re.escape, contents)) + ")") if contents else None
         self._token_bytes = _token_bytes(card.tokenizer_json)
         self._trials = Trials(card.tokenizer_json, card.vocab_size, tuple(card.eos_token_ids))
 
     def added_id(self, text: str) -> int | None:
-        """Of a text that is one added token."""
+        """The id of the added token that this text is, if it is one."""
         token_id: int | None = self.fast.token_to_id(text)
         return token_id if token_id in self._added else None
 
     def make_grammar(self, kind: str, value: Any) -> str:
-        """Of a form (`shared.grammar.MAKERS`), tried. Raises InvalidGrammar, or Unavailable."""
+        """The grammar of a constraint (`shared.grammar.MAKERS`), tried. Raises InvalidGrammar, or Unavailable."""
         return self._trials.make(kind, value)
 
     def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None,
@@ -61,7 +61,7 @@ class Tokenizer:
             raise TemplateRefused("The messages hold text that is not valid Unicode.") from None
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a whole prompt, in which special tokens are meant where they are written. Raises BadRequest."""
+        """Token ids of a whole prompt, in which special tokens written in the text are special. Raises BadRequest."""
         try:
             ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError):         # a lone surrogate
@@ -69,7 +69,7 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; what reads as an added token in it is text too. Raises TemplateRefused."""
+        """Token ids of a text; added tokens written in it are plain text too. Raises TemplateRefused."""
         try:
             cut = _unused_cut(text)
             pieces = _insert(text, self._written, cut).split(cut) if self._written else [text]
@@ -98,7 +98,7 @@ class Tokenizer:
         return text.split(cut) if cut else [text]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, also where they are not a whole character."""
+        """The bytes of a token, even if they are not a whole character."""
         if token_id in self._added:
             return self._added[token_id]
         token = self.fast.id_to_token(token_id)
@@ -106,7 +106,7 @@ class Tokenizer:
 
 
 def _insert(text: str, written: re.Pattern[str], cut: str) -> str:
-    """Puts a cut behind the first character of whatever reads as an added token: encoded apart, it is plain text."""
+    """Puts a cut after the first character of each added token in the text: split there, it encodes as plain text."""
     places = [match.start() + 1 for match in written.finditer(text)]
     return cut.join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
 
@@ -142,7 +142,7 @@ def _unused_cut(value: Any) -> str:
 
 
 def _token_bytes(tokenizer_json: str) -> Callable[[str], bytes]:
-    """How this tokenizer writes bytes into its vocabulary: GPT-2's byte alphabet, or pieces with '▁' and <0xNN>."""
+    """How the vocabulary of this tokenizer writes bytes: GPT-2's byte alphabet, or pieces with '▁' and <0xNN>."""
     if '"ByteLevel"' in tokenizer_json:
         return byte_level.token_bytes
     hex_byte = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -29,25 +29,25 @@ from shared.grammar import MAKERS, MAX_GRAMMAR_CHARS, TOO_LONG, TRIAL_STEPS, Gra
 
 log = logging.getLogger(__name__)
 
-CPU_S = 0.5                 # of one trial
-WALL_S = 10.0               # of one trial, where other processes want the cores
-STACK_BYTES = threads.STACK_BYTES // 2                  # a thread that compiles it afterwards has more
-HEAP_BYTES = 256 << 20      # while it is compiled,
-KEPT_BYTES = 64 << 20       # and of what is compiled
+CPU_S = 0.5                 # per trial
+WALL_S = 10.0               # per trial, when other processes compete for the cores
+STACK_BYTES = threads.STACK_BYTES // 2                  # the thread that compiles it later has more
+HEAP_BYTES = 256 << 20      # while compiling,
+KEPT_BYTES = 64 << 20       # and for the compiled grammar
 NICENESS = 5
-START_S = 60.0              # until a tokenizer is made
+START_S = 60.0              # until the tokenizer is loaded
 EXIT_S = 1.0                # wait for the exit code of a server that did not start
 MAX_AT_ONCE = 2
-MAX_WAIT_S = 5.0            # for others' trials
+MAX_WAIT_S = 5.0            # for other trials to end
 MAX_KNOWN = 4096            # verdicts,
-MAX_KNOWN_CHARS = 16 << 20  # and of the grammars among them
+MAX_KNOWN_CHARS = 16 << 20  # and characters of the grammars in them
 TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
 MAX_ASKED_BYTES = 8 * MAX_GRAMMAR_CHARS
-BEGUN, FAILED = b"\1", b"\2"                            # sent before anything else; sent instead of a verdict
+BEGUN, FAILED = b"\1", b"\2"                            # sent before anything else; sent in place of a verdict
 
 
 class Verdict(NamedTuple):
-    grammar: str                                        # as it travels with a job; empty: it is refused
+    grammar: str                                        # as it travels with a job; empty: refused
     refusal: str
 
 
@@ -62,7 +62,7 @@ class Trials:
         self._lock, self._starts, self._places = Lock(), Lock(), BoundedSemaphore(MAX_AT_ONCE)
 
     def make(self, kind: str, value: Any) -> str:
-        """The grammar of a form (`MAKERS`), tried. Raises InvalidGrammar, or Unavailable where there is no process."""
+        """The grammar of a constraint (`MAKERS`), tried. Raises InvalidGrammar, or Unavailable without a process."""
         asked = json.dumps([kind, value]).encode()
         if len(asked) > MAX_ASKED_BYTES:
             raise InvalidGrammar(TOO_LONG)
@@ -99,9 +99,9 @@ class Trials:
             if begun and answer not in (b"", FAILED):
                 return Verdict(*json.loads(answer))
             if begun and not answer and time.monotonic() - began_s < WALL_S:
-                return Verdict("", TOO_MUCH)            # it has ended at one of its limits
+                return Verdict("", TOO_MUCH)            # it ended itself at one of its limits
             if begun:
-                log.warning("a trial of a grammar did not come to its end")
+                log.warning("a trial of a grammar failed or took too long")
                 break
             with self._starts:                          # the server has ended, or cannot fork
                 self._server = None if self._server is server else self._server
@@ -132,7 +132,7 @@ class Server:
             raise ChildProcessError(f"its server does not start (exit code {self._process.returncode})")
 
     def ask(self, what: bytes, timeout_s: float = WALL_S + 1) -> bytes:
-        """What is answered, until the other side has ended."""
+        """The answer, read until the other side closes."""
         ours, theirs = socket.socketpair()
         with ours, contextlib.suppress(OSError):
             with theirs:
@@ -146,13 +146,13 @@ class Server:
 
 def _end(door: socket.socket, process: subprocess.Popen[bytes]) -> None:
     door.close()
-    process.kill()                                      # trials that run end by themselves
+    process.kill()                                      # running trials end by themselves
     process.wait()
 
 
 def serve(door_fd: int) -> None:
-    """First comes what makes a tokenizer, then grammars."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # nobody waits for trials
+    """Receives what makes the tokenizer first, then what to try."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # no process waits for trials
     os.nice(NICENESS)
     with socket.socket(fileno=door_fd) as door:
         with _receive(door) as made:
@@ -174,7 +174,7 @@ def _try(grammars: Grammars, asked: socket.socket) -> None:
             asked.sendall(BEGUN)
             asked.sendall(json.dumps(_judge(grammars, _read(asked))).encode())
         except MemoryError:
-            pass                                        # as whoever ends at a limit
+            pass                                        # ends as at any other limit
         except Exception:
             asked.sendall(FAILED)
         finally:
@@ -204,7 +204,7 @@ def _limit(what: int, most: int) -> None:
 
 
 def _data_bytes() -> int:
-    """Of the heap and all else that is ours alone; 0 where nobody says."""
+    """Bytes of the heap and all other private data; 0 where the system does not report it."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[5]) * resource.getpagesize()
@@ -213,7 +213,7 @@ def _data_bytes() -> int:
 
 
 def _receive(door: socket.socket) -> socket.socket:
-    """Raises EOFError when nobody will ask any more."""
+    """Raises EOFError when the caller has closed the socket."""
     _, fds, _, _ = socket.recv_fds(door, 1, 1)
     if not fds:
         raise EOFError

@@ -39,12 +39,12 @@ def report() -> list[str]:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Processes that share the tests of `make test`. A Redis that was given is one, and so are the names in it."""
+    """Processes that share the tests of `make test`. With a given Redis one, since its key names are shared."""
     return 0 if os.environ.get("REDIS_URL") else min(num_cores(), MAX_PROCESSES)
 
 
 class Lanes(LoadFileScheduling):  # type: ignore[misc]
-    """A file's tests stay together, and so do all that start whole systems: two of those at once want four cores."""
+    """Keeps a file's tests together, and all that start whole systems: two of those at once would need four cores."""
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
@@ -61,7 +61,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_testnodedown(node: Any) -> None:
-    """One of several processes has ended: what it measured is shown with the rest."""
+    """A process of several has ended: its measurements are shown with the rest."""
     REPORT.extend(getattr(node, "workeroutput", {}).get("report", ()))
 
 
@@ -71,11 +71,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(REPORT))
 
 
-# How long a machine takes is no property of what is tested on it.
+# The speed of a machine is not a property under test.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# Before torch is loaded: two teams of threads on the same cores collapse, and the tests share them with much else.
+# Before torch is loaded: two teams of threads on the same cores collapse, and other processes use them too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # And before Triton is: it runs kernels on a CPU only in its interpreter.
 if not Path("/dev/nvidiactl").exists():
@@ -84,7 +84,7 @@ if not Path("/dev/nvidiactl").exists():
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One Redis for the whole run; whoever needs to break one starts its own."""
+    """One Redis for the whole run; tests that break one start their own."""
     if url := os.environ.get("REDIS_URL"):
         yield url
     elif docker_answers():
@@ -100,14 +100,14 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    """For tests that end many processes: what it costs to import the engine is paid once."""
+    """For tests that end many processes: the import of the engine is paid once."""
     with Nursery() as nursery:
         yield nursery
 
 
 @pytest.fixture(scope="session")
 def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """One pod and one worker on the built-in model, for every test that breaks nothing."""
+    """One pod and one worker on the built-in model, for all tests that break nothing."""
     system = System(tmp_path_factory.mktemp("system"), redis_url, allow_no_aof=True)
     system.start_all(1)
     yield system
@@ -116,7 +116,7 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="session")
 def older_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python that has the SDK of the major version before ours."""
+    """A Python with the SDK of the previous major version."""
     return python_with(tmp_path_factory.mktemp("older"), OLDER_SDK, "httpx")
 
 

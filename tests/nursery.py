@@ -1,9 +1,8 @@
 """A process that has imported everything and loaded the built-in model, once. A fork of it starts in a moment.
 
-To import torch takes five seconds of CPU, to load and check a model another, which a run that kills a worker every
-few seconds cannot pay. What is forked is a real process all the same: its memory is its own, it opens its own
-connections, and dies alone. It knows nothing of what it runs.
-"""
+Importing torch takes five seconds of CPU, loading and checking a model another, too much for a run that kills a worker
+every few seconds. A fork is still a real process: its memory is its own, it opens its own connections, and it dies
+alone. It knows nothing of what it runs."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ POLL_S = 0.01
 
 
 class Nursery:
-    """The near side: asks for forks. As a context it ends what it has started."""
+    """The near side: requests forks. As a context it ends what it has started."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, "-m", "tests.nursery"], cwd=REPOSITORY,
@@ -60,7 +59,7 @@ class Nursery:
 
 
 class Fork:
-    """A process of the nursery, spoken to as subprocess speaks to its own."""
+    """A forked process, with the interface of subprocess.Popen."""
 
     def __init__(self, nursery: Nursery, pid: int) -> None:
         self.pid = pid
@@ -92,7 +91,7 @@ class Fork:
 
 
 def main() -> None:
-    """The far side: forks, and says how forks ended, until nobody asks any more."""
+    """The far side: forks, and reports how forks ended, until its socket is closed."""
     import api.server  # noqa: F401 - to have it loaded is what the nursery is for
     import worker.announce
     import worker.build
@@ -105,7 +104,7 @@ def main() -> None:
     vars(worker.build)["load"] = functools.cache(load)
     worker.build.build(settings := Settings(), model_folder(settings))
     gc.collect()
-    gc.freeze()                                         # a fork's collector leaves what is shared alone
+    gc.freeze()                                         # a fork's collector does not touch shared memory
     children: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)
@@ -125,14 +124,14 @@ def main() -> None:
 
 
 def _become(question: dict[str, Any], run: Any) -> None:
-    """In the fork: what the command line of a new process would have been."""
+    """In the fork: does what a new process with this command line would do."""
     code = 1
     try:
         for stream, path, mode in ((0, os.devnull, os.O_RDONLY), (1, question["log"], os.O_WRONLY | os.O_CREAT)):
             os.dup2(os.open(path, mode), stream)
         os.dup2(1, 2)
         os.environ.update(question["environment"])
-        random.seed()                                   # jitter that is the same in all of them would be none
+        random.seed()                                   # otherwise all forks would have the same jitter
         code = run(question["arguments"])
     except BaseException:
         traceback.print_exc()

@@ -1,6 +1,6 @@
-"""One address in front of a pod, which passes bytes both ways and cuts the connection where a test says.
+"""One address in front of a pod, which passes bytes both ways and cuts the connection where a test wants it.
 
-It knows no HTTP: a blank line between two line feeds ends an event, and nothing else that a pod sends holds one.
+It knows no HTTP: an empty line ends an event, and nothing else that a pod sends contains one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ async def _nothing() -> None:
 
 
 class Switch:
-    """Passes what it gets; `cut_after` has it cut once, that far into what the pod sends, after calling `at_cut`."""
+    """Passes bytes on; `cut_after` requests one cut, so far into what the pod sends, after calling `at_cut`."""
 
     def __init__(self, target: str) -> None:
-        self.target = target                            # a pod's URL; of connections that begin from now on
+        self.target = target                            # a pod's URL, for new connections
         self.url = ""
         self.num_connections = 0
         self.num_cuts = 0
@@ -31,7 +31,7 @@ class Switch:
         self._open: set[asyncio.StreamWriter] = set()
 
     def cut_now(self) -> None:
-        """Every connection that is open."""
+        """Cuts every open connection."""
         for writer in self._open:
             writer.transport.abort()
             self.num_cuts += 1
@@ -56,7 +56,7 @@ class Switch:
         writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        sent = b""                                      # since the cut was asked for: connections are used again
+        sent = b""                                      # since the cut was requested: connections are reused
         while piece := await reader.read(PIECE_BYTES):
             sent = b"" if self._num_events is None else sent + piece
             end = self._end(sent)
@@ -70,7 +70,7 @@ class Switch:
                 return
 
     def _end(self, sent: bytes) -> int | None:
-        """Where to cut what was sent; None while there is not enough of it."""
+        """Where to cut what was sent; None: it is too short so far."""
         if self._num_events is None or sent.count(b"\n\n") < max(self._num_events, 1):
             return None
         end = sent.index(b"\r\n\r\n") + 4 if self._num_events == 0 else 0

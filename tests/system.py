@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def eventually(what: str, condition: Callable[[], T | None], timeout_s: float = 20.0) -> T:
-    """The first true value of `condition`. When it stays false the failure says what was waited for."""
+    """The first true value of `condition`. If it stays false, the failure names what was waited for."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         if value := condition():
@@ -43,7 +43,7 @@ def eventually(what: str, condition: Callable[[], T | None], timeout_s: float = 
 
 
 class Running(Protocol):
-    """What is asked of a process that was started: of subprocess' own, or what a test puts in its place."""
+    """The interface of a started process: subprocess' own, or what a test puts in its place."""
 
     @property
     def pid(self) -> int: ...
@@ -58,7 +58,7 @@ class Running(Protocol):
 
 
 Start = Callable[[list[str], dict[str, str], Path], Running]
-"""Starts a process from its arguments, what it finds in its environment besides ours, and the file of its output."""
+"""Starts a process, given its arguments, environment variables besides ours, and the file for its output."""
 
 
 def start(arguments: list[str], environment: dict[str, str], log: Path) -> Running:
@@ -69,7 +69,7 @@ def start(arguments: list[str], environment: dict[str, str], log: Path) -> Runni
 
 @dataclass
 class Process:
-    """One process of Baton, and what it has said."""
+    """One process of Baton, and its output."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -88,7 +88,7 @@ class Process:
         self.popen.send_signal(number)
 
     def end(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> int:
-        """Sends the signal and waits; the exit code."""
+        """Sends the signal and waits; returns the exit code."""
         if self.popen.poll() is None:
             self.popen.send_signal(number)
         try:
@@ -127,7 +127,7 @@ class System:
         return self.environment.get("BATON_SERVED_MODEL_NAME", MODEL).split(",")[0]
 
     def start_all(self, num_workers: int) -> str:
-        """So many workers and a pod that knows their model; its URL."""
+        """Starts so many workers and a pod that knows their model; returns its URL."""
         for _ in range(num_workers):
             self.start_worker()
         url = self.start_pod()
@@ -135,14 +135,14 @@ class System:
         return url
 
     def start_pod(self, **settings: Any) -> str:
-        """Starts a pod; its URL once it is ready."""
+        """Starts a pod; returns its URL once it is ready."""
         url = f"http://127.0.0.1:{free_port()}"
         pod = self.begin_pod(url, **settings)
         eventually("the pod is ready", lambda: alive(pod) and answers(f"{url}/ready"), START_S)
         return url
 
     def begin_pod(self, url: str, **settings: Any) -> Process:
-        """Starts a pod at a URL of this machine, where one may have been before, and does not wait for it."""
+        """Starts a pod at a URL of this machine, even one used before, without waiting for it."""
         self.pods[url] = self._start(["api", "--port", url.rpartition(":")[2]], settings)
         return self.pods[url]
 
@@ -152,7 +152,7 @@ class System:
         return worker
 
     def await_workers(self, number: int) -> None:
-        """Until so many workers hold a lease, and every pod knows the model."""
+        """Waits until so many workers hold a lease, and every pod knows the model."""
         leases = self.shard.key("leases")
         eventually(f"{number} workers have a lease",
                    lambda: all(map(alive, self.workers)) and self.redis.zcard(leases) == number, START_S)
@@ -202,7 +202,7 @@ def alive(process: Process) -> bool:
 
 
 def serves(url: str, model: str) -> bool:
-    """What a pod knows of models, as it says itself."""
+    """Whether a pod reports that it serves the model."""
     return model in httpx.get(f"{url}/ready").json().get("models", [])
 
 

@@ -1,4 +1,4 @@
-"""The README is true: its tables are the code's, its program runs, its rooms exist."""
+"""The README is true: its tables match the code, its program runs, its folders exist."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(first_cell: str) -> list[list[str]]:
 
 
 def test_every_field_of_a_request_is_listed() -> None:
-    """Once, with what is made of it: known fields are acted on or refused, and what has no effect is no field."""
+    """Once, with its treatment: known fields are acted on or refused; fields without effect are unknown to the code."""
     rows = re.findall(r"^\| (`.*) \| (acted on|accepted without effect|refused) \|$", README, re.MULTILINE)
     listed = {what: [name for fields, found in rows if found == what
                      for name in re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", fields))]

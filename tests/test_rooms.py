@@ -36,7 +36,7 @@ def modules() -> Iterator[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Full names of what a module imports, but for what only the type checker sees."""
+    """Full names of what a module imports, except what only the type checker sees."""
     tree = ast.parse(path.read_text())
     unseen = {id(inner) for node in ast.walk(tree)
               if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for inner in ast.walk(node)}
@@ -74,7 +74,7 @@ def test_redis_is_known_to_one_file_of_the_engine_room() -> None:
 
 
 def loaded_by(*modules: str) -> set[str]:
-    """What a new Python has loaded when it has imported these."""
+    """The modules that a new Python has loaded after importing these."""
     program = f"import sys, {', '.join(modules)}; print(*sys.modules)"
     return set(subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True,
                               text=True).stdout.split())

@@ -1,4 +1,4 @@
-"""Tools that a machine may lack. Without one a test says which; where everything is required, it fails."""
+"""Tools that a machine may lack. Without one a test names it and is skipped; if all are required, it fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-# Beside our own Python, and where Debian keeps servers, which not everybody's PATH has.
+# Beside our own Python, and where Debian keeps servers, which is not on everyone's PATH.
 MORE_PLACES = (str(Path(sys.executable).parent), "/usr/sbin", "/usr/local/sbin")
 
 

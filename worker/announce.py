@@ -17,7 +17,7 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 
 def make_card(name: str, engine: Engine) -> Card:
-    """Raises ModelRefused when the tokenizer is none that the API can run."""
+    """Raises ModelRefused when the API cannot run the tokenizer."""
     from transformers import AutoTokenizer
 
     model = engine.model

@@ -23,13 +23,13 @@ class Choice:
     """One of the n answers, and what it has drawn since the last flush."""
 
     text: TextStream
-    token_ids: list[int] = field(default_factory=list)              # all that were logged, by whichever worker
+    token_ids: list[int] = field(default_factory=list)              # all logged tokens, whichever worker drew them
     finish_reason: FinishReason | None = None
     unflushed: list[Delta] = field(default_factory=list)
 
 
 class Answer:
-    """Rebuilt from the log when others have begun it: the same ids give the same state."""
+    """Rebuilt from the log when another worker has begun it: the same ids give the same state."""
 
     def __init__(self, claimed: Claimed, tokenizer: Tokenizer, log: Sequence[Entry] = ()) -> None:
         self.job = claimed.job
@@ -39,8 +39,8 @@ class Answer:
         self.position = claimed.position
         self.num_tokens = claimed.num_tokens
         self.flushed_s = float("-inf")
-        self.is_exact = claimed.is_like                 # what it says is what any like worker would have said
-        self.num_cached_tokens = 0                      # of the prompt, when the answer began
+        self.is_exact = claimed.is_like                 # equal to what any worker with equal numerics would write
+        self.num_cached_tokens = 0                      # prompt tokens found in the cache when the answer began
         sampling = self.job.sampling
         self.choices = [Choice(TextStream(tokenizer, sampling.stop, sampling.shown_token_ids, sampling.min_tokens))
                         for _ in range(self.job.n)]
@@ -59,7 +59,7 @@ class Answer:
         return all(choice.finish_reason for choice in self.choices)
 
     def request(self, grammars: Grammars) -> Request:
-        """What the engine computes: the choices that have not ended, from where they stand. Raises InvalidGrammar."""
+        """The request for the engine: the unfinished choices, from where they are now. Raises InvalidGrammar."""
         finished = frozenset(i for i, choice in enumerate(self.choices) if choice.finish_reason)
         grammar, after = self.job.sampling.grammar, self.job.sampling.grammar_after
         constraints = [GrammarConstraint.of(grammars, grammar, choice.token_ids, after) for choice in self.choices
@@ -69,14 +69,14 @@ class Answer:
                        tuple(constraints))
 
     def take(self, output: Output) -> bool:
-        """A choice gained tokens. True when a stop string ended it, and the engine has to be told."""
+        """Adds a choice's new tokens. True: a stop string ended it, and the engine must be told."""
         choice = self.choices[output.index]
         if choice.finish_reason:
             return False                                # an engine that runs ahead drew more before it was told
         text = ""
         for num_fed, token_id in enumerate(output.token_ids, 1):
             text += choice.text.feed((token_id,))
-            if choice.text.stopped:                     # what was drawn behind it is not part of the answer
+            if choice.text.stopped:                     # tokens drawn after it are not part of the answer
                 output = replace(output, token_ids=output.token_ids[:num_fed], logprobs=output.logprobs[:num_fed])
                 break
         if choice.text.stopped:
@@ -94,13 +94,13 @@ class Answer:
         return choice.text.stopped and not output.finish_reason
 
     def is_due(self, now_s: float, flush_s: float) -> bool:
-        """Whether to log what was drawn. A flush that gathers never holds a choice's first or last tokens."""
+        """Whether to log the tokens drawn so far. A delayed flush never holds back a choice's first or last tokens."""
         return any(choice.unflushed for choice in self.choices) and (
             now_s - self.flushed_s >= flush_s
             or any(choice.unflushed and (choice.finish_reason or not choice.token_ids) for choice in self.choices))
 
     def flush(self, now_s: float) -> list[Write]:
-        """The entries that log what was drawn since the last flush, and the terminal when that was all."""
+        """The entries for the tokens drawn since the last flush, and the terminal if the answer is complete."""
         deltas = [_merge(choice.unflushed) for choice in self.choices if choice.unflushed]
         for choice in self.choices:
             choice.token_ids += [token_id for delta in choice.unflushed for token_id in delta.token_ids]

@@ -19,7 +19,7 @@ from worker.model.loading import load
 log = logging.getLogger(__name__)
 
 MIN_CHUNK_TOKENS, CHUNK_TOKENS, GPU_CHUNK_TOKENS = 16, 256, 512
-KV_CACHE_BYTES = 4 << 30        # of a CPU's memory; a GPU has nothing else to hold
+KV_CACHE_BYTES = 4 << 30        # of a CPU's memory; on a GPU all that is free is used
 
 
 def build(settings: Settings, folder: Path) -> Engine:
@@ -51,7 +51,7 @@ def build(settings: Settings, folder: Path) -> Engine:
 
 
 def _time_prefill(engine: Engine) -> float:
-    """Seconds that a step full of prompts takes here; the second of two, for the first one warms up."""
+    """Seconds for a step full of prompt tokens; the second of two steps, as the first one warms up."""
     num_tokens = min(engine.prefill_budget, engine.max_model_len - 1)
     took_s = 0.0
     for name in ("warm", "timed"):
@@ -64,7 +64,7 @@ def _time_prefill(engine: Engine) -> float:
 
 
 def fit_chunk(num_tokens: int, took_s: float, most_s: float) -> int:
-    """Tokens of prompts, halved until a step keeps the lease alive. Powers of two: like machines agree on the grid."""
+    """Prompt tokens per step, halved until a step keeps the lease alive. Powers of two: equal machines, equal grids."""
     while took_s > most_s and num_tokens > MIN_CHUNK_TOKENS:
         num_tokens, took_s = num_tokens // 2, took_s / 2
     return num_tokens

@@ -1,7 +1,7 @@
 """Grammar constraints for the engine: which tokens may follow in each choice.
 
-The masks of a step are made for all choices at once, without the interpreter lock, and in a thread beside the forward
-where that takes long. A choice that mostly keeps its grammar by itself needs none. It knows grammars and token ids,
+The masks of a step are made for all choices at once, without the interpreter lock, and beside the forward in a thread
+if that takes long. A choice that mostly keeps its grammar unaided needs no mask. It knows grammars and token ids,
 nothing of jobs or tensors.
 """
 
@@ -21,10 +21,10 @@ from llguidance.numpy import fill_next_token_bitmask_par
 
 from shared.grammar import UNFORCED, Grammars
 
-BRIEF_S = 0.0005                                        # of a step's masks: below, a thread costs more than it saves
-MAY_TAKE_S = 0.002                                      # for the look-up of one token; what exceeds it is lateness,
-MAX_LATE_S = 0.5                                        # which quicker look-ups reduce, and which ends the answer here
-MIN_WARY_TOKENS, MAX_WARY_TOKENS = 3, 128               # for which masks are made, from a refused token on
+BRIEF_S = 0.0005                                        # for a step's masks: below, a thread costs more than it saves
+MAY_TAKE_S = 0.002                                      # per token; the excess adds up to lateness,
+MAX_LATE_S = 0.5                                        # which faster tokens reduce; the grammar is given up above this
+MIN_WARY_TOKENS, MAX_WARY_TOKENS = 3, 128               # tokens drawn with a mask, after a refused token
 
 
 class Masks:
@@ -35,7 +35,7 @@ class Masks:
         self._last_s = 0.0
 
     def fill(self, matchers: list[tuple[LLMatcher, int]], bits: npt.NDArray[np.int32]) -> Future[None] | None:
-        """One row for each matcher. At once (None) if the last masks were quick, else in a thread."""
+        """Fills one row per matcher. At once (None) if the last masks were quick, else in a thread."""
         if self._last_s > BRIEF_S:
             return self._thread.submit(self._fill, fill_next_token_bitmask_par, _executor(), matchers, bits)
         self._fill(_fill_in_turn, matchers, bits)
@@ -58,31 +58,31 @@ MASKS = Masks()
 
 @cache
 def _executor() -> LLExecutor:
-    """Made when it is first needed, since a fork would not have its thread."""
+    """Created on first use, since its thread would not survive a fork."""
     return LLExecutor(1)
 
 
 @dataclass(slots=True)
 class Trust:
-    """Whether a choice may draw before its mask is made. Lost at a token that is not allowed, for longer the sooner
-    that happens again; it returns after some tokens, whatever would have been drawn without masks."""
+    """Whether a choice may draw before its mask is made. Trust is lost at a token that is not allowed, for longer the
+    sooner that happens again; it returns after some tokens, whatever they would have been without masks."""
 
-    _num_wary: int = 0                                  # tokens until it is given again
-    _num_lost: int = 0                                  # at the last loss, less one for every right token since
+    _num_wary: int = 0                                  # tokens drawn with a mask until trust returns
+    _num_lost: int = 0                                  # those at the last loss, minus one for each allowed token since
 
     @property
     def is_given(self) -> bool:
         return not self._num_wary
 
     def gain(self) -> None:
-        """By a token that was right."""
+        """The choice drew an allowed token."""
         if self._num_wary:
             self._num_wary -= 1
         else:
             self._num_lost = max(0, self._num_lost - 1)
 
     def lose(self) -> None:
-        """It drew what is not allowed. Without effect while it is not trusted: then masks decide."""
+        """The choice drew a token that is not allowed. Without effect while it is not trusted: then masks decide."""
         if self.is_given:
             self._num_wary = self._num_lost = min(max(2 * self._num_lost, MIN_WARY_TOKENS), MAX_WARY_TOKENS)
 
@@ -93,19 +93,19 @@ class GrammarConstraint:
         self.is_complete, self.forced = False, list[int]()
         self._grammars, self._matcher = grammars, grammars.matcher(grammar)
         self._may_force = UNFORCED not in grammar
-        self._last: list[int] = []                      # token, of those that it has taken
-        self._after = after                             # the token that has to come before it begins
-        self._is_lost = False                           # what was drawn by others it would not have allowed
+        self._last: list[int] = []                      # the last token accepted
+        self._after = after                             # the token that must come before the grammar begins
+        self._is_lost = False                           # the grammar was given up, or refuses a token drawn elsewhere
         self._late_s = 0.0
         self._trust = Trust()
-        self._bits: npt.NDArray[np.int32] | None = None         # of what may follow, once `_future` is done
+        self._bits: npt.NDArray[np.int32] | None = None         # of the allowed tokens, once `_future` is done
         self._future: Future[None] | None = None
 
     @classmethod
     def of(cls, grammars: Grammars, grammar: str, token_ids: Sequence[int], after: int | None = None
            ) -> Self:
-        """The constraint of a choice that has drawn `token_ids`. Before the token `after` anything may follow but an
-        end. Raises InvalidGrammar."""
+        """The constraint of a choice that has drawn `token_ids`. Until the token `after` everything but an end is
+        allowed. Raises InvalidGrammar."""
         constraint = cls(grammars, grammar, after)
         constraint._is_lost |= not all(map(constraint._goes_on, token_ids))
         constraint._look_ahead()
@@ -148,7 +148,7 @@ class GrammarConstraint:
 
     @property
     def _num_words(self) -> int:
-        """Of 32 token ids each."""
+        """32 token ids per word."""
         return -(-self._grammars.vocab_size // 32)
 
     def accept(self, token_id: int) -> bool:
@@ -157,7 +157,7 @@ class GrammarConstraint:
                 return False
         elif self._is_lost or not self._is_named(token_id):
             return False
-        began_s = time.thread_time()                    # what others take meanwhile is not its fault
+        began_s = time.thread_time()                    # CPU time: other threads' time does not count
         if has_taken := self._goes_on(token_id):
             self._look_ahead()
             self._trust.gain()
@@ -165,8 +165,8 @@ class GrammarConstraint:
         return has_taken
 
     def _is_named(self, token_id: int) -> bool:
-        """Whether the mask allows it. Without a mask: forced text must come in the tokenizer's own tokens, though the
-        grammar would take others; an end needs the mask; the rest is left to the grammar."""
+        """Whether the mask allows a token. Without a mask: forced text must come in the tokenizer's own tokens, though
+        the grammar would accept others; an end needs the mask; the rest is left to the grammar."""
         if self.forced:
             return token_id == self.forced[0]
         if self._bits is None and token_id not in self._grammars.eos_token_ids:
@@ -174,13 +174,13 @@ class GrammarConstraint:
         return bool(int(self._mask()[token_id // 32]) >> token_id % 32 & 1)
 
     def _goes_on(self, token_id: int) -> bool:
-        """Advances by a token. False: it may not follow, or the grammar was given up."""
+        """Advances by a token. False: it is not allowed, or the grammar was given up."""
         if self._is_lost:
             return False
         if self._after is not None:
             self._after = None if token_id == self._after else self._after
             return True
-        if token_id in self._grammars.eos_token_ids:    # which may be what a part of the grammar stops at
+        if token_id in self._grammars.eos_token_ids:    # which a part of the grammar may use as its terminator
             has_taken = not self._matcher.is_error() and self._matcher.consume_token(token_id)
         else:
             has_taken = self._matcher.try_consume_tokens([token_id]) == 1
@@ -194,8 +194,8 @@ class GrammarConstraint:
         self._is_lost |= self._late_s > MAX_LATE_S
 
     def _look_ahead(self) -> None:
-        """Finds the forced tokens, in the tokenizer's own way to write them, none if it would need special ones; and
-        whether the answer is complete. A matcher that has failed is stopped too, but not complete."""
+        """Finds the forced tokens, as the tokenizer would split the text, none if special tokens would be needed; and
+        whether the answer is complete. A failed matcher is stopped too, but not complete."""
         if self._after is not None or self._is_lost:
             return
         self.forced = []

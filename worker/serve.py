@@ -1,6 +1,6 @@
 """A worker process: look at Redis, load the model, work until SIGTERM.
 
-What takes seconds to import comes last: a broken environment is said at once.
+Slow imports come last, so that a broken environment is reported at once.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def model_folder(settings: Settings) -> Path:
 
 
 async def serve(settings: Settings) -> int:
-    """Until SIGTERM or SIGINT, or until the worker is broken: the exit code.
+    """Runs until SIGTERM or SIGINT, or until the worker is broken; returns the exit code.
 
-    Raises ModelRefused, or BrokenEnvironment when Redis is none that we can use.
+    Raises ModelRefused, or BrokenEnvironment when Redis cannot be used.
     """
-    threading.stack_size(threads.STACK_BYTES)           # forms are compiled in them, as deep as they were tried
+    threading.stack_size(threads.STACK_BYTES)           # threads compile grammars, as deeply nested as in their trial
     redis = connection.connect(settings.redis_url)
     await connection.check(redis, allow_no_aof=settings.allow_no_aof)
     stopping = asyncio.Event()
@@ -50,7 +50,7 @@ async def serve(settings: Settings) -> int:
     from worker.build import build
     from worker.worker import Worker
 
-    engine = build(settings, folder)                    # in the thread that steps: OpenMP counts threads for each one
+    engine = build(settings, folder)                    # in the thread that steps: OpenMP has a thread count per thread
     worker = Worker(settings, redis, engine, make_card(names[0], engine), names)
     stop = asyncio.create_task(_stop_when(stopping, worker))
     gc.collect()

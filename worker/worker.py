@@ -1,8 +1,8 @@
 """The worker: claim, step, publish, finish, in one loop. The only file of this room that speaks to Redis.
 
-The loop is also the heartbeat: what renews the lease is a step that was made, never a task at its side. A step blocks
-the event loop on purpose: a thread of its own would fight it for the interpreter lock. A publish is sent before the
-next step begins, and its outcome is handled after that step.
+The loop is also the heartbeat: a completed step renews the lease, never a task beside it. A step blocks the event loop
+on purpose: a thread of its own would compete for the interpreter lock. A publish is sent before the next step begins,
+and its outcome is handled after that step.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from worker.engine.request import FAILURES, NO_WAY_ON, NOT_A_NUMBER, Request
 log = logging.getLogger(__name__)
 
 AWAY = (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError)
-STEPS_REMEMBERED = 1000                                 # for the step times that a worker shows
+STEPS_REMEMBERED = 1000                                 # for the step times that a worker announces
 WATCH_SLACK = 0.25                                      # of step_timeout_s: age of a watchdog, and a publish's share
 LOOP_TURNS = 4                                          # loop iterations from a socket to its reader: some 20 µs each
-MIN_RETAINED = 0.1                                      # of retain_s, when Redis has little memory left
-FORGET_MODEL_S = 3600.0                                 # a model that nobody serves stays known this long: 503, not 404
+MIN_RETAINED = 0.1                                      # of retain_s, if Redis has little memory left
+FORGET_MODEL_S = 3600.0                                 # a model without workers stays known this long: 503, not 404
 
 
 class Worker:
@@ -60,9 +60,9 @@ class Worker:
         self._grammars = Grammars(card.tokenizer_json, card.vocab_size, card.eos_token_ids)
         self._answers: dict[str, Answer] = {}
         self._compiler = ThreadPoolExecutor(1, "compile")
-        self._compiling: dict[str, asyncio.Future[Request]] = {}    # answers that the engine gets with their grammar
-        self.is_broken = False                          # its model gave no numbers: another process must load it again
-        self._alone = ""                                # its job lost a worker: nothing is begun until it has a token
+        self._compiling: dict[str, asyncio.Future[Request]] = {}    # answers whose grammar is being compiled
+        self.is_broken = False                          # its logits were NaN: a new process must load the model
+        self._alone = ""                                # this job lost a worker: no other starts until it has a token
         self._claim_sequence = 1
         self._claim_at_s = self._renewed_s = self._announced_s = float("-inf")
         self._wake = asyncio.Event()
@@ -70,7 +70,7 @@ class Worker:
         self._announcing: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         self._publish_sequence = 1
-        self._watched_s = float("-inf")                 # since when a watchdog ends us if we hang
+        self._watched_s = float("-inf")                 # when the watchdog that ends a hanging step was started
         self._step_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._num_tokens = 0                            # drawn since the last announcement
 
@@ -78,19 +78,19 @@ class Worker:
         return f"<Worker {self.name} {self.engine!r}>"
 
     def stop(self) -> None:
-        """Ends the loop after the running step; what is held goes to others at once."""
+        """Ends the loop after the present step; jobs are handed over at once."""
         self._stopping.set()
         self._wake.set()
 
     async def run(self) -> None:
-        """Until `stop()`, or until it is broken."""
+        """Runs until `stop()`, or until it is broken."""
         chores = [asyncio.create_task(self._listen()), asyncio.create_task(reap(lambda: [self.queue], self.settings))]
         log.info("%s serves %s", self.name, ", ".join(self._names))
         try:
             while not self._stopping.is_set():
                 await self._turn()
                 for chore in filter(asyncio.Task.done, chores):
-                    chore.result()                      # it does not end but by an error
+                    chore.result()                      # it ends only by an error
             await self._settle()
             log.info("%s hands over %d jobs", self.name, await self.queue.release(self.name))
         except AWAY:
@@ -121,7 +121,7 @@ class Worker:
         if failures := [output for output in outputs if output.finish_reason in FAILURES]:
             await self._give_up(failures)
         for _ in range(LOOP_TURNS):
-            await asyncio.sleep(0)                      # asyncio sends what was drawn, and reads what has arrived
+            await asyncio.sleep(0)                      # asyncio sends the new tokens, and reads what has arrived
 
     def _step(self) -> list[Output]:
         began_s, slack_s = time.monotonic(), self.settings.step_timeout_s * WATCH_SLACK
@@ -133,7 +133,7 @@ class Worker:
         return outputs
 
     async def _rest(self) -> None:
-        """Nothing to compute: until something is submitted, or it is time to claim and renew anyway."""
+        """Nothing to compute: waits for a submit, or until it must claim and renew anyway."""
         self._unwatch()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, self._claim_at_s - time.monotonic()))
@@ -141,14 +141,14 @@ class Worker:
     # ── claim ──
 
     async def _admit(self) -> None:
-        """Takes jobs when there is room and something was said of new ones, or it is time to look."""
+        """Claims jobs if there is room, and a job was announced or it is time to look."""
         if not self._wake.is_set() and time.monotonic() < self._claim_at_s:
             return
         num_free = self.engine.num_free_seqs - sum(self._answers[job_id].job.n for job_id in self._compiling)
         if num_free <= 0 or self._alone in self._answers:
             return
-        await self._settle()                            # its refusals and restores are handled before a newer claim
-        self._unwatch()                                 # Redis may take its time
+        await self._settle()                            # handles refusals and restores before a newer claim
+        self._unwatch()                                 # Redis may be slow
         self._wake.clear()
         now_s = time.monotonic()
         self._claim_at_s = now_s + self.settings.idle_poll_s
@@ -168,19 +168,19 @@ class Worker:
         except AWAY as error:
             log.warning("claim: Redis is away (%s)", type(error).__name__)
             await asyncio.sleep(connection.RECONNECT_S)
-            return                                      # the same sequence again gives the same jobs again
+            return                                      # the same sequence returns the same jobs
         self._claim_sequence += 1
         self._alone = next((claimed.job.id for claimed in claims.jobs if claimed.alone), "")
 
     async def _begin(self, claimed: Claimed) -> None:
         if known := self._answers.get(claimed.job.id):
             if known.epoch == claimed.epoch:
-                return                                  # a claim that was repeated
-            self._drop(claimed.job.id)                  # lost with a lease, and ours again before a publish has told us
+                return                                  # a repeated claim
+            self._drop(claimed.job.id)                  # lost with a lease, and claimed again before a publish told us
         try:
             entries = await self.queue.read(claimed.job.id) if claimed.position else []
         except StreamLost:
-            return                                      # it ended, or is gone: nobody waits for it
+            return                                      # it ended, or is gone
         answer = Answer(claimed, self._tokenizer, entries)
         answer.is_exact &= self.engine.is_exact and all(
             self.engine.replays_exactly(len(choice.token_ids)) for choice in answer.choices)
@@ -189,7 +189,7 @@ class Worker:
             log.info("continues %r", answer)
         if answer.job.sampling.grammar and not answer.ended:
             self._compiling[claimed.job.id] = asyncio.get_running_loop().run_in_executor(
-                self._compiler, answer.request, self._grammars)     # others are computed meanwhile
+                self._compiler, answer.request, self._grammars)     # other answers are computed meanwhile
         elif not answer.ended:
             await self._compute(answer, partial(answer.request, self._grammars))
 
@@ -200,13 +200,13 @@ class Worker:
         except (ValueError, InvalidGrammar) as error:
             log.error("job %s is refused by the engine: %s", answer.job.id, error)
             self._drop(answer.job.id)
-            with contextlib.suppress(*AWAY):            # then the next claim hands it back
+            with contextlib.suppress(*AWAY):            # the next claim hands it back
                 await self.queue.cancel(answer.job.id, "job_failed", worker=self.name)
 
     # ── publish ──
 
     def _collect(self, outputs: Sequence[Output]) -> list[Write]:
-        """This step's log entries, from what the engine drew."""
+        """The log entries for the tokens drawn in this step."""
         self._num_tokens += sum(len(output.token_ids) for output in outputs)
         for output in outputs:
             answer = self._answers.get(output.request_id)
@@ -221,7 +221,7 @@ class Worker:
         """Releases jobs that failed here to other workers, or ends those that would fail there too. A worker whose
         logits are NaN stops, and hands over all that it holds."""
         await self._settle()
-        self._unwatch()                                 # Redis may take its time
+        self._unwatch()                                 # Redis may be slow
         job_ids = {output.request_id: output.finish_reason for output in failures
                    if output.request_id in self._answers}
         for job_id, why in job_ids.items():
@@ -247,11 +247,11 @@ class Worker:
                 await asyncio.sleep(connection.RECONNECT_S)
 
     async def _settle(self) -> None:
-        """Waits until Redis has said what became of the last publish."""
+        """Waits for the outcome of the last publish."""
         if self._publishing:
             _, pending = await asyncio.wait([self._publishing], timeout=self.settings.step_timeout_s * WATCH_SLACK)
             if pending:
-                self._unwatch()                         # Redis may take its time
+                self._unwatch()                         # Redis may be slow
             await self._publishing
             self._publishing = None
 
@@ -261,7 +261,7 @@ class Worker:
             self._watched_s = float("-inf")
 
     async def _publish(self, writes: list[Write]) -> None:
-        """Publishes entries and renews the lease; repeats the same call until Redis has answered it."""
+        """Publishes entries and renews the lease; repeats the call until Redis replies."""
         now_s = time.monotonic()
         while True:
             try:
@@ -281,13 +281,13 @@ class Worker:
         self._renewed_s = now_s
 
     def _note(self, writes: list[Write], outcomes: list[Outcome]) -> list[Write]:
-        """What became of each entry; those whose log is gone. A job that has ended, or is no longer ours, leaves us."""
+        """Handles the entries' outcomes; returns those whose log is gone. Drops jobs that ended or are not ours."""
         for write, outcome in zip(writes, outcomes, strict=True):
             answer = self._answers.get(write.job_id)
             if answer is None or answer.epoch != write.epoch:
                 continue
             if outcome == "ok":
-                if write.job_id == self._alone:         # it has a new token: not what took its last worker down
+                if write.job_id == self._alone:         # it has a new token: it did not cost the worker this time
                     self._alone = ""
                     self._wake.set()
                 answer.log.append(write.entry)
@@ -298,9 +298,9 @@ class Worker:
         return [write for write, outcome in zip(writes, outcomes, strict=True) if outcome == "gone"]
 
     async def _put_back(self, writes: list[Write]) -> list[Write]:
-        """Restores what Redis has lost, and drops the answers that are no longer ours. The writes that remain."""
+        """Restores what Redis has lost, and drops answers that are no longer ours. Returns the remaining writes."""
         log.warning("Redis does not know what it has acknowledged: %d answers are put back", len(self._answers))
-        # Silent for longer than ended logs are kept, we cannot tell what was lost from what has ended.
+        # After a silence longer than ended logs are kept, we cannot distinguish lost from ended jobs.
         may_restore = time.monotonic() - self._renewed_s < self.settings.retain_s * MIN_RETAINED
         for job_id, answer in list(self._answers.items()):
             epoch = may_restore and await self.queue.restore(
@@ -328,7 +328,7 @@ class Worker:
             self._wake.set()
 
     def _announce(self) -> None:
-        """Called by the loop, so that a worker whose steps hang is not announced any more."""
+        """Called by the loop, so that a worker that hangs is no longer announced."""
         now_s = time.monotonic()
         passed_s = now_s - self._announced_s
         if passed_s < self.settings.announce_s or (self._announcing and not self._announcing.done()):
@@ -368,7 +368,7 @@ class Worker:
 
 
 def _is_forgotten(announcement: bytes, now_ms: int) -> bool:
-    """Of a model that nobody has served for `FORGET_MODEL_S`. Those of another version are left to workers of it."""
+    """Whether no worker has served its model for `FORGET_MODEL_S`. Those of another version are left to its workers."""
     try:
         return Announcement.decode(announcement).expires_ms < now_ms - FORGET_MODEL_S * 1000
     except ValueError:

@@ -1,7 +1,7 @@
 -- keep(files, pieces; file, num_bytes, lifetime_ms, rest, max_bytes, max_files, number, piece)
 --   -> {'ok', the ms at which it expires}, {'bytes'} or {'files'} when the tenant would have too much; 0 bounds nothing
--- What is known of a file by now, with one more piece of it where `number` is not empty. Its life is never made shorter.
--- Files whose time is over are forgotten.
+-- Stores the facts of a file, with one more piece of it unless `number` is empty. Never shortens its lifetime.
+-- Forgets files that have expired.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expires, sum, count = now + ARGV[3], tonumber(ARGV[2]), 1

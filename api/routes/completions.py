@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: texts that go on, of one prompt or of several."""
+"""`POST /v1/completions`: continues one prompt or several."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     @routes.post("/v1/completions",
                  openapi_extra=docs.says(takes="CompletionRequest", gives="TextCompletion", events=docs.CHUNKS))
     async def create_completion(caller: Caller = known) -> Response:
-        """Goes on with a text, or with several, whole or as a stream of server-sent events."""
+        """Continues a text, or several, whole or as a stream of server-sent events."""
         body = await read_order(pod, caller)
         asked = parse_completion(body)
         served = await pod.directory.find(asked.model)
@@ -59,7 +59,7 @@ async def _respond_to_several(pod: Pod, served: Served, asked: CompletionRequest
 
 
 async def _submit_all(pod: Pod, served: Served, orders: list[Order]) -> list[tuple[Stream, Header]]:
-    """All of them, or none. Raises what the first refusal is."""
+    """All of them, or none. Raises the first refusal."""
     accepted: list[tuple[Stream, Header]] = []
     try:
         for order in orders:

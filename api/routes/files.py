@@ -22,8 +22,8 @@ from shared.errors import BadRequest, Draining, FileTooLarge, MissingField, TooS
 ADDRESS = "/v1/files"
 MAX_LISTED = 10_000
 FileLimit = Annotated[str | None, Query(description=f"1 to {MAX_LISTED}; else {MAX_LISTED}")]
-DRAINED_BYTES = 1 << 20                                 # of a body that is too large, and of what a form is besides
-SILENCE_S = 60.0                                        # in the middle of an upload
+DRAINED_BYTES = 1 << 20                                 # of a body that is too large, and of a form beside its file
+SILENCE_S = 60.0                                        # within an upload
 UPLOAD_TIMEOUT_S = 3600.0
 
 
@@ -40,7 +40,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         try:
             return (await _take(pod, tenant, file, request)).body()
         except BaseException:
-            with suppress(*connection.TROUBLE):         # its pieces expire by themselves too
+            with suppress(*connection.TROUBLE):         # its pieces expire anyway
                 await pod.files.remove(tenant, file.id)
             raise
 
@@ -54,7 +54,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
     @routes.get(ADDRESS + "/{file_id}", openapi_extra=docs.says(gives="FileObject"))
     async def retrieve_file(file_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
-        """What is known of a file."""
+        """The facts of a file."""
         return (await pod.files.get(tenant, file_id)).body()
 
     @routes.get(ADDRESS + "/{file_id}/content", response_class=StreamingResponse)
@@ -93,7 +93,7 @@ async def _take(pod: Pod, tenant: str, file: File, request: Request) -> File:
 
 
 async def _body(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
-    """As it comes. Raises TooSlow or FileTooLarge."""
+    """Yields pieces as they arrive. Raises TooSlow or FileTooLarge."""
     num_bytes, stream, clock = 0, request.stream(), asyncio.get_running_loop().time
     end_s = clock() + UPLOAD_TIMEOUT_S
     while True:

@@ -1,4 +1,4 @@
-"""What routes have in common that show what is kept: lists in pages, and streams that go on behind an event."""
+"""Shared by routes that show stored objects: lists in pages, and streams that resume after an event."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Sorting = Annotated[str | None, Query(description="asc: the oldest first; desc: 
 
 
 def asked_from(stream: str | None, starting_after: str | None, last_event_id: str | None) -> tuple[bool, int | None]:
-    """Whether a stream is wanted, and behind which of its events. Raises InvalidValue."""
+    """Whether a stream is wanted, and after which of its events. Raises InvalidValue."""
     if stream not in FLAGS:
         raise InvalidValue("stream is true or false.", param="stream")
     if starting_after is not None and not FLAGS[stream]:
@@ -48,7 +48,7 @@ def is_newest_first(order: str | None, *, default: str) -> bool:
 
 
 def page_of(items: list[dict[str, Any]], after: str | None, limit: int, *, newest_first: bool) -> dict[str, Any]:
-    """A part of a list that is known whole. Raises InvalidValue when nothing in it has the id `after`."""
+    """A page of a list that is known in full. Raises InvalidValue when no item has the id `after`."""
     ordered = items[::-1] if newest_first else items
     if after is not None:
         places = [place for place, item in enumerate(ordered) if item["id"] == after]

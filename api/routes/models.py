@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`: the names that workers announce; and what no model does."""
+"""`GET /v1/models` and `GET /v1/models/{id}`: the names that workers announce; embeddings are refused."""
 
 from __future__ import annotations
 

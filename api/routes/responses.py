@@ -1,4 +1,4 @@
-"""`/v1/responses`: created, also in the background; read again, from an event on, cancelled, and forgotten; counted."""
+"""`/v1/responses`: created, also in the background; retrieved, resumed after an event, cancelled, deleted; counted."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     @routes.post(ADDRESS + "/input_tokens",
                  openapi_extra=docs.says(takes="ResponseRequest", gives="ResponseInputTokens"))
     async def count_input_tokens(request: Request, tenant: str = Depends(door)) -> dict[str, Any]:
-        """How many tokens the model would read of a request; it is not answered."""
+        """Counts the tokens of a request as the model would read them, without answering it."""
         asked = parse_response(await read_body(pod, request), pod.settings.max_messages)
         served = await pod.directory.find(asked.model)
         items = await _before(pod, tenant, asked.previous_response_id) + asked.items
@@ -74,7 +74,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     @routes.get(ADDRESS + "/{response_id}", openapi_extra=docs.says(gives="ResponseObject", events=docs.BEHIND))
     async def retrieve_response(response_id: str, stream: WantsStream = None, starting_after: StartingAfter = None,
                                 last_event_id: LastEventID = None, tenant: str = Depends(door)) -> Response:
-        """A response as it stands, or its events behind the sequence number `starting_after`, also while it runs."""
+        """A response as it stands, or its events after the sequence number `starting_after`, also while it runs."""
         is_stream, position = asked_from(stream, starting_after, last_event_id)
         record, queue, found = await find_stored(pod, tenant, response_id, "responses")
         if not is_stream:
@@ -85,7 +85,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
     @routes.post(ADDRESS + "/{response_id}/cancel", openapi_extra=docs.says(gives="ResponseObject"))
     async def cancel_response(response_id: str, tenant: str = Depends(door)) -> Response:
-        """Ends a response, whoever reads it; how it stands then."""
+        """Ends a response, whoever reads it; returns its state then."""
         record, queue, found = await find_stored(pod, tenant, response_id, "responses")
         if found.finish is None:
             await queue.cancel(response_id)
@@ -93,7 +93,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
     @routes.delete(ADDRESS + "/{response_id}", openapi_extra=docs.says(gives="Deleted"))
     async def delete_response(response_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
-        """Forgets a response, with what it answers; one that runs is cancelled."""
+        """Deletes a response and the request it answers; a running one is cancelled."""
         _, queue, _ = await find_stored(pod, tenant, response_id, "responses")
         await queue.erase(response_id)
         await pod.store.remove(tenant, response_id)
@@ -102,7 +102,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     @routes.get(ADDRESS + "/{response_id}/input_items", openapi_extra=docs.says(gives="Page"))
     async def list_input_items(response_id: str, after: After = None, limit: Limit = None, order: Sorting = None,
                                tenant: str = Depends(door)) -> dict[str, Any]:
-        """The items that a response answers, those of the conversation before included."""
+        """The items that a response answers, those of the earlier conversation included."""
         record, _, _ = await find_stored(pod, tenant, response_id, "responses")
         return page_of(listed(record.items, response_id), after, page_size(limit),
                        newest_first=is_newest_first(order, default="desc"))
@@ -118,7 +118,7 @@ async def _begin(pod: Pod, served: Served, order: Order, caller: Caller, body: b
         return await _told(pod, caller.tenant, replace(order.record, id=response_id))
     stream, header = await submit(pod, served, order, new_id(served, order))
     pod.relay.close(stream)
-    # As it was accepted, however quick a worker is.
+    # The state at acceptance, however quick a worker is.
     fold = whole_fold(stream.job_id, header, served.tokenizer.token_bytes, order.record.asked)
     return _json(fold.body(), stream.job_id)
 

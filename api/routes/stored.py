@@ -1,5 +1,5 @@
-"""Chat completions that were begun before: whole, from a position on, cancelled; those that are stored also listed,
-with what was asked for them, described, and deleted."""
+"""Chat completions begun earlier: whole, from a position on, cancelled; stored ones are also listed with their
+requests, described, and deleted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     @routes.get(ADDRESS, openapi_extra=docs.says(gives="ChatCompletionPage"))
     async def list_chat_completions(request: Request, after: After = None, limit: Limit = None, order: Sorting = None,
                                     model: str | None = None, tenant: str = Depends(door)) -> Response:
-        """The chat completions that were stored and have ended well, with `metadata[NAME]=VALUE` those that have it."""
+        """The stored chat completions that ended well; with `metadata[NAME]=VALUE` only those that have it."""
         wanted = {match[1]: value for name, value in request.query_params.items()
                   if (match := re.fullmatch(r"metadata\[(.*)\]", name, re.DOTALL))}
         told, gone, num_wanted = dict[str, bytes](), list[Record](), page_size(limit)
@@ -66,7 +66,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     async def retrieve_chat_completion(completion_id: str, stream: WantsStream = None,
                                        starting_after: StartingAfter = None, last_event_id: LastEventID = None,
                                        tenant: str = Depends(door)) -> Response:
-        """A chat completion that was begun before: the whole, once it is finished, or a stream from an event on."""
+        """A chat completion begun earlier: whole once it is finished, or a stream that resumes after an event."""
         is_stream, after = asked_from(stream, starting_after, last_event_id)
         queue, found = await find(pod, tenant, completion_id, "chat")
         headers = {COMPLETION_ID: found.job_id}
@@ -97,7 +97,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
     @routes.delete(ADDRESS + "/{completion_id}", openapi_extra=docs.says(gives="Deleted"))
     async def delete_chat_completion(completion_id: str, tenant: str = Depends(door)) -> dict[str, Any]:
-        """Forgets a stored chat completion, with what it answers; one that runs is cancelled."""
+        """Deletes a stored chat completion and the request it answers; a running one is cancelled."""
         _, queue, _ = await find_stored(pod, tenant, completion_id, "chat")
         await queue.erase(completion_id)
         await pod.store.remove(tenant, completion_id)
@@ -105,7 +105,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
     @routes.post(ADDRESS + "/{completion_id}/cancel", openapi_extra=docs.says(gives="Ended"))
     async def cancel_chat_completion(completion_id: str, tenant: str = Depends(door)) -> dict[str, str]:
-        """Ends a chat completion, whoever reads it; says what it ended with, now or before."""
+        """Ends a chat completion, whoever reads it; returns how it ended, now or earlier."""
         found = await end(pod, tenant, completion_id)
         error = found.finish and found.finish.error
         status = "completed" if not error else "cancelled" if error == "cancelled" else "failed"
@@ -115,7 +115,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
 
 async def end(pod: Pod, tenant: str, completion_id: str) -> Found:
-    """Cancels what still runs, and says how it stands then."""
+    """Cancels a running answer; returns its state then."""
     queue, found = await find(pod, tenant, completion_id, "chat")
     if found.finish is None:
         await queue.cancel(completion_id)

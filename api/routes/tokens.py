@@ -43,7 +43,7 @@ def router(pod: Pod) -> APIRouter:
 
 
 def _only(pod: Pod) -> str:
-    """The name of a model where there is but one. Raises MissingField."""
+    """The name of the model if only one is served. Raises MissingField."""
     names = {card.model: name for name, card in reversed(pod.directory.names().items())}
     if len(names) != 1:
         raise MissingField("model: Field required", param="model")

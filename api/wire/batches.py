@@ -1,7 +1,7 @@
-"""Batches in OpenAI's language: the request, the states it goes through, the object that tells them.
+"""Batches in OpenAI's language: the request, the states of a batch, and its object.
 
-Pure: what is to be done next is decided here, from what is known of a batch and the time; who does it knows Redis. What
-stands in the lines of the files is api/wire/lines.py.
+Pure: the next step is decided here, from the state of a batch and the time; the caller, who knows Redis, does it. The
+lines of the files are api/wire/lines.py's.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Batch:
     expires_s: int
     metadata: dict[str, str] | None = None
     status: Status = "validating"
-    num_lines: int = 0                                  # of the input file, blank ones too
+    num_lines: int = 0                                  # of the input file, blank ones included
     num_requests: int = 0                               # in them
     num_completed: int = 0                              # have a line in the output file
     num_failed: int = 0                                 # have a line in the error file
     output_bytes: int = 0
     error_bytes: int = 0
-    models: tuple[str, ...] = ()                        # of its lines, those that were served when it began
-    errors: tuple[dict[str, Any], ...] = ()             # why it has failed
-    at: dict[str, int] = field(default_factory=dict)    # status → the second at which it came to it
+    models: tuple[str, ...] = ()                        # of its lines, as far as served when it began
+    errors: tuple[dict[str, Any], ...] = ()             # why it failed
+    at: dict[str, int] = field(default_factory=dict)    # status → the second at which it was reached
 
     def __repr__(self) -> str:
         return f"<Batch {self.id} {self.status}, {self.num_done} of {self.num_requests}>"
@@ -79,7 +79,7 @@ class Batch:
 
     @property
     def has_begun(self) -> bool:
-        """Whether its lines were found to be right."""
+        """Whether its lines were found valid."""
         return "in_progress" in self.at
 
     @property
@@ -91,7 +91,7 @@ class Batch:
         return f"file-{digits_of(self.id, 'errors')}"
 
     def encode(self) -> dict[str, str]:
-        """As a hash of Redis holds it; counts that are missing are 0."""
+        """As a Redis hash; missing counts are 0."""
         what = {"id": self.id, "tenant": self.tenant, "endpoint": self.endpoint, "input_file_id": self.input_file_id,
                 "created_ms": self.created_ms, "expires_s": self.expires_s, "metadata": self.metadata}
         return {"what": json.dumps(what), "status": self.status}
@@ -120,7 +120,7 @@ class Batch:
 
 
 def next_step(batch: Batch, now_s: float) -> Step | None:
-    """What is to be done for a batch; None when it is over. Whoever does it may be stopped, and does it again."""
+    """The next step of a batch; None when it is over. A step may be interrupted and repeated."""
     if batch.is_over:
         return None
     if batch.status == "cancelling":
@@ -135,10 +135,10 @@ def next_step(batch: Batch, now_s: float) -> Step | None:
 
 
 def can_be_cancelled(batch: Batch) -> bool:
-    """Once its files are being made, all of it is done."""
+    """Not once its files are being made: then all its lines are done."""
     return batch.status in ("validating", "in_progress")
 
 
 def digits_of(batch_id: str, what: str | int) -> str:
-    """32 hex digits that every pod derives alike."""
+    """32 hex digits, the same on every pod."""
     return hashlib.sha256(f"{batch_id} {what}".encode()).hexdigest()[:32]

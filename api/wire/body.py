@@ -1,6 +1,6 @@
-"""A request's body: JSON of one object, checked against what a model of pydantic asks for.
+"""A request's body: one JSON object, checked against a pydantic model.
 
-Refusals hold names of ours and numbers alone, not a word of the input. It knows JSON, nothing of what is asked.
+Refusals contain only names of ours and numbers, never input. It knows JSON, nothing of the request's meaning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shared.errors import BadRequest, InvalidType, InvalidValue, MissingField, N
 
 
 class Fields(BaseModel):
-    """What every part of a request is: types as they are in JSON, unknown fields without effect."""
+    """The base of every part of a request: strict JSON types, unknown fields without effect."""
 
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False)
 
@@ -30,12 +30,12 @@ def names_of(*models: Any) -> frozenset[str]:
 
 
 def shown_as(kind: Any) -> BeforeValidator:
-    """What /docs says of a field whose rules are checked elsewhere."""
+    """What /docs shows for a field that is validated elsewhere."""
     return BeforeValidator(lambda value: value, json_schema_input_type=kind)
 
 
 def refuse_wishes(request: BaseModel, params: Iterable[str], *, but: Collection[Any] = ()) -> None:
-    """Those that would change the answer, and do not. Raises UnsupportedParameter."""
+    """Refuses fields that would change the answer and are not supported. Raises UnsupportedParameter."""
     for param in params:
         if getattr(request, param) not in (None, False, "", [], *but):
             raise UnsupportedParameter(f"This server does not do what {param} asks for.", param=param)
@@ -48,7 +48,7 @@ def _names(model: Any) -> Iterable[str]:
 
 
 def validate(model: type[Model], raw: dict[str, Any], names: Collection[str]) -> Model:
-    """Raises the BadRequest that says what is wrong, in paths of these names."""
+    """Raises BadRequest, with what is wrong, in paths of these names."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -58,9 +58,9 @@ def validate(model: type[Model], raw: dict[str, Any], names: Collection[str]) ->
 def read_object(body: bytes) -> dict[str, Any]:
     """Raises NotJSON."""
     try:
-        text = body.decode()                            # json.loads takes other encodings, and bytes that are no text
+        text = body.decode()                            # json.loads accepts other encodings, and invalid bytes
         raw = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-        if "\\ud" in text or "\\uD" in text:            # half a surrogate pair is JSON, but no text either
+        if "\\ud" in text or "\\uD" in text:            # half a surrogate pair is valid JSON, but not valid text
             json.dumps(raw, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise NotJSON from None
@@ -75,12 +75,12 @@ def _refuse_constant(name: str) -> None:
 
 def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
-        raise ValueError(digits)                        # too large a number: nothing could tell it again
+        raise ValueError(digits)                        # too large a number: it could not be written again
     return value
 
 
 def _refusal(error: ValidationError, names: Collection[str]) -> BadRequest:
-    """The first thing that is wrong."""
+    """The first error."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
                    if isinstance(part, int) or part in names).lstrip(".")

@@ -13,11 +13,11 @@ from api.wire.fold import DONE, EventFold, TokenBytes, WholeFold, dump, head, us
 from api.wire.parts import Parts, has_parts, with_reasoning
 from shared.job import Delta, Entry, FinishReason, Header, TokenLogprob, Usage
 
-MIN_LOGPROB = -9999.0                                   # OpenAI's word for "very unlikely"; -inf is not JSON
+MIN_LOGPROB = -9999.0                                   # OpenAI's value for "very unlikely"; -inf is not JSON
 
 
 class ChunkFold(EventFold):
-    """About 2 µs per delta of one token, after 5 to read it from a push: `python -m tests.bench.fold`."""
+    """About 2 µs per delta of one token, plus 5 µs to parse its push: `python -m tests.bench.fold`."""
 
     def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes, after: int = 0) -> None:
         super().__init__(header, after)
@@ -67,7 +67,7 @@ class ChunkFold(EventFold):
         return chunks
 
     def _bodies(self, parts: Parts, delta: Delta) -> Iterator[bytes]:
-        """The deltas of its events."""
+        """The `delta` objects of its events."""
         for piece in parts.read(delta):
             if piece.kind == "text":
                 yield _content(piece.value)

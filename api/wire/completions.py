@@ -1,4 +1,4 @@
-"""`/v1/completions`: a text that goes on, as OpenAI had it before there were chats. The request, and its answers.
+"""`/v1/completions`: OpenAI's older API, which continues a text. The request, and its answers.
 
 A request may have several prompts. Each is a job and a log of its own; together they are one answer, in which the
 choices of the second prompt follow those of the first.
@@ -20,7 +20,7 @@ from api.wire.sampled import MAX_CHOICES, Count, Sampled, TokenId
 from shared.errors import InvalidValue, UnsupportedParameter
 from shared.job import Delta, Entry, Header, Usage
 
-DEFAULT_MAX_TOKENS = 16                                 # OpenAI's, for this address
+DEFAULT_MAX_TOKENS = 16                                 # OpenAI's default for this address
 MAX_PROMPT_TOKENS = 1 << 20
 REFUSED = (*sampled.REFUSED, "best_of", "echo", "logprobs", "suffix")
 
@@ -43,7 +43,7 @@ class CompletionRequest(Sampled):
     @field_validator("prompt", mode="before")
     @classmethod
     def _prompt_is_one_of_four(cls, prompt: Any) -> Any:
-        # Whole, so that a wrong prompt is refused once and not in four ways.
+        # Checked as a whole, so that a wrong prompt gives one error and not four.
         if _is_tokens(prompt) or isinstance(prompt, str):
             return prompt
         if isinstance(prompt, list) and prompt and (all(isinstance(each, str) for each in prompt)
@@ -67,7 +67,7 @@ class CompletionRequest(Sampled):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
     def each(self) -> list[CompletionRequest]:
-        """Requests of one prompt."""
+        """One request per prompt."""
         return [self.model_copy(update={"prompt": prompt}) for prompt in self.prompts]
 
     @property
@@ -81,7 +81,7 @@ def _is_tokens(prompt: Any) -> bool:
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    """Raises the BadRequest that says what is wrong with it."""
+    """Raises BadRequest, with what is wrong."""
     return validate(CompletionRequest, read_object(body), NAMES | names_of(CompletionRequest))
 
 
@@ -120,7 +120,7 @@ class TextChunkFold(EventFold):
         return self.closing(self.usage)
 
     def closing(self, usage: Usage) -> bytes:
-        """What follows the last choice."""
+        """The events after the last choice."""
         if not self.header.include_usage:
             return DONE
         return self._event(b'%b"choices":[],"usage":%b}' % (self._head, dump(usage_body(usage)))) + DONE
@@ -141,7 +141,7 @@ class Numbered(NamedTuple):
 
 
 class TextsChunkFold(EventFold[Numbered]):
-    """The events of several logs, as they come: their order is nowhere written, so they have no numbers."""
+    """The events of several logs as they arrive: the order is not reproducible, so they have no numbers."""
 
     def __init__(self, completion_id: str, headers: Sequence[Header]) -> None:
         super().__init__(headers[0])
@@ -161,7 +161,7 @@ class TextsChunkFold(EventFold[Numbered]):
 
 
 class _Unnumbered(TextChunkFold):
-    """One of them."""
+    """The events of one of these logs."""
 
     def _end(self) -> bytes:
         return b""

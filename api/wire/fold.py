@@ -1,4 +1,4 @@
-"""What every language folds an answer's log with: events that are counted, or the whole answer.
+"""Shared by the folds of all languages: an answer's log becomes numbered events, or the whole answer.
 
 Pure and versioned (`Header.fold_version`): the same log gives the same events on every pod, so the ordinal of an event
 is a client's position. It knows no language.
@@ -18,7 +18,7 @@ from shared.job import Delta, Entry, Header, Usage
 
 FOLD_VERSIONS = (1, 2, 3)                               # 2: with thoughts and calls of tools; 3: in more dialects
 DONE = b"data: [DONE]\n\n"
-HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after an `id:` breaks clients
+HEARTBEAT = b": keep-alive\n"                           # one newline: a blank line after `id:` would break clients
 
 TokenBytes = Callable[[int], bytes]
 E = TypeVar("E", default=Entry)                         # what is folded
@@ -27,10 +27,10 @@ E = TypeVar("E", default=Entry)                         # what is folded
 class EventFold(ABC, Generic[E]):
     """Folds a log into the events of a stream, as bytes ready to send.
 
-    A client that returns names the last event that it has, `after`: up to it events are counted and not said again.
+    A client that returns names its last event, `after`: the events up to it are counted but not sent again.
     """
 
-    tells_failures = False                              # True: a failed answer has events like any other; else an error
+    tells_failures = False                              # True: failures are events like any other; False: an error
 
     def __init__(self, header: Header, after: int = 0) -> None:
         self.header = header
@@ -39,7 +39,7 @@ class EventFold(ABC, Generic[E]):
         self.ended = False                              # the terminal was folded: nothing follows
 
     def begin(self) -> bytes:
-        """What can be said before anything is drawn; once, however often it is asked for."""
+        """The events before the first token; empty when it is called again."""
         return b""
 
     @abstractmethod
@@ -47,11 +47,11 @@ class EventFold(ABC, Generic[E]):
         """The events of the next entry: none, one or several."""
 
     def error(self, error: APIError) -> bytes:
-        """An error that stands in no log, as the last event. Without a position: the client may return to its own."""
+        """An error outside the log, as the last event. It has no position: the client may resume at its own."""
         return b"data: %b\n\n" % dump(error.body())
 
     def _failure(self, code: str) -> bytes:
-        """The error with which a log ends. Nested, or clients take it for a chunk."""
+        """The error with which a log ends. Nested under `error`, or clients take it for a chunk."""
         self.ended = True
         return self._event(dump(job_error(code).body()))
 
@@ -63,9 +63,9 @@ class EventFold(ABC, Generic[E]):
 
 
 class Whole(ABC, Generic[E]):
-    """One object of what one log says, or several."""
+    """One object made from one log, or several."""
 
-    tells_halves = False                                # True: an answer that runs or has failed is an object too
+    tells_halves = False                                # True: an unfinished or failed answer is an object too
 
     def __init__(self, completion_id: str) -> None:
         self.ended = False
@@ -90,7 +90,7 @@ class WholeFold(Whole[Entry]):
         self.deltas: list[list[Delta]] = [[] for _ in range(header.n)]
 
     def feed(self, entry: Entry) -> None:
-        """Takes the next entry. Raises the JobEnded of a terminal that is none of success."""
+        """Adds the next entry. Raises JobEnded for a terminal that is not a success."""
         if entry.kind == "delta":
             for delta in entry.deltas:
                 self.deltas[delta.index].append(delta)
@@ -106,7 +106,7 @@ def dump(value: Any) -> bytes:
 
 
 def head(completion_id: str, kind: str, header: Header, **more: Any) -> str:
-    """The beginning that all chunks of an answer share, up to the comma before `choices`."""
+    """The start that all chunks of an answer share, up to the comma before `choices`."""
     return dump({"id": completion_id, "object": kind, "created": header.created_s, "model": header.model, **more,
                  "system_fingerprint": header.fingerprint}).decode()[:-1] + ","
 

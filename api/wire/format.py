@@ -1,6 +1,6 @@
-"""What an answer must be, as clients say it: OpenAI's `response_format`, and the extensions of vLLM and SGLang.
+"""Constraints on an answer, as clients write them: OpenAI's `response_format`, the extensions of vLLM and SGLang.
 
-It knows the words for it. What can be enforced, shared/grammar.py decides.
+It knows their names. What can be enforced is decided in shared/grammar.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StructuredOutputs(Fields):
 
 
 class Constrained(Fields):
-    """The fields of a request that say what its answer must be; at most one of them may."""
+    """The fields of a request that constrain its answer; at most one may be given."""
 
     response_format: ResponseFormat | None = Field(
         None, description="the form of the answer, which at most one field says; else text")
@@ -71,7 +71,7 @@ class Constrained(Fields):
         return any(wish for _, wish in self._wishes())
 
     def compile_grammar(self, make: Callable[[str, Any], str]) -> str:
-        """In the form that travels with a job; empty: the answer may be anything. Raises BadRequest."""
+        """The grammar that travels with a job; empty: no constraint. Raises BadRequest."""
         found = [(param, wish) for param, wish in self._wishes() if wish]
         if len(found) > 1:
             raise InvalidValue(f"{found[0][0]} and {found[1][0]} cannot both be given.", param=found[1][0])

@@ -1,6 +1,6 @@
 """The items of a conversation in the language of responses, and the messages of a chat that they stand for.
 
-An assistant's turn is one message there, and several items here: what it thought, said and called.
+An assistant's turn is one message of a chat, and several items here: its reasoning, its text and its calls.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Item = Annotated[dict[str, Any], AfterValidator(_known)]
 
 
 def chat_messages(items: Sequence[Mapping[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
-    """Raises InvalidValue when an item lacks what its kind has."""
+    """Raises InvalidValue when an item lacks a field of its type."""
     messages: list[dict[str, Any]] = [{"role": "developer", "content": instructions}] if instructions else []
     for item in items:
         said = READERS[item.get("type", "message")](item)
@@ -47,7 +47,7 @@ def chat_messages(items: Sequence[Mapping[str, Any]], instructions: str | None) 
 
 
 def listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[str, Any]]:
-    """As a list shows them: each under an id of its own, with a state, and a message's text in parts."""
+    """As a list shows them: each with an id of its own and a status, and a message's text in parts."""
     shown, ids = list[dict[str, Any]](), set[str]()
     for number, item in enumerate(items):
         own = item.get("id")
@@ -65,7 +65,7 @@ def listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[st
 
 
 def _goes_on(turn: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
-    """Whether both are one turn of the assistant: it thinks before it speaks, and speaks before it calls."""
+    """Whether both belong to one turn of the assistant: reasoning before text, text before calls."""
     if turn["role"] != "assistant":
         return False
     order = ("reasoning_content", "content", "tool_calls")

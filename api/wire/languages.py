@@ -1,4 +1,4 @@
-"""Which fold tells an answer in the language that it was asked in. It knows the names of languages alone."""
+"""Chooses the fold for the language in which an answer was requested. It knows only the names of languages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ID_KINDS: dict[Language, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "r
 
 
 def num_events_until(language: Language, position: int | None) -> int:
-    """How many events a client has whose last one has this position."""
+    """The number of events that a client has whose last one has this position."""
     if position is None:
         return 0
     return position + 1 if language == "responses" else position
@@ -27,7 +27,7 @@ def num_events_until(language: Language, position: int | None) -> int:
 
 def event_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None, *,
                after: int = 0) -> EventFold:
-    """Of a stream, behind its first `after` events."""
+    """The fold of a stream that continues after its first `after` events."""
     if header.language == "responses":
         return ResponseFold(completion_id, header, token_bytes, asked or {}, after)
     if header.language == "completions":

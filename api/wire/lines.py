@@ -34,14 +34,14 @@ from shared.job import Language
 MAX_LINES = 50_000
 MAX_LINE_BYTES = 1 << 20
 MAX_CUSTOM_ID_CHARS = 512
-MAX_ERRORS = 100                                        # that a batch is told of; the rest is not looked for
-MAX_MODELS = 64                                         # of a batch, that are remembered as served
+MAX_ERRORS = 100                                        # reported for a batch; later ones are not searched for
+MAX_MODELS = 64                                         # of a batch, remembered as served
 
 
 class Raw(NamedTuple):
     """One line as it stands in the file."""
 
-    number: int                                         # from 1, blank lines too
+    number: int                                         # from 1, blank lines included
     text: bytes
 
 
@@ -50,7 +50,7 @@ class Splitter:
 
     def __init__(self) -> None:
         self.num_lines = 0
-        self._rest: list[bytes] = []                    # of a line that goes on
+        self._rest: list[bytes] = []                    # of an incomplete line
         self._num_rest_bytes = 0
 
     def feed(self, piece: bytes) -> list[Raw]:
@@ -91,7 +91,7 @@ class Line:
 
 class Wanted(NamedTuple):
     request: ChatRequest | CompletionRequest
-    asked: dict[str, Any] | None = None                 # what the answer repeats
+    asked: dict[str, Any] | None = None                 # request fields that the answer repeats
 
 
 class Endpoint(NamedTuple):
@@ -124,7 +124,7 @@ ENDPOINTS: dict[str, Endpoint] = {"/v1/chat/completions": Endpoint("chat", _chat
 
 
 def read_line(raw: Raw, endpoint: str) -> Line:
-    """Raises BadRequest for what is no line of a batch; whether its body is a request is seen when it is asked."""
+    """Raises BadRequest for an invalid line; its body is validated when the request is made."""
     try:
         found = read_object(raw.text)
     except NotJSON:
@@ -156,7 +156,7 @@ class Checker:
         self.models: set[str] = set()
         self._is_lost = False
         self._splitter = Splitter()
-        self._seen: set[int] = set()                    # hashes: 50,000 names as they are may be megabytes
+        self._seen: set[int] = set()                    # hashes: 50,000 names may take megabytes
 
     @property
     def num_lines(self) -> int:
@@ -170,7 +170,7 @@ class Checker:
     def feed(self, piece: bytes) -> None:
         try:
             self._check(self._splitter.feed(piece))
-        except LineTooLong as error:                    # nothing behind it can be told apart
+        except LineTooLong as error:                    # later lines cannot be found
             self._refuse(error, self.num_lines + 1)
             self._is_lost = True
         if self.num_lines > MAX_LINES:
@@ -207,7 +207,7 @@ class Checker:
 
 
 def refusal(error: APIError, number: int | None = None) -> dict[str, Any]:
-    """One of a batch's errors."""
+    """An entry of a batch's `errors`."""
     return {"code": error.code, "line": number, "message": str(error), "param": error.param}
 
 
@@ -220,7 +220,7 @@ GivenUp = Literal["batch_expired", "batch_cancelled"]
 
 
 class Result(NamedTuple):
-    """What has become of a line, as it stands in the output file, or in the error file."""
+    """The result of a line, as it stands in the output file or in the error file."""
 
     text: bytes
     is_error: bool
@@ -237,7 +237,7 @@ def refused(line: Line, digits: str, error: APIError) -> Result:
 
 
 def given_up(line: Line, digits: str, code: GivenUp) -> Result:
-    """Nobody knows its answer."""
+    """No answer: the batch expired or was cancelled first."""
     return Result(_result(line, digits, b"null", dump({"code": code, "message": GIVEN_UP[code]})), is_error=True)
 
 

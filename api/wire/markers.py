@@ -1,4 +1,4 @@
-"""Markers in text that comes in pieces: what is held back because one may begin, or because blanks before it go."""
+"""Markers in text that arrives in pieces: what to hold back because a marker, or whitespace before one, may begin."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MAX_BLANKS = 64             # at most so many before a marker are nobody's
+MAX_BLANKS = 64             # at most so much whitespace before a marker is dropped
 
 
 def num_begun(text: str, marker: str) -> int:
-    """How much of a text's end may begin the marker."""
+    """How many characters at the end of a text may begin the marker."""
     return next((size for size in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:size])), 0)
 
 
 def trimmed(text: str, end: int) -> int:
-    """Where text[:end] ends without the blanks behind it: the same place whatever pieces they come in."""
+    """Where text[:end] ends without trailing whitespace: the same place however the text was split."""
     return max(len(text[:end].rstrip()), end - MAX_BLANKS, 0)
 
 
@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
 
 class Splitter:
-    """Cuts text at its markers. They share their first character, and have it nowhere else."""
+    """Splits text at its markers, which all begin with one character that does not occur elsewhere in them."""
 
     def __init__(self, markers: Sequence[str]) -> None:
         self._markers = markers

@@ -1,7 +1,7 @@
 """The answers of `/v1/messages`: Anthropic's events of a stream, one message, or an error.
 
-An answer is blocks: what was thought, text, calls of tools, in the order in which they were said. It knows one choice,
-for its language has no more, and nothing of requests.
+An answer is a list of blocks: reasoning, text, tool calls, in the order in which they were written. It knows one
+choice, as Anthropic's API has no more, and nothing of requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from api.wire.parts import Parts, with_reasoning
 from shared.errors import APIError, job_error
 from shared.job import Delta, Entry, Finish, Header, Usage
 
-SIGNATURE = "unsigned"                                  # of a thought: clients want one, and nobody reads it
+SIGNATURE = "unsigned"                                  # of reasoning: clients require one, but do not check it
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
                429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
@@ -59,7 +59,7 @@ class MessageEventFold(EventFold):
         return self._say("error", error_body(job_error(code)))
 
     def _piece(self, piece: Piece) -> bytes:
-        """A block's beginning, behind the end of the one before it; or a part of it; or both."""
+        """The start of a block, after the end of the one before; or a part of the block; or both."""
         reader, said = self._reader, b""
         if reader.opens(piece):
             said = self._stop()
@@ -73,7 +73,7 @@ class MessageEventFold(EventFold):
         return self._named(b"content_block_delta", body)
 
     def _stop(self) -> bytes:
-        """The end of the block that is open."""
+        """The end of the open block."""
         if not self._reader.kind:
             return b""
         signature = self._part(SIGNATURE_DELTA, SIGNATURE) if self._reader.kind == "reasoning" else b""
@@ -118,7 +118,7 @@ class MessageFold(WholeFold):
 
 @dataclass(slots=True)
 class Block:
-    """One of them: its text, or the JSON of what a tool is given."""
+    """One block: its text, or the JSON of a tool's input."""
 
     kind: str                                           # of the piece that opened it
     name: str = ""
@@ -134,7 +134,7 @@ class Block:
 
 
 class BlockReader:
-    """What a choice says, and which block each piece of it belongs to."""
+    """The pieces of a choice, and the block to which each belongs."""
 
     def __init__(self, completion_id: str, header: Header) -> None:
         self.kind = ""                                  # of the open block; empty before the first
@@ -152,7 +152,7 @@ class BlockReader:
                                 "stop_sequence" if delta.stop else "tool_use" if self._parts.num_calls else "end_turn")
 
     def opens(self, piece: Piece) -> bool:
-        """Whether it is not of the open block."""
+        """Whether it begins a new block."""
         return piece.kind == "call" or piece.kind not in (self.kind, "arguments")
 
     def open(self, piece: Piece) -> Block:
@@ -168,7 +168,7 @@ class BlockReader:
                 "stop_reason": stop_reason, "stop_sequence": stop_sequence, "usage": self.usage_body(usage)}
 
     def usage_body(self, usage: Usage) -> dict[str, Any]:
-        """The prompt is input_tokens and what of it was found computed, together."""
+        """input_tokens and the tokens read from the cache add up to the prompt."""
         usage = with_reasoning(usage, [self._parts])
         return {"input_tokens": usage.num_prompt_tokens - usage.num_cached_tokens, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": usage.num_cached_tokens, "output_tokens": usage.num_completion_tokens,
@@ -176,7 +176,7 @@ class BlockReader:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """What a tool is given; nothing, where a call was cut off or is none."""
+    """A tool's input; empty when the call was cut off or is not an object."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""A request in the language of Anthropic's Messages API, told again as the chat that it asks for.
+"""A request of Anthropic's Messages API, translated into a chat.
 
-The same conversation in other words: every rule of a chat holds. It knows what OpenAI calls the same thing, nothing of
-how an answer is told (api/wire/message_fold.py).
+The same conversation in other words: every rule of a chat applies. It knows the OpenAI names of the same things,
+nothing of how an answer is written (api/wire/message_fold.py).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class CountRequest(Fields):
         return self
 
     def chat(self) -> ChatRequest:
-        """What it asks for. Raises BadRequest."""
+        """The equivalent chat request. Raises BadRequest."""
         return validate(ChatRequest, given(self._fields()), NAMES)
 
     def _fields(self) -> dict[str, Any]:
@@ -155,12 +155,12 @@ MESSAGE_NAMES = names_of(MessageRequest, Turn, *BLOCKS, Tool, Choice, Thinking, 
 
 
 def parse_message(body: bytes, max_messages: int) -> ChatRequest:
-    """What a request of `/v1/messages` asks for. Raises the BadRequest that says what is wrong with it."""
+    """The chat request for `/v1/messages`. Raises BadRequest, with what is wrong."""
     return _parse(MessageRequest, body, max_messages)
 
 
 def parse_count(body: bytes, max_messages: int) -> ChatRequest:
-    """As parse_message, of what is to be counted alone."""
+    """As parse_message, for a request that is only counted."""
     return _parse(CountRequest, body, max_messages)
 
 

@@ -1,4 +1,4 @@
-"""Metadata: a few words that a client keeps beside what it has asked for, and finds it by."""
+"""Metadata: short strings that a client stores with a request, and finds it by."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Metadata = Annotated[dict[str, str], AfterValidator(_bounded), WithJsonSchema({
 
 
 class MetadataRequest(Fields):
-    """`POST /v1/chat/completions/{id}`: what is to be kept instead of what was."""
+    """`POST /v1/chat/completions/{id}`: replaces the metadata."""
 
     metadata: Metadata | None = Field(description="instead of what was kept; null: nothing")
 

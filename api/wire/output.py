@@ -1,4 +1,4 @@
-"""The items of an answer in the language of responses, as they grow, and the events that tell of their growth.
+"""The items of an answer in the language of responses, as they grow, and the events that report it.
 
 It knows deltas and items, nothing of the response around them.
 """
@@ -14,7 +14,7 @@ from api.wire.fold import TokenBytes
 from api.wire.parts import Parts
 from shared.job import Delta, Header, TokenLogprob
 
-Event = tuple[str, dict[str, Any]]                      # its type, and what it says
+Event = tuple[str, dict[str, Any]]                      # its type and its content
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
 KINDS = {"text": "message", "reasoning": "reasoning", "call": "function_call", "arguments": "function_call"}
 PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
@@ -28,11 +28,11 @@ class Output:
         self._id = completion_id
         self._token_bytes = token_bytes
         self._is_open = False
-        self._grown: list[str] = []                     # of the open item: to add to a text each time would copy it
-        self._untold: list[TokenLogprob] = []           # of tokens that show nothing by themselves: half a character
+        self._grown: list[str] = []                     # of the open item: appending to one string would copy it
+        self._untold: list[TokenLogprob] = []           # of tokens without text of their own: partial characters
 
     def read(self, delta: Delta) -> Iterator[Event]:
-        """What the next delta of the answer changes. An event is to be used before the next one is asked for."""
+        """What the next delta of the answer changes. Use each event before requesting the next."""
         self._untold += delta.logprobs
         shows = False
         for piece in self.parts.read(delta):
@@ -46,7 +46,7 @@ class Output:
             elif piece.kind != "call":
                 yield self._grow(kind, piece.value)
         if shows:
-            self._untold = []                           # of thoughts and calls nobody is told any
+            self._untold = []                           # reasoning and calls have no log probabilities
         if delta.finish_reason:
             self.finish_reason = delta.finish_reason
             if self._untold and self._is_open and self.items[-1]["type"] == "message":
@@ -93,7 +93,7 @@ class Output:
         return self.items
 
     def cut(self) -> None:
-        """The answer was ended from outside: nothing tells of it but the items themselves."""
+        """The answer was ended from outside: only the items themselves show it."""
         if self._is_open:
             self.settle()
             self.items[-1]["status"], self._is_open = "incomplete", False

@@ -23,7 +23,7 @@ class Call(NamedTuple):
 
 
 class Said(NamedTuple):
-    """The whole of it."""
+    """All parts of a choice."""
 
     text: str
     reasoning: str
@@ -31,7 +31,7 @@ class Said(NamedTuple):
 
 
 class Parts:
-    """Reads one choice, delta by delta."""
+    """Splits one choice, delta by delta."""
 
     def __init__(self, completion_id: str, header: Header, index: int) -> None:
         self.num_reasoning_tokens = 0
@@ -44,7 +44,7 @@ class Parts:
         self._calls = DIALECTS[header.tool_dialect].reader_of(header.typed_arguments) if header.tool_dialect else None
 
     def read(self, delta: Delta) -> Iterator[Piece]:
-        """What the next delta turns out to say. While a call is told, it is the newest of `num_calls`."""
+        """The pieces of the next delta. The call in progress is the newest of `num_calls`."""
         for piece in self._pieces(delta):
             if piece.kind == "call":
                 self.num_calls += 1
@@ -70,31 +70,31 @@ class Parts:
 
     @property
     def _is_inside(self) -> bool:
-        """Whether the text is inside a thought."""
+        """Whether the text is inside reasoning."""
         return self._thoughts.is_inside or (self._calls is not None and self._calls.is_inside)
 
     def _num_thought(self, token_ids: Sequence[int]) -> int:
-        """Up to the token that ends the thought."""
+        """The number of tokens up to the one that ends reasoning."""
         if self._end_id is not None and self._end_id in token_ids:
             return token_ids.index(self._end_id) + 1
         return len(token_ids) if self._is_inside else 0
 
     @property
     def call_id(self) -> str:
-        """Of the newest call: the same on every pod."""
+        """The id of the newest call, the same on every pod."""
         digest = hashlib.sha256(f"{self._name}/{self.num_calls}".encode()).hexdigest()
         return f"call_{digest[:24]}"
 
     @property
     def is_call_whole(self) -> bool:
-        """Whether the newest call came to its end: a stop string may have cut it."""
+        """Whether the newest call is complete: a stop string may have cut it off."""
         try:
             return self.num_calls > 0 and isinstance(json.loads("".join(self._arguments) or "{}"), dict)
         except (ValueError, RecursionError):
             return False
 
     def reason(self, reason: FinishReason | None) -> FinishReason | None:
-        """Why the choice ended: for its calls, unless the one was asked for, or the last was cut."""
+        """The finish reason: tool calls, unless tool_choice named the function, or the last call was cut off."""
         return "tool_calls" if reason == "stop" and self.is_call_whole and not self._is_named else reason
 
     def whole(self, deltas: Iterable[Delta]) -> Said:
@@ -114,7 +114,7 @@ def fold_version(dialect: Dialect | None, reasoning: Mode) -> int:
 
 
 def has_parts(header: Header) -> bool:
-    """Whether there may be anything but text."""
+    """Whether the answer may contain anything but text."""
     return bool(header.reasoning or header.tool_dialect)
 
 

@@ -12,22 +12,22 @@ from api.wire.dialects import Dialect, choose_dialect
 from api.wire.dialects.dialect import AddedId
 from api.wire.reasoning import BEGIN, END, Mode, mode_of
 
-MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in which a template may begin a thought
+MAX_OPENING_TOKENS = 16                                 # at a prompt's end, in which a template may open reasoning
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     dialect: Dialect | None = None
     reasoning: Mode = ""
-    think_end_id: int | None = None                     # the token that ends a thought, where it is one
+    think_end_id: int | None = None                     # the token that ends reasoning, if it is a single token
     shown_token_ids: tuple[int, ...] = ()               # special tokens that the text must show
-    typed_arguments: tuple[str, ...] = ()               # of tools, those that are no strings
+    typed_arguments: tuple[str, ...] = ()               # tool arguments that are not strings
 
     @classmethod
     def of(cls, prompt: Sequence[int], templates: Iterable[str], added_id: AddedId, *, wanted: str,
            tools: Sequence[Mapping[str, Any]] | None, keeps_form: bool = False) -> Reading:
-        """`wanted` is the setting `tool_dialect`; `tools` are those that the request offers. Where an answer must keep
-        a form, what looks like a call alone is none."""
+        """`wanted` is the setting `tool_dialect`; `tools` are those that the request offers. In an answer with a
+        constraint, text that only looks like a call is not one."""
         templates = list(templates)
         chosen = choose_dialect(wanted, templates, has_tools=bool(tools))
         dialect = chosen.of(added_id) if chosen else None

@@ -1,7 +1,7 @@
-"""What a model thinks before it answers: the text between <think> and </think>, told apart whatever pieces it comes in.
+"""The reasoning of a model before its answer: the text between <think> and </think>, however the text is split.
 
-A template may open it, or the model does with its first word. Blanks about the two markers are nobody's. It knows text
-and token ids, nothing of events.
+A template may open it, or the model does, first of all. Whitespace around the two markers is dropped. It knows text and
+token ids, nothing of events.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from api.wire.markers import MAX_BLANKS, num_begun, trimmed
 
 BEGIN, END = "<think>", "</think>"
 
-Mode = Literal["", "open", "maybe"]                     # never; the prompt has begun it; the model may begin it
+Mode = Literal["", "open", "maybe"]                     # none; begun by the prompt; begun, perhaps, by the model
 State = Literal["begin", "first", "thought", "behind", "answer"]
 FIRST: dict[Mode, State] = {"open": "first", "maybe": "begin", "": "answer"}
 
@@ -24,7 +24,7 @@ class Thought(NamedTuple):
 
 
 def mode_of(prompt: Sequence[int], begin_id: int | None, end_id: int | None, templates: Iterable[str]) -> Mode:
-    """Of a prompt, and of what the model's templates speak of."""
+    """The mode for a prompt and the templates of its model."""
     last = next((token_id for token_id in reversed(prompt) if token_id in (begin_id, end_id)), None)
     if last is not None and last == begin_id:
         return "open"
@@ -54,7 +54,7 @@ class ThoughtReader:
         return [Thought(self.is_inside, held)] if held else []
 
     def _read(self, thoughts: list[Thought]) -> bool:
-        """Whether more can be said of what is held."""
+        """Whether more of the held text can be classified."""
         if self._state == "begin":
             return self._begin()
         if self._state in ("first", "behind"):
@@ -70,7 +70,7 @@ class ThoughtReader:
         return False
 
     def _begin(self) -> bool:
-        """Whether the first word is the marker."""
+        """Whether the answer begins with the marker."""
         word = self._held.lstrip()
         if word.startswith(BEGIN):
             self._state, self._held = "first", word[len(BEGIN):]

@@ -42,7 +42,7 @@ REFUSED = (*sampled.REFUSED, "audio", "continue_final_message", "echo", "modalit
 TEMPLATE_NAMES = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt", "special_tokens"})
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # no token that a template alone may write
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")]         # spells no token that only templates may write
 TemplateVariables = Annotated[dict[str, Word | int | float | bool | None], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 
 
@@ -93,7 +93,7 @@ class Message(Fields):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: arguments of tool calls as an object, not as text."""
+        """For chat templates: the arguments of tool calls as an object, not as text."""
         message: dict[str, Any] = {"role": "tool" if self.role == "function" else self.role, "content": self.content}
         if self.name is not None:
             message["name"] = self.name
@@ -189,7 +189,7 @@ class ChatRequest(Sampled):
 
     @property
     def is_legacy(self) -> bool:
-        """Whether calls are spoken of as functions, and answered so."""
+        """Whether the request uses `functions`, and is answered with function_call."""
         return self.functions is not None
 
     def _modernize(self) -> None:
@@ -222,7 +222,7 @@ class ChatRequest(Sampled):
 
     @property
     def calls(self) -> ToolChoice:
-        """What may be called, and whether something must."""
+        """Which tools may be called, and whether one must be."""
         return read_choice(self.tool_choice, self.tools or ())
 
     @property
@@ -231,12 +231,12 @@ class ChatRequest(Sampled):
 
     @property
     def has_strict_tools(self) -> bool:
-        """Whether something that may be called is to be called by its schema alone."""
+        """Whether a tool that may be called is strict."""
         return any(tool["function"].get("strict") is True for tool in self.offered_tools or ())
 
     @property
     def offered_tools(self) -> list[ChatTool] | None:
-        """What the model is shown."""
+        """The tools shown to the model."""
         choice = self.calls
         if choice.mode == "none" or not self.tools:
             return None
@@ -244,7 +244,7 @@ class ChatRequest(Sampled):
 
 
 def template_variables(effort: Effort | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Beside what every template is given, which a request cannot change."""
+    """Variables in addition to those given to every template, which a request cannot change."""
     variables: dict[str, Any] = {"reasoning_effort": effort} if effort else {}
     if effort == "none":
         variables["enable_thinking"] = False
@@ -253,7 +253,7 @@ def template_variables(effort: Effort | None, given: Mapping[str, Any] | None) -
 
 
 def require_calls(messages: Sequence[Message]) -> None:
-    """Raises InvalidValue when a tool answers what was not called before."""
+    """Raises InvalidValue when a tool message answers a call that no earlier message made."""
     called = set[str | None]()
     for number, message in enumerate(messages):
         called |= {call.id for call in message.tool_calls or ()}
@@ -267,7 +267,7 @@ NAMES = names_of(ChatRequest, Message, ToolCall, Function, StreamOptions, Respon
 
 
 def parse(body: bytes, max_messages: int) -> ChatRequest:
-    """A request from its body. Raises the BadRequest that says what is wrong with it."""
+    """Parses a request. Raises BadRequest, with what is wrong."""
     raw = read_object(body)
     if unknown := raw.keys() - ChatRequest.model_fields.keys():
         log.debug("fields without effect: %d", len(unknown))

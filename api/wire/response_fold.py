@@ -1,6 +1,6 @@
 """The answers of `/v1/responses`: typed events, or the response as it stands.
 
-An event's `sequence_number` is its position, counted from 0; `id:` says the same number.
+An event's `sequence_number` is its position, counted from 0; its `id:` is the same number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shared.job import Entry, Finish, Header, Usage
 
 
 class ResponseFold(EventFold):
-    """`asked` is what the response repeats of its request."""
+    """`asked` are the request fields that the response repeats."""
     tells_failures = True
 
     def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes, asked: Mapping[str, Any],
@@ -36,7 +36,7 @@ class ResponseFold(EventFold):
         return events if waits else events + self._run()
 
     def _run(self) -> bytes:
-        """Once, when it is computed, or takes no time to be."""
+        """Once: at the start, or in the background at the first delta."""
         if self._runs:
             return b""
         self._runs = self._response.runs = True
@@ -88,11 +88,11 @@ class ResponseWhole(WholeFold):
 
 
 class Response:
-    """What is known of it so far."""
+    """The state of the response so far."""
 
     def __init__(self, completion_id: str, header: Header, token_bytes: TokenBytes, asked: Mapping[str, Any]) -> None:
         self.output = Output(completion_id, header, token_bytes)
-        self.runs = False                               # something was drawn
+        self.runs = False                               # a token was drawn
         self._finish: Finish | None = None
         self._asked = asked
         self._head: dict[str, Any] = {"id": completion_id, "object": "response", "created_at": header.created_s,

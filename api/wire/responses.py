@@ -1,6 +1,6 @@
-"""`POST /v1/responses`: a conversation in items, read and checked, and said again as a chat.
+"""`POST /v1/responses`: a conversation in items, validated and translated into a chat.
 
-What items stand for, api/wire/items.py knows. It knows nothing of Redis, HTTP or tokenizers.
+The meaning of items is api/wire/items.py's. It knows nothing of Redis, HTTP or tokenizers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Includable = Literal[
     "message.input_image.image_url", "message.output_text.logprobs", "reasoning.encrypted_content",
     "web_search_call.action.sources", "web_search_call.results"]
 REFUSED = ("conversation", "prompt", "context_management")          # they would change the answer
-# What a chat calls it, and what it is called here.
+# Names in a chat, and the names here.
 RENAMED = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort",
            "max_completion_tokens": "max_output_tokens", "tools": "tools"}
 
@@ -48,7 +48,7 @@ class TextFormat(JSONSchema):
 
 @with_config(AS_WRITTEN)
 class ResponseTool(ToolFunction):
-    """The names of a function stand one level higher than in a chat."""
+    """The fields of a function are one level higher than in a chat."""
 
     type: Annotated[Literal["function"], Field(description="function, always")]
 
@@ -130,14 +130,14 @@ class ResponseRequest(Drawn):
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """The input, a text as an item."""
+        """The input as items; a text becomes one item."""
         if isinstance(self.input, str):
             return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": self.input}]}]
         return [dict(item) for item in self.input]
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What the response repeats."""
+        """The fields that the response repeats."""
         text, reasoning = self.text or TextOptions(), self.reasoning or Reasoning()
         form = text.format.model_dump(by_alias=True, exclude_none=True) if text.format else {"type": "text"}
         if form["type"] != "json_schema":
@@ -155,7 +155,7 @@ class ResponseRequest(Drawn):
                 "safety_identifier": self.safety_identifier, "user": self.user, "service_tier": "default"}
 
     def chat(self, items: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """The same request as a chat of these items. Raises BadRequest, in the words of responses."""
+        """The same request as a chat of these items. Raises BadRequest, with the names of responses."""
         raw: dict[str, Any] = {name: getattr(self, name) for name in Drawn.model_fields}
         has_logprobs = WITH_LOGPROBS in (self.include or ()) or self.top_logprobs is not None
         raw |= {"model": self.model, "messages": chat_messages(items, self.instructions), "stream": self.stream,
@@ -170,7 +170,7 @@ class ResponseRequest(Drawn):
 
 @contextmanager
 def in_our_words() -> Iterator[None]:
-    """What is refused of a chat that was a response before, under the name that it had."""
+    """Errors of the chat, with the names that their fields have in a response."""
     try:
         yield
     except BadRequest as error:
@@ -181,7 +181,7 @@ def in_our_words() -> Iterator[None]:
 
 
 def parse_response(body: bytes, max_items: int) -> ResponseRequest:
-    """Raises the BadRequest that says what is wrong with it."""
+    """Raises BadRequest, with what is wrong."""
     raw = read_object(body)
     with in_our_words():
         require_few_messages({"messages": raw.get("input")}, max_items)

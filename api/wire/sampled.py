@@ -1,4 +1,4 @@
-"""What every language may ask of sampling, and of what the answer must be. It knows nothing of prompts.
+"""Sampling parameters and constraints, shared by all languages. It knows nothing of prompts.
 
 Null is legal for every nullable field; fields on which the service does not act are accepted.
 """
@@ -20,7 +20,7 @@ MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 128
 
-Count = Annotated[int, Field(lt=2**31)]                 # what the model allows is for api/jobs.py to say
+Count = Annotated[int, Field(lt=2**31)]                 # the model's own limits are checked in api/jobs.py
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Biases = Annotated[dict[str, float], WithJsonSchema({
@@ -80,14 +80,14 @@ class Drawn(Fields):
     @field_validator("logit_bias", mode="before", json_schema_input_type=Biases | None)
     @classmethod
     def _bias_entries(cls, biases: Any) -> Any:
-        # Whole, so that no key of the client's becomes part of an error's path.
+        # Checked as a whole, so that no key from the client becomes part of an error's path.
         if isinstance(biases, dict) and not all(_is_bias(key, value) for key, value in biases.items()):
             raise ValueError("keys are token ids, values are numbers from -100 to 100")
         return biases
 
 
 class Sampled(Constrained, Drawn):
-    """What is generated: of which model, how much, and as what."""
+    """Parameters of generation: the model, the length, and the form."""
 
     model: str = Field(min_length=1, description="a name of GET /v1/models")
     stream: bool | None = Field(None, description="answer with server-sent events")
@@ -113,7 +113,7 @@ class Sampled(Constrained, Drawn):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told; None: no log probabilities."""
+        """How many of the likeliest tokens are reported; None: no log probabilities."""
         return None
 
 

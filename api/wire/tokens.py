@@ -24,7 +24,7 @@ MAX_TOKENS = 1 << 20
 
 
 class TokenizeRequest(Fields):
-    """`POST /tokenize`: of a text, or of messages as the model's template renders them."""
+    """`POST /tokenize`: a text, or messages as the model's template renders them."""
 
     model: str | None = Field(None, min_length=1, description="a name of GET /v1/models; else the only one")
     prompt: str | None = Field(None, description="a text; special tokens in it are text")

@@ -1,4 +1,4 @@
-"""Which tools a request offers, and which of them its answer must call. It knows OpenAI's words for it alone."""
+"""The tools that a request offers, and which of them its answer must call. It knows only OpenAI's names for this."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.errors import InvalidValue
 
 Tools = Sequence[Mapping[str, Any]]
 Name = Annotated[str, Field(min_length=1, max_length=256, description="by which it is called")]
-AS_WRITTEN = ConfigDict(strict=True, extra="allow")     # the model's template may read more of it
+AS_WRITTEN = ConfigDict(strict=True, extra="allow")     # the model's template may use other fields of it
 
 
 @with_config(AS_WRITTEN)
@@ -51,14 +51,14 @@ class AllowedChatChoice(TypedDict):
 
 
 Mode = Literal["none", "auto", "required"]
-ChatChoice = Mode | ChatToolName | AllowedChatChoice | None         # `read_choice` tells what is wrong with one
+ChatChoice = Mode | ChatToolName | AllowedChatChoice | None         # errors in one are reported by `read_choice`
 LegacyChoice = Literal["none", "auto"] | FunctionName | None
 
 
 class ToolChoice(NamedTuple):
     mode: Mode
     names: frozenset[str] | None = None                 # only these; None: all
-    is_named: bool = False                              # one, and once
+    is_named: bool = False                              # exactly this one, once
 
     def of(self, tools: Tools) -> list[Mapping[str, Any]]:
         """The functions that may be called."""
@@ -89,7 +89,7 @@ def read_choice(choice: Any, tools: Tools) -> ToolChoice:
 
 
 def require_names(tools: Tools) -> None:
-    """Raises ValueError when two have the same."""
+    """Raises ValueError when two have the same name."""
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise ValueError("two tools have the same name")

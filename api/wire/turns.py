@@ -1,6 +1,6 @@
-"""Turns of a conversation as Anthropic's API has them: blocks, told again as messages of a chat.
+"""Turns of a conversation as Anthropic's API has them: blocks, translated into messages of a chat.
 
-A turn's text is joined, its thoughts too; what tools have said comes before what the user says beside it. It knows
+A turn's texts are joined, and its reasoning too; tool results come before the user's text beside them. It knows
 nothing of what is asked for.
 """
 
@@ -32,7 +32,7 @@ class ThinkingBlock(Fields):
 
 
 class RedactedThinkingBlock(Fields):
-    """Nobody can read it, here neither."""
+    """Encrypted: it cannot be read here."""
 
     type: Literal["redacted_thinking"] = Field(description="redacted_thinking, always")
 
@@ -57,7 +57,7 @@ class TextPiece(TypedDict):
 
 
 def joined(content: Any) -> Any:
-    """Blocks of text as the text that they are."""
+    """Text blocks joined into one text."""
     return "\n".join(map(_text_of, content)) if isinstance(content, list) else content
 
 
@@ -69,7 +69,7 @@ def _text_of(block: Any) -> str:
 
 
 def _kind(block: Any) -> str:
-    """As the union below names it, and no field is called. Raises UnsupportedContent when no chat can tell it."""
+    """A block's tag in the union below, unlike any field name. Raises UnsupportedContent if no chat can express it."""
     kind = block.get("type") if isinstance(block, dict) else None
     if kind in NO_TEXT:
         raise UnsupportedContent(param="messages")
@@ -130,13 +130,13 @@ def require_calls(turns: Sequence[Turn]) -> None:
 
 
 def messages(turns: Iterable[Turn]) -> Iterator[dict[str, Any]]:
-    """Of a chat. Turns of the same role in a row are one."""
+    """The messages of a chat. Consecutive turns of the same role become one."""
     for role, same in groupby(turns, key=lambda turn: turn.role):
         yield from _told(role, [block for turn in same for block in turn.content])
 
 
 def _told(role: str, blocks: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """One turn as messages of a chat: what tools have said, and then who says it."""
+    """One turn as messages of a chat: tool results, then the text of the turn."""
     text = "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
     has_text = any(isinstance(block, TextBlock) for block in blocks)
     results = [block for block in blocks if isinstance(block, ToolResultBlock)]
@@ -158,7 +158,7 @@ def _call(block: ToolUseBlock) -> dict[str, Any]:
 
 
 def _result(block: ToolResultBlock) -> dict[str, Any]:
-    failed = "Error: " if block.is_error else ""        # a chat has no other word for it
+    failed = "Error: " if block.is_error else ""        # a chat has no field for it
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": failed + (block.content or "")}
 
 

@@ -1,6 +1,6 @@
 """An upload as browsers and SDKs send it, `multipart/form-data`: the bytes of its file as they come, and its fields.
 
-It holds no more of the file than it was just given. It knows nothing of HTTP or of where files are kept.
+It holds no more of the file than the last piece given to it. It knows nothing of HTTP or of where files are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shared.errors import BadRequest, InvalidValue, MissingField
 
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 4096                                  # of all fields together
-MAX_NAME_CHARS = 255                                    # of a file; the rest is cut off
+MAX_NAME_CHARS = 255                                    # of a file; longer names are cut off
 MIN_EXPIRES_S = 3600
 PURPOSES = ("batch", "user_data")
 
@@ -21,16 +21,16 @@ class Upload:
     """Fed with a body, piece by piece."""
 
     def __init__(self, content_type: str) -> None:
-        """Raises BadRequest when the body is no form."""
+        """Raises BadRequest when the body is not a form."""
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise BadRequest("Send the file as multipart/form-data, in a part named file.")
-        self.filename: str | None = None                # once the file has begun
+        self.filename: str | None = None                # known once the file has begun
         self.fields: dict[str, str] = {}
-        self.is_whole = False                           # the form has come to its end
+        self.is_whole = False                           # the form is complete
         self._num_parts = 0
         self._num_field_bytes = 0
-        self._name = ""                                 # of the part that is being read
+        self._name = ""                                 # of the current part
         self._header = [b"", b""]
         self._value = b""
         self._pieces: list[bytes] = []                  # of the file
@@ -43,7 +43,7 @@ class Upload:
             raise BadRequest("The boundary of the form is none.") from None
 
     def feed(self, data: bytes) -> bytes:
-        """What stands in it of the file. Raises BadRequest."""
+        """The bytes of the file in this piece. Raises BadRequest."""
         try:
             self._parser.write(data)
         except FormParserError:

@@ -1,6 +1,6 @@
 -- attend(tag; pod, ttl_ms, max_pods, job...) -> how many of the jobs live
--- A pod names the answers that it relays: they are pushed to it from now on, and have a reader for `ttl_ms` more. A job
--- that goes on without readers has no time among them, and gets none.
+-- A pod names the answers that it relays: from now on they are pushed to it, and have a reader for `ttl_ms` more. A job
+-- that needs no readers has no such time limit, and gets none.
 local pod, until_ms, max_pods, live = ARGV[1], now_ms() + ARGV[2], tonumber(ARGV[3]), 0
 for i = 4, #ARGV do
   local hash = key('job:' .. ARGV[i])

@@ -1,12 +1,12 @@
 -- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
 --       prefix_patience_ms, prefix_ttl_ms, any_weights, most_choices, max_attempts, max_claims, job...)
 --   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request, header}...}
--- look_again_ms: until a job that was left to another worker may be this one's; -1 when none was left so.
--- The same sequence number again gives the same jobs again: a claim whose reply was lost loses nothing. The jobs are all
--- that the worker knows to be its own; what it holds besides, Redis or a reply having been lost, goes back in line ('*':
--- it does not say).
-local SHARE_MS = 10  -- for others to take their share of the line, and for jobs to get their first token
-local MAX_PAGES = 16 -- of max_scan jobs each, looked through for those that this worker could compute
+-- look_again_ms: time until this worker may take a job that was left to another; -1: no job was left.
+-- The same sequence number returns the same jobs again: a claim whose reply was lost loses nothing. The jobs given are
+-- all that the worker knows it has; others that it holds, because Redis lost data or a reply was lost, go back to the
+-- queue ('*': unspecified).
+local SHARE_MS = 10  -- for others to take their share of the queue, and for jobs to get their first token
+local MAX_PAGES = 16 -- of max_scan jobs each, searched for jobs that this worker can compute
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
 local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
 local self, held = key('sequence:' .. worker), key('held:' .. worker)
@@ -48,7 +48,7 @@ local function is_patient(waited_ms, limit_ms)
   return rest_ms > 0
 end
 
--- warmth(names of a prompt's beginnings) -> 'mine', 'theirs' (another live worker's) or nil: who computed the longest
+-- warmth(prefix names of a prompt) -> 'mine', 'theirs' (another live worker's) or nil: who computed the longest prefix
 local function warmth(prefix)
   local names = {}
   for name in string.gmatch(prefix, '%S+') do table.insert(names, 1, key('prefix:' .. name)) end
@@ -61,7 +61,7 @@ end
 
 local function has_started(job) return (select(2, last(job)) or 0) > 0 end
 
--- glance(job) -> what places it in line; nil if this worker could never compute it, or it is no job any more
+-- glance(job) -> what orders it in the queue; nil if this worker can never compute it, or it is no longer a job
 local function glance(job)
   local f = redis.call('HMGET', key('job:' .. job), 'tokenizer_id', 'weights_id', 'choices', 'prefix', 'ready_ms',
                        'priority')
@@ -79,8 +79,8 @@ local function load(j)
   j.entry, j.attempts, j.numerics_id, j.start_tag = f[1], tonumber(f[2]), f[3], tonumber(f[4])
 end
 
--- The head of the line. Of the first priority band those whose prefix this worker has cached come before the others,
--- unless one of these has waited too long.
+-- The head of the queue. Within the first priority band, jobs whose prefix this worker has cached come first, unless
+-- one of the others has waited too long.
 local function candidates()
   local line, mine, others, behind = {}, {}, {}, {}
   for page = 0, MAX_PAGES - 1 do
@@ -102,7 +102,7 @@ local function candidates()
   return mine
 end
 
--- Whether every job that this worker holds has a token since it was claimed: none of them takes a worker down by itself.
+-- Whether every job of this worker has gained a token since it was claimed: then none of them kills a worker by itself.
 local function is_proven()
   for _, job in ipairs(redis.call('SMEMBERS', held)) do
     local position = select(2, last(job)) or 0
@@ -111,8 +111,8 @@ local function is_proven()
   return true
 end
 
--- A job that took down a worker begins beside proven ones alone, one that took down two beside none. When all workers
--- are busy, one of them is reserved: it takes nothing more until the job may begin.
+-- A job that killed one worker starts only beside proven jobs, one that killed two only alone. When all workers are
+-- busy, one of them is reserved: it takes no other job until this one can start.
 local function reserve(hash)
   local r = redis.call('HMGET', hash, 'reserved_by', 'reserved_ms')
   if r[1] and r[1] ~= worker and now - r[2] < 2 * ARGV[2] then return false end
@@ -120,10 +120,10 @@ local function reserve(hash)
   return true
 end
 
--- suits -> 'take', 'skip' or 'stop' (nothing behind it may overtake)
+-- suits -> 'take', 'skip' or 'stop' (no job behind it may overtake)
 local function suits(j)
   local waited_ms = now - j.ready_ms
-  local is_unlike = j.numerics_id ~= '' and j.numerics_id ~= ARGV[7]            -- '': of a job that a pod put back
+  local is_unlike = j.numerics_id ~= '' and j.numerics_id ~= ARGV[7]            -- '': restored by a pod
   if is_unlike and has_started(j.job) and is_patient(waited_ms, patience_ms) then return 'skip' end
   if j.warmth == 'theirs' and not has_started(j.job) and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
   if j.attempts > 0 and not empty and not (j.attempts == 1 and is_proven()) then

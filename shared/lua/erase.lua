@@ -1,6 +1,6 @@
 -- erase(tag; job, ttl_ms) -> 1, or nil when it is unknown
--- Nobody finds the job any more. If it lives it is cancelled; what is left of it goes in `ttl_ms`, not at once: whoever
--- relays it would take a log that is gone for one that Redis has lost, and put it back.
+-- The job can no longer be found, and is cancelled if it runs. Its keys expire in `ttl_ms`, not at once: a pod that
+-- relays it would take a missing log for one that Redis has lost, and restore it.
 local hash = key('job:' .. ARGV[1])
 if redis.call('EXISTS', hash) == 0 then return nil end
 terminate(ARGV[1], 'cancelled', 'cancelled')

@@ -1,8 +1,8 @@
--- What every verb shares. It is put before each script.
+-- What every verb shares; prepended to each script.
 --
--- KEYS[1] is the shard's tag: never stored, it routes the script to the shard's slot, and every key begins with it.
+-- KEYS[1] is the shard's tag, itself no key: it routes the script to the shard's slot, and every key begins with it.
 -- A log entry has the fields position, tokens, kind, data, in this order. `position` counts header (0), deltas and the
--- terminal; `tokens` is what all choices have drawn so far: both are carried by every entry, so nobody needs a scan.
+-- terminal; `tokens` is what all choices have drawn so far: every entry carries both, so no reader has to scan.
 
 local GROUP, QUEUED = 'workers', 'queued'
 local PUBLISH = 'PUBLISH'  -- in a cluster SPUBLISH, which queue.py puts here: PUBLISH would go to every node
@@ -26,8 +26,8 @@ local function last(job)
   return tonumber(string.match(entry[1], '^%d+')), tonumber(entry[2][2]), tonumber(entry[2][4])
 end
 
--- append(...) -> 'ok', 'refused' (a higher epoch or the terminal stands in the log) or 'gone' (there is no log).
--- An entry that already stands there word for word is 'ok': a publish whose reply was lost may be sent again.
+-- append(...) -> 'ok', 'refused' (the log has a higher epoch, or its terminal) or 'gone' (there is no log). It is 'ok'
+-- too if the log has this very entry: a publish whose reply was lost may be repeated.
 local function append(job, id, position, tokens, kind, data)
   local out = key('out:' .. job)
   local added = redis.pcall('XADD', out, 'NOMKSTREAM', id,
@@ -40,7 +40,7 @@ local function append(job, id, position, tokens, kind, data)
   error(added.err)
 end
 
--- Shows operators where a job is. Nothing else depends on it: a stream that somebody deleted stops nothing.
+-- Shows operators where a job is. Nothing else depends on it: deleting the stream stops nothing.
 local function assign(entry, consumer) redis.pcall('XCLAIM', key('jobs'), GROUP, consumer, 0, entry, 'JUSTID') end
 
 -- Pushes of one script go out as one message per pod: a line each, `job epoch position tokens kind data`.
@@ -62,7 +62,7 @@ local function flush_pushes()
   end
 end
 
--- The job has its terminal: leave the line, give back what it held, start the clock on the log.
+-- The job has its terminal: takes it out of the queue, gives back what it held, starts the expiry of its log.
 local function retire(job, outcome)
   local hash = key('job:' .. job)
   local f = redis.call('HMGET', hash, 'entry', 'tenant', 'choices', 'worker', 'retain_ms', 'ended_ms')
@@ -81,7 +81,7 @@ local function retire(job, outcome)
   count(outcome)
 end
 
--- Ends a job from outside its worker: the terminal stands above the worker's epoch, so nothing can follow it.
+-- Ends a job from outside its worker: the terminal has a higher epoch than the worker's entries, so none can follow.
 -- -> position of the terminal, or nil when the job has ended or is unknown
 local function terminate(job, error_code, outcome)
   local hash = key('job:' .. job)
@@ -99,8 +99,8 @@ local function terminate(job, error_code, outcome)
   return position or 0
 end
 
--- Puts a claimed job back at the head of its line, under a fence that silences whoever held it.
--- -> 'ready'; 'dead' when it has used up its attempts, 'lost' when its log is gone, nil when nobody holds it
+-- Puts a claimed job back at the head of the queue, under a fence that excludes its present worker.
+-- -> 'ready'; 'dead' when its attempts are used up, 'lost' when its log is gone, nil when no worker holds it
 local function requeue(job, has_failed, max_attempts, max_claims)
   local hash = key('job:' .. job)
   local f = redis.call('HMGET', hash, 'state', 'attempts', 'claims', 'claim_position', 'worker', 'entry', 'priority')
@@ -126,7 +126,7 @@ local function requeue(job, has_failed, max_attempts, max_claims)
   return 'ready'
 end
 
--- Puts a job that a worker holds back in line, unless another one holds it by now. -> as requeue()
+-- Puts a job of this worker back into the queue, unless another worker holds it by now. -> as requeue()
 local function hand_back(worker, job, has_failed, max_attempts, max_claims)
   if redis.call('HGET', key('job:' .. job), 'worker') == worker then
     return requeue(job, has_failed, max_attempts, max_claims)
@@ -166,7 +166,7 @@ local function accept()
   redis.call(PUBLISH, key('wake'), '1')
 end
 
--- A worker that holds nothing leaves no trace.
+-- Deletes all keys of a worker that holds nothing.
 local function forget(worker)
   redis.call('ZREM', key('leases'), worker)
   redis.call('DEL', key('worker:' .. worker), key('held:' .. worker), key('sequence:' .. worker))

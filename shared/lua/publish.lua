@@ -1,8 +1,8 @@
 -- publish(tag; worker, lease_ms, sequence, (job, epoch, position, tokens, kind, data)...) -> {outcome...}
 -- One script per engine step for the whole batch: append, push what was appended, finish what ended, renew the lease.
--- outcome: 'ok', 'refused' (the job is no longer this worker's: lease lost, cancelled, past its deadline), 'gone' (there
--- is no log). `sequence` counts a worker's publishes. Where the one before is unknown, this Redis lacks what another one
--- has acknowledged, and the next entry would leave a gap: {'behind'} alone, and nothing was done. 1 begins anew.
+-- outcome: 'ok', 'refused' (the job is no longer this worker's: lease lost, cancelled, past its deadline), 'gone'
+-- (there is no log). `sequence` counts a worker's publishes; 1 starts a new count. If the previous one is missing, this
+-- Redis lacks acknowledged data, and the next entry would leave a gap: {'behind'} alone, and nothing was written.
 local worker, sequence, outcomes = ARGV[1], tonumber(ARGV[3]), {}
 local self = key('sequence:' .. worker)
 local before = tonumber(redis.call('HGET', self, 'published') or 0)
@@ -16,7 +16,7 @@ for i = 4, #ARGV, 6 do
     push(job, epoch, position, tokens, kind, data)
     if kind == 'end' then retire(job, 'finished') end
   elseif outcome == 'refused' and redis.call('HGET', key('job:' .. job), 'worker') ~= worker then
-    redis.call('SREM', key('held:' .. worker), job)                     -- else it holds a later claim of the job
+    redis.call('SREM', key('held:' .. worker), job)                     -- otherwise it holds a later claim of the job
   end
   table.insert(outcomes, outcome)
 end

@@ -1,10 +1,10 @@
 -- reap(tag; max_attempts, max_claims, max_jobs, lease_ms, stall_ms) -> {requeued, dead, past their deadline, unread}
--- By anyone, on a clock: what expired leases held goes back to the head of the line; deadlines end what is late; what
--- nobody reads any more is cancelled.
+-- Run by any process, on a clock: jobs of expired leases go back to the head of the queue; jobs past their deadline, or
+-- without readers, are ended.
 local now, budget = now_ms(), tonumber(ARGV[3])
 local requeued, dead, late, unread = 0, 0, 0, 0
 
--- If no reap ran for so long, Redis itself stood still: live workers must be able to renew before they are called dead.
+-- If no reap ran for so long, Redis itself was stopped: live workers get time to renew before they count as dead.
 local looked = tonumber(redis.call('GETSET', key('looked'), now) or now)
 if now - looked > tonumber(ARGV[5]) then
   for _, worker in ipairs(redis.call('ZRANGE', key('leases'), 0, -1)) do renew(worker, ARGV[4]) end

@@ -1,6 +1,6 @@
--- release(tag; worker, max_attempts, max_claims, has_failed, job...) -> jobs that are back in line
--- A worker that leaves hands its jobs over at once; that counts as an attempt only if it has failed at them. Without
--- jobs: all it holds, and its lease ends.
+-- release(tag; worker, max_attempts, max_claims, has_failed, job...) -> number of jobs back in the queue
+-- A worker that leaves hands its jobs over at once; this counts as an attempt only if it failed at them. Without jobs:
+-- all that it holds, and its lease ends.
 local worker, has_failed, jobs = ARGV[1], ARGV[4] == '1', {unpack(ARGV, 5)}
 local leaves = #jobs == 0
 if leaves then jobs = redis.call('SMEMBERS', key('held:' .. worker)) end

@@ -1,13 +1,13 @@
 -- restore(tag; what accept() takes, worker, lease_ms, numerics_id, epoch, (position, tokens, kind, data)...)
 --   -> epoch under which the worker goes on, 0 when others do, nil when the answer has ended
--- For a Redis that lost a job, or went back behind what was delivered of it (a promoted replica, a log cut short): puts
--- back what a pod (worker '') has delivered, or a worker has published. The entries are all of them, from position 1 on.
+-- For a Redis that lost a job, or some of what was delivered of it (a promoted replica, a truncated log): restores what
+-- a pod (worker '') has delivered, or a worker has published. The entries are complete, from position 1 on.
 local job, worker, epoch = ARGV[1], ARGV[16], tonumber(ARGV[19])
 local hash, out, held = key('job:' .. job), key('out:' .. job), key('held:' .. worker)
 local num_entries = (#ARGV - 19) / 4
 local log_epoch, log_position = last(job)
 
--- Whether the last of these entries stands in the log, word for word. Fences repeat the position before them.
+-- Whether the log has the last of these entries, unchanged. Fences repeat the position before them.
 local function stands()
   if not log_epoch then return false end
   if num_entries == 0 then return true end
@@ -36,7 +36,7 @@ if f[1] and stands() then
   return log_epoch
 end
 
--- Above whatever wrote here before; what stands there now was never delivered.
+-- Above every epoch written here before; what the log holds now was never delivered.
 if f[1] then retire(job, 'lost') end
 redis.call('DEL', hash, out)
 accept()

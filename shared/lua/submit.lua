@@ -1,5 +1,5 @@
 -- submit(tag; what accept() takes, max_queued, max_tenant_choices) -> {outcome, jobs in line}
--- outcome: 'ok', 'full' (the line is), 'tenant_full'. Submitting the same id again changes nothing and is 'ok'.
+-- outcome: 'ok', 'full' (the queue is), 'tenant_full'. Submitting the same id again changes nothing, and is 'ok'.
 local backlog = redis.call('ZCARD', key('ready'))
 
 if redis.call('EXISTS', key('job:' .. ARGV[1])) == 1 then return {'ok', backlog} end

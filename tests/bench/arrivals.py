@@ -1,8 +1,7 @@
 """Time to first token when many arrive at once, exact and fast: `python -m tests.bench.arrivals`.
 
-The engine alone: all requests are there before the first step. Exact computes each prompt by itself and decodes in
-forwards of few rows; fast computes prompts and answers together.
-"""
+The engine alone: all requests arrive before the first step. Exact computes each prompt separately and decodes in
+forwards of few rows; fast computes prompts and answers together."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def arrive(engine: Engine, args: argparse.Namespace) -> tuple[float, float, float]:
-    """Seconds to the first token, of the median request and of the last; tokens a second."""
+    """Seconds to the first token of the median request and of the last; tokens per second."""
     draw = random.Random(0)
     sampling = Sampling(max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
     began_s = time.perf_counter()

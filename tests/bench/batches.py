@@ -1,7 +1,7 @@
 """A batch of many short lines: `python -m tests.bench.batches`.
 
-What the pod that runs it and Redis take for it, after a tenth of the lines and after all of them: the pod's memory must
-not know how many there are. One pod, one worker with the built-in model, a Redis of its own.
+Memory and time of the pod that runs it and of Redis, after a tenth of the lines and after all: the pod's memory must
+not depend on their number. One pod, one worker with the built-in model, a Redis of its own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Run:
     input_bytes: int
     output_bytes: int
     seconds: float
-    pod_bytes: tuple[int, int]                          # before, and the most that was seen
-    redis_bytes: tuple[int, int, int]                   # before, the most that was seen, after
+    pod_bytes: tuple[int, int]                          # before, and the maximum
+    redis_bytes: tuple[int, int, int]                   # before, the maximum, after
 
     def __str__(self) -> str:
         mib = 1 << 20

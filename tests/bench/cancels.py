@@ -1,6 +1,6 @@
 """Jobs that are cancelled in every state, and what they leave behind: `python -m tests.bench.cancels`.
 
-In line, in prefill, in decode, at its end, by the client that leaves or by the operator's verb. Afterwards no slot, no
+Queued, in prefill, in decode, at its end; by a client that leaves, or by the operator's verb. Afterwards no slot, no
 block and no key of a live job may be left, on the worker and in Redis.
 """
 
@@ -63,7 +63,7 @@ async def cancel_all(args: argparse.Namespace, url: str) -> dict[str, int]:
 
 
 async def begin_and_cancel(http: httpx.AsyncClient, after_s: float, by_verb: bool) -> str:
-    """Reads for so long, then leaves, or says so."""
+    """Reads for so long, then leaves, or cancels by the verb."""
     body = {"model": MODEL, "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 2,
             "messages": [{"role": "user", "content": "Count from 1 to 100. " + "x" * PROMPT_CHARS}]}
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:

@@ -1,4 +1,4 @@
-"""A load of streams over raw HTTP/1.1: it costs a tenth of an SDK, so that what is measured is the server.
+"""A load of streams over raw HTTP/1.1: a tenth of the cost of an SDK, so that the server is what is measured.
 
 Closed loop: `concurrency` connections, each sends its next request when the last answer has ended. It reads what any
 OpenAI-compatible server streams: the order of keys, spaces, `[DONE]` and which event brings the usage are the server's.
@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 REQUEST_TIMEOUT_S = 300.0
-# Found in the bytes: to parse each event would cost more than all else that is done with it.
+# Found in the bytes: parsing each event would cost more than everything else here.
 TEXT = re.compile(rb'"content": ?"(?!")')
 USAGE = re.compile(rb'"usage": ?\{')
 ERROR = re.compile(rb'data: ?\{"error"')
@@ -23,7 +23,7 @@ ERROR = re.compile(rb'data: ?\{"error"')
 
 @dataclass
 class Timing:
-    """One request, in seconds since it was sent; the engine alone is timed by the same class."""
+    """One request, in seconds since it was sent; also used to time the engine alone."""
 
     sent_s: float
     num_tokens: int = 0
@@ -42,13 +42,13 @@ class Timing:
 
     @property
     def per_token_s(self) -> float:
-        """Mean time between tokens, which may arrive several at a time."""
+        """Mean time between tokens, of which several may arrive at once."""
         return (self.arrivals_s[-1] - self.arrivals_s[0]) / max(self.num_tokens - 1, 1)
 
 
 async def run(url: str, bodies: list[dict[str, Any]], concurrency: int,
               timeout_s: float = REQUEST_TIMEOUT_S) -> tuple[list[Timing], float]:
-    """Timings of all requests, and the seconds that they took together."""
+    """The timings of all requests, and the seconds for all together."""
     waiting = list(reversed(bodies))
     timings: list[Timing] = []
 
@@ -81,7 +81,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body:
             raise ConnectionError(f"the answer ended with {line.decode()}")
         elif line == b"0\r\n":
             await reader.readline()
-            timing.num_tokens = timing.num_tokens or len(timing.arrivals_s)     # no usage: an event is a token
+            timing.num_tokens = timing.num_tokens or len(timing.arrivals_s)     # without usage: one token per event
             assert timing.num_tokens, "the answer has no text"
             return timing
     raise ConnectionError("the answer was cut")

@@ -1,8 +1,8 @@
-"""What it costs that answers must be something: `python -m tests.bench.constraint FOLDER`.
+"""The cost of constraints on answers: `python -m tests.bench.constraint FOLDER`.
 
-A model of tests.bench.models; streams that may say anything, and streams that must keep a form, in turn, of the engine
-alone and of a service. Random weights keep the last form mostly by themselves, as a model does that was asked to; of
-the flags most text must follow as it is. And how long schemas that are in use take to compile, with the first mask.
+A model of tests.bench.models; unconstrained streams and constrained streams, in turn, in the engine alone and in a
+service. Random weights mostly follow the last form unaided, like a model that was prompted to; of the flags most text
+is forced. Also the time to compile schemas that are in use, with the first mask.
 """
 
 from __future__ import annotations

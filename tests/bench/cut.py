@@ -1,7 +1,8 @@
 """Streams that are cut once, and how many of them differ from uninterrupted ones: `python -m tests.bench.cut`.
 
-Each request is asked twice. The second time its job is taken from its worker in mid-stream, as a hand-over does, and
-another goes on by replay. Half are greedy, half sampled with a seed of their own; text, finish reasons and usage count.
+Each request is made twice. The second time its job is taken from its worker in mid-stream, as in a hand-over, and
+another continues by replay. Half are greedy, half sampled with seeds of their own; text, finish reasons and usage are
+compared.
 """
 
 from __future__ import annotations

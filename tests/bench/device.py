@@ -116,7 +116,7 @@ def wait(device: str | torch.device) -> None:
 
 def make_model(shape: str, device: str, quantization: Literal["none", "int8"] = "none", max_num_seqs: int = 64
                ) -> Model:
-    """As `load` makes one of a folder."""
+    """A model as `load` makes it from a folder."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=None,
                          eos_token_id=None, dtype="bfloat16")
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def timed_steps(engine: Engine) -> Iterator[float]:
 
 
 def profile(engine: Engine) -> tuple[float, float, list[tuple[str, float, float]]]:
-    """Seconds of a step in which kernels run, and of the gap before it; of each kernel name, how many and how long."""
+    """Seconds of a step in which kernels run, and of the gap before it; per kernel name, number and time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -197,7 +197,7 @@ def profile(engine: Engine) -> tuple[float, float, list[tuple[str, float, float]
 
 
 def prefill(model: Model, chunk: int, ceiling: Ceiling) -> None:
-    """One prompt of 4096 tokens in such chunks."""
+    """One prompt of 4096 tokens, in chunks of this size."""
     num_tokens = 4096
     engine = Engine(model, max_num_seqs=8, prefill_chunk=chunk, kv_cache_bytes=4 * GIB, enable_prefix_caching=False,
                     num_speculative_tokens=0)
@@ -218,7 +218,7 @@ def prefill(model: Model, chunk: int, ceiling: Ceiling) -> None:
 
 
 def num_weights(model: Model) -> int:
-    """That every step reads: the embedding is looked up."""
+    """The weights that every step reads: not the embedding, which is looked up."""
     return sum(weight.numel() for weight in read_weights(model))
 
 

@@ -1,6 +1,6 @@
-"""What a step's drawing costs, by what rows ask for: `python -m tests.bench.drawing`.
+"""The cost of drawing in a step, by sampling parameters: `python -m tests.bench.drawing`.
 
-The sampler alone, 32 rows of logits in bfloat16, random and rather steep; all rows ask for the same.
+The sampler alone, 32 rows of logits in bfloat16, random and rather peaked; all rows have the same parameters.
 """
 
 from __future__ import annotations

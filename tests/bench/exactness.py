@@ -1,9 +1,8 @@
 """Whether an answer depends on what runs beside it: `python -m tests.bench.exactness`.
 
-The engine alone. Each request runs by itself, without kept prefixes and without drafts, and a mask is made before each
-of its tokens where it must keep a form; then all run as a crowd that shares beginnings, drafts, has too little memory,
-of which every third was begun by another, and whose forms are looked up as usual. Counts who differs.
-"""
+The engine alone. Each request runs by itself, without cached prefixes and without drafts, and with a mask before each
+token if it is constrained; then all run together, with shared prefixes, drafts, too little memory, every third begun on
+another worker, and masks made as usual. Counts the answers that differ."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from worker.model.attention import PAGE_LEN
 from worker.serve import model_folder
 
 MAX_MODEL_LEN = 1024
-NUM_PAGES = 24              # of memory for a crowd that would take twice as many
+NUM_PAGES = 24              # of memory: half of what these requests would use
 NUM_BEGINNINGS = 6
 MAX_WAITING = 8
 STYLES: tuple[dict[str, Any], ...] = (
@@ -38,7 +37,7 @@ FORMS = (of_regex(r"[^\n]{100}"), of_regex(r"([a-z]{1,8} ){40}"), of_choice(["ce
 
 
 class Asking(GrammarConstraint):
-    """Before every token."""
+    """Makes a mask before every token."""
 
     is_trusted = False
 
@@ -80,7 +79,7 @@ def make_requests(count: int, vocab_size: int) -> list[Request]:
 
 
 def formed(request: Request, grammars: Grammars, kind: type[GrammarConstraint]) -> Request:
-    """Every fourth must keep one of the forms."""
+    """Gives every fourth request one of the constraints."""
     number = int(request.id)
     if number % 4:
         return request
@@ -89,7 +88,7 @@ def formed(request: Request, grammars: Grammars, kind: type[GrammarConstraint]) 
 
 
 def begun(request: Request, answer: list[int]) -> Request:
-    """As it comes from a worker that died in mid-stream, every third time."""
+    """Every third as it comes from a worker that died in mid-stream."""
     number = int(request.id)
     return replace(request, continued=(tuple(answer[:number % len(answer)]),)) if number % 3 == 0 else request
 

@@ -1,4 +1,4 @@
-"""What no server can do better on this machine with a model's weights: `python -m tests.bench.floor FOLDER`.
+"""The lower bound for any server on this machine with a model's weights: `python -m tests.bench.floor FOLDER`.
 
 Every step reads all weights once, however many rows it has; every token of an answer multiplies with each of them, and
 every token of a prompt with all but those of the head, which only its last one needs. So the machine's read bandwidth
@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 SAVED_BYTES = 2                                         # of a weight in bfloat16, as tests.bench.models saves them
-WINDOW_S = 4.0              # the best pass in it counts: others use the machine too, and may disturb most of them
-MATRIX = 1024                                           # rows and columns: enough work for the full rate
+WINDOW_S = 4.0              # the best pass within it counts: other processes may disturb most of them
+MATRIX = 1024                                           # rows and columns: large enough for the full rate
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,27 @@ class Floor:
     dtype: str                                          # what the weights are computed in
     num_threads: int
     num_weights: int
-    num_head_weights: int                               # of them: what turns the last layer into logits
+    num_head_weights: int                               # of these, the weights that turn the last layer into logits
     weight_bytes: int                                   # what one step reads
     read_bytes_per_s: float                             # of a buffer as large as the weights, so from cache if they fit
-    multiply_flop_per_s: float                          # of large square matrices, by torch or packed as a worker's
+    multiply_flop_per_s: float                          # of large square matrices, by torch or packed as in a worker
 
     def __or__(self, other: Floor) -> Floor:
-        """The better of two measurements of the same: each may have been disturbed."""
+        """The better of two measurements of the same quantity: each may have been disturbed."""
         return replace(self, read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s),
                        multiply_flop_per_s=max(self.multiply_flop_per_s, other.multiply_flop_per_s))
 
     @property
     def read_s(self) -> float:
-        """Of all weights once: what a step takes at least."""
+        """Seconds to read all weights once: the least time of a step."""
         return self.weight_bytes / self.read_bytes_per_s
 
     def multiply_s(self, num_weights: int) -> float:
-        """Of one token with so many weights."""
+        """Seconds to multiply with so many weights, for one token."""
         return 2 * num_weights / self.multiply_flop_per_s
 
     def most_tokens_per_s(self, num_rows: int, num_prompt_tokens: int, num_tokens: int) -> float:
-        """Of so many streams that each decode `num_tokens` after a prompt, when nothing else costs anything."""
+        """For so many streams that each decode `num_tokens` after a prompt, if nothing else took time."""
         decode_s = num_tokens * max(self.read_s, num_rows * self.multiply_s(self.num_weights))
         prefill_s = num_rows * num_prompt_tokens * self.multiply_s(self.num_weights - self.num_head_weights)
         return num_rows * num_tokens / (decode_s + prefill_s)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measured_apart(folder: Path, dtype: str, num_threads: int) -> Floor:
-    """In a process of its own: whoever measures servers loads no torch."""
+    """Measures in a process of its own: the process that measures servers does not load torch."""
     command = [sys.executable, "-m", "tests.bench.floor", str(folder), "--dtype", dtype, "--threads", str(num_threads)]
     return Floor(**json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 

@@ -1,6 +1,6 @@
-"""What a delta costs a pod in Python: to read a push, and to fold it into events. `python -m tests.bench.fold`.
+"""The CPU cost of a delta in a pod: parsing its push, and folding it into events. `python -m tests.bench.fold`.
 
-In each language, of a plain text; and of text, thoughts and calls where tools are offered and thoughts are told.
+In each language, for plain text; and for text, reasoning and calls, where tools are offered.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def entries_of(text: str) -> list[Entry]:
 
 
 def fold_us(header: Header, entries: list[Entry], opening: str = "") -> float:
-    """Behind what opens it."""
+    """Time to fold an entry, after `opening`."""
     def work() -> None:
         fold = event_fold("chatcmpl-1", header, lambda _: b"")
         fold.feed(Entry(1, 1, 1, "delta", encode_deltas([Delta(0, (42,), opening)])))
@@ -66,7 +66,7 @@ def fold_us(header: Header, entries: list[Entry], opening: str = "") -> float:
 
 
 def best_us(work: Callable[[], object]) -> float:
-    """Per entry, of the best round: what others do on this machine only adds."""
+    """Per entry, in the best round: other processes can only add time."""
     times = []
     for _ in range(ROUNDS):
         began_s = time.perf_counter()

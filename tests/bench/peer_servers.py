@@ -1,6 +1,6 @@
 """The servers that `make bench-peers` compares, Baton and its peers: how each is started, frozen and ended.
 
-All run with their own defaults, but for the number type, the memory for keys and values, and what is said beside it.
+All run with their own defaults, except for the number type, the memory for keys and values, and what is noted here.
 It knows processes. It knows nothing of requests and of time.
 """
 
@@ -32,7 +32,7 @@ BLOCK_TOKENS = 256                                      # of transformers' cache
 
 @dataclass
 class Server:
-    """One that runs. Its processes are `roots` and all that descends from them."""
+    """A running server. Its processes are `roots` and all their descendants."""
 
     name: str
     url: str
@@ -50,7 +50,7 @@ class Server:
             raise PeerFailed(f"{self.name} has ended") from None
 
     def freeze(self) -> None:
-        """Idle servers poll and spin: whoever is not measured stands still."""
+        """Idle servers poll and spin: those that are not measured are stopped."""
         for process in self.processes():
             process.suspend()
 
@@ -61,7 +61,7 @@ class Server:
 
 
 def start_ours(folder: Path, model: Path) -> Server:
-    """The whole path: Redis, a pod, a worker. No drafts: random weights repeat themselves, which would flatter them."""
+    """The whole path: Redis, a pod, a worker. No drafts: random weights repeat themselves, which flatters them."""
     redis = RedisServer(folder / "redis").start()
     system = System(folder, redis.url, model=model, served_model_name=MODEL, num_speculative_tokens=0)
     assert redis.process
@@ -86,7 +86,7 @@ def start_ours(folder: Path, model: Path) -> Server:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a peer is run, and asked."""
+    """How a peer is started, and its requests."""
 
     arguments: list[str]
     variables: dict[str, str]                           # of its environment
@@ -95,7 +95,7 @@ class Launch:
 
 
 def start_peer(name: str, folder: Path, environment: Path, model: Path, dtype: str, num_tokens: int) -> Server:
-    """With room for `num_tokens` of keys and values at least. Returns when it answers. Raises PeerFailed."""
+    """With room for at least `num_tokens` of keys and values. Returns when it answers. Raises PeerFailed."""
     port = free_port()
     launch = launch_vllm(environment, model) if name == "vllm" else launch_transformers(environment, model, num_tokens)
     hub = folder / "hub"
@@ -129,14 +129,14 @@ def launch_vllm(environment: Path, model: Path) -> Launch:
     return Launch(
         [str(environment / "bin" / "vllm"), "serve", str(model), "--served-model-name", model.name,
          "--disable-uvicorn-access-log"],
-        {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0",           # else it leaves a core unused, and is slower for it
+        {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0",           # otherwise it leaves a core unused, and is slower
          "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), "VLLM_NO_USAGE_STATS": "1",
          "VLLM_CACHE_ROOT": str(environment.parent / "vllm-cache")},
         model.name, {"ignore_eos": True})
 
 
 def launch_transformers(environment: Path, model: Path, num_tokens: int) -> Launch:
-    num_blocks = -(-num_tokens // BLOCK_TOKENS)         # by itself it plans for nine tenths of the machine's memory
+    num_blocks = -(-num_tokens // BLOCK_TOKENS)         # by default it takes nine tenths of the machine's memory
     return Launch(
         [str(environment / "bin" / "transformers"), "serve", str(model), "--continuous-batching", "--device", "cpu",
          "--cb-num-blocks", str(num_blocks)],
@@ -149,7 +149,7 @@ def last_line(log: Path) -> str:
 
 
 def end_group(popen: subprocess.Popen[bytes]) -> None:
-    """A peer and all that it started; one that is frozen goes on first, else it could not hear of its end."""
+    """Ends a peer and all that it started; a frozen one is continued first, so that it can receive the signal."""
     for number in (signal.SIGCONT, signal.SIGTERM):
         with suppress(ProcessLookupError):
             os.killpg(popen.pid, number)

@@ -1,7 +1,7 @@
 """`make bench-peers`: Baton beside vLLM's CPU build and `transformers serve`, on random models of llama's shape.
 
-One client sends each the same prompts for the same number of tokens. They take turns and stand still while another is
-measured. A peer that cannot be installed, started or measured on this machine is said in a line.
+One client sends each the same prompts for the same number of tokens. They take turns, and are stopped while another is
+measured. A peer that cannot be installed, started or measured here is reported in one line.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Turn:
 
 @dataclass
 class Measured:
-    """What there is on one model."""
+    """The measurements of one model."""
 
     floors: dict[str, Floor]
     start_s: dict[str, float] = field(default_factory=dict)     # from nothing to the first token
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def end_in_order(*_: object) -> None:
-    """Else frozen servers would stay behind. `timeout` sends the signal twice: the second must not cut that short."""
+    """Otherwise frozen servers would remain. `timeout` sends the signal twice: the second must not interrupt this."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(1)
 
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, model: Path, environments: dict[str, Path]
             for concurrency in args.concurrency:
                 measured.turns[concurrency] = take_turns(args, concurrency, running, measured)
         finally:
-            with ExitStack() as stack:                  # each is stopped, whatever another's end brings
+            with ExitStack() as stack:                  # each is stopped, even if stopping another fails
                 for server in running.values():
                     stack.callback(server.stop)
     for name, floor in measure_floors(args, model, environments).items():
@@ -152,7 +152,7 @@ def measure_floors(args: argparse.Namespace, model: Path, environments: dict[str
 
 @contextmanager
 def noted(name: str, measured: Measured, running: dict[str, Server]) -> Iterator[None]:
-    """A peer that fails has no further turns; without ours there is nothing to compare."""
+    """A peer that fails gets no further turns; without ours there is nothing to compare."""
     try:
         yield
     except (PeerFailed, OSError, AssertionError, psutil.Error) as failure:
@@ -168,7 +168,7 @@ def take_turns(args: argparse.Namespace, concurrency: int, running: dict[str, Se
     turns: dict[str, list[Turn]] = {name: [] for name in running}
     num_requests = args.requests * concurrency
     for number in range(args.rounds):
-        # Prompts that no server has seen, the same for all: no kept prefix helps.
+        # Prompts that no server has seen, the same for all: cached prefixes do not help.
         begin = 1_000_000 * concurrency + 10_000 * number
         for name, server in list(running.items()):
             with noted(name, measured, running):

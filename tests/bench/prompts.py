@@ -1,7 +1,7 @@
-"""What a long prompt costs: found computed, and those who run beside it. `python -m tests.bench.prompts`.
+"""The cost of a long prompt: when it is cached, and for streams beside it. `python -m tests.bench.prompts`.
 
-The engine alone, on seeded random weights (5 million of them, llama's shape) unless a model is given. A prompt is
-computed, then asked again, so that all its chunks are found; and another enters while streams decode.
+The engine alone, on seeded random weights (5 million, llama's shape) unless a model is given. A prompt is computed,
+then requested again, so that all its chunks are cached; another starts while streams decode.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from worker.build import build
 from worker.engine.engine import Engine, Request
 from worker.serve import model_folder
 
-NUM_BEHIND = 16             # tokens behind what is found: the last one's logits are always computed
+NUM_BEHIND = 16             # tokens after the cached part: the last one's logits are always computed
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def prompt(engine: Engine, draw: random.Random, num_tokens: int) -> tuple[int, .
 
 
 def ask_twice(engine: Engine, token_ids: tuple[int, ...]) -> tuple[float, float]:
-    """Seconds to the first token: computed, then found."""
+    """Seconds to the first token: computed, then cached."""
     def first_token_s() -> float:
         engine.add(Request("it", token_ids, sampling(1)))
         began_s = time.perf_counter()
@@ -70,7 +70,7 @@ def ask_twice(engine: Engine, token_ids: tuple[int, ...]) -> tuple[float, float]
 
 
 def enter(engine: Engine, draw: random.Random, args: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Seconds of each step in which every stream gains a token: before, and while the long prompt enters."""
+    """Seconds of each step in which every stream gains a token: before, and during, the prefill of the long prompt."""
     long = Request("long", prompt(engine, draw, args.entering_tokens), sampling(1))
     num_steps = -(-args.entering_tokens // engine.prefill_budget)
     for number in range(args.streams):

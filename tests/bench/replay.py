@@ -1,7 +1,7 @@
 """How fast an answer is replayed, in logged tokens per second: `python -m tests.bench.replay`.
 
-What a worker does that continues a dead one's answer, in the engine alone: the prompt's prefill, then the logged tokens
-through the decode path.
+What a worker does that continues the answer of a dead one, in the engine alone: the prompt's prefill, then the logged
+tokens through the decode path.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`make bench`: what the service does, and what the queue and the API add to the engine alone.
+"""`make bench`: the service's performance, and what the queue and the API add to the engine alone.
 
 The same requests go through HTTP, Redis and a worker, and to an engine in a process of its own, in turn, at each
-concurrency. Times of this machine mean little by themselves; the difference of one run does.
+concurrency. Absolute times of this machine mean little; differences within one run do.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def main() -> None:
 
 
 Side = Callable[[range, int], tuple[list[Timing], float]]
-"""Runs some of the requests at a concurrency: their timings, and the seconds that they took together."""
+"""Runs some of the requests at a concurrency: their timings, and the seconds for all together."""
 
 
 def measure(args: argparse.Namespace, sides: dict[str, Side]) -> dict[int, dict[str, dict[str, float]]]:
-    """By concurrency, of each side. They take turns, for the machine is not the same from one minute to the next."""
+    """By concurrency, for each side. Sides alternate, since the machine changes from one minute to the next."""
     results = {}
     for concurrency in CONCURRENCIES:
         for side in sides.values():
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace, sides: dict[str, Side]) -> dict[int, dict[
 
 
 def body(args: argparse.Namespace, model: str, number: int) -> dict[str, Any]:
-    """Requests that differ, so that no cache helps, and that all take the same work: long counts, which always show."""
+    """Requests that differ, so that no cache helps, and take the same work: long counts, whose tokens all show."""
     draw = random.Random(number)
     words = ["count", "spell", "reverse", "add", "seven", "apple", "river", "window", "yellow", "basket"]
     filler = " ".join(draw.choices(words, k=args.prompt_chars))[:args.prompt_chars]
@@ -123,7 +123,7 @@ def alone() -> Iterator[Side]:
 
 
 def answer(args: argparse.Namespace) -> None:
-    """What `alone` speaks to, until nobody asks any more."""
+    """The process behind `alone`, until its input ends."""
     from api.jobs import resolve_sampling
     from api.wire.request import ChatRequest
     from shared.settings import Settings

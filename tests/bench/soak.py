@@ -1,7 +1,7 @@
-"""What jobs leave behind that have ended and expired: `python -m tests.bench.soak`.
+"""What ended and expired jobs leave behind: `python -m tests.bench.soak`.
 
 Redis' keys and memory, and the memory of a pod and of a worker, after a tenth of the jobs and after all of them: they
-must be where they were.
+must not have grown.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from deploy.redis import RedisServer
 from tests.system import MODEL, Start, System, eventually, start
 
 RETAIN_S = 1                                            # of finished logs
-PASSING = ("*:out:*", "*:job:*")                        # keys that are kept for so long
-STANDING = ("*:leases", "*:worker:*", "*:card:*", "*:looked")     # of who lives: begun, lost and renewed at any time
+PASSING = ("*:out:*", "*:job:*")                        # keys that expire after that time
+STANDING = ("*:leases", "*:worker:*", "*:card:*", "*:looked")     # of live processes: created and renewed at any time
 CLIENTS = 32
 TIMEOUT_S = 120.0
 MAX_REDIS_GROWTH_BYTES = 1 << 20
-MAX_PROCESS_GROWTH_BYTES = 16 << 20                     # what allocators keep in their corners comes and goes
+MAX_PROCESS_GROWTH_BYTES = 16 << 20                     # allocators' caches come and go
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """At rest, when every log has expired."""
+    """The state at rest, when every log has expired."""
 
-    keys: frozenset[str]                                # but for those of who lives
+    keys: frozenset[str]                                # except those of live processes
     redis_bytes: int
     pod_bytes: int
     worker_bytes: int
@@ -45,7 +45,7 @@ class Footprint:
         return f"{len(self.keys)} keys, Redis {redis:.2f} MiB, pod {pod:.1f} MiB, worker {worker:.1f} MiB"
 
     def grown_to(self, after: Footprint) -> Iterator[str]:
-        """What is not where it was."""
+        """What has grown."""
         if left := after.keys - self.keys:
             yield f"keys were left: {' '.join(sorted(left))}"
         for name, limit in (("redis_bytes", MAX_REDIS_GROWTH_BYTES), ("pod_bytes", MAX_PROCESS_GROWTH_BYTES),
@@ -73,7 +73,7 @@ def main() -> int:
 
 def soak(num_first: int, num_jobs: int, folder: Path, redis_url: str, start: Start = start
          ) -> tuple[Footprint, Footprint]:
-    """After the first jobs, and after all, on a system of its own on this Redis, which nobody else uses."""
+    """After the first jobs, and after all, on a system of its own, with exclusive use of this Redis."""
     system = System(folder, redis_url, start=start, retain_s=RETAIN_S)
     url = system.start_all(1)
     footprints = []
@@ -86,7 +86,7 @@ def soak(num_first: int, num_jobs: int, folder: Path, redis_url: str, start: Sta
 
 
 async def ask(url: str, number: int) -> None:
-    """So many answers of two tokens, every other one as a stream."""
+    """Requests so many answers of two tokens, every other one as a stream."""
     waiting = iter(range(number))
 
     async def one_by_one(http: httpx.AsyncClient) -> None:

@@ -1,7 +1,7 @@
-"""What draft tokens bring, and what they cost where nothing repeats: `python -m tests.bench.speculation`.
+"""The gain of draft tokens, and their cost where nothing repeats: `python -m tests.bench.speculation`.
 
-The engine alone on the built-in model, with drafts and without in turn, on the same held-out questions, greedily. CPU
-time of the steps that decode, since other tenants of the hardware take wall time.
+The engine alone on the built-in model, with and without drafts in turn, on the same held-out questions, greedily. CPU
+time of the decoding steps, since other tenants of the hardware affect wall time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24, help="of each skill (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each, in turn (%(default)s)")
     args = parser.parse_args()
-    settings = Settings(enable_prefix_caching=False, threads=1)     # CPU time is that of one thread then
+    settings = Settings(enable_prefix_caching=False, threads=1)     # CPU time is then that of one thread
     engine = build(settings, model_folder(settings))
     tokenizer = Tokenizer(make_card(BUILT_IN, engine))
     table = Table(title=f"CPU time of decoding, {args.requests} requests, the best of {args.rounds} rounds")
@@ -66,7 +66,7 @@ def requests(prompts: Sequence[tuple[int, ...]], speculative: bool, grammars: Gr
 
 
 def decode_s(engine: Engine, waiting: list[Request], streams: int) -> float:
-    """CPU seconds for each token behind the first, in a closed loop of so many streams."""
+    """CPU seconds per token after the first, in a closed loop of so many streams."""
     took_s, num_tokens = 0.0, 0
     in_prefill: set[str] = set()
     while waiting or engine.has_work:

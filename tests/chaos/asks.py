@@ -1,6 +1,6 @@
-"""What the clients of these runs ask: each has one right answer, and is hard to continue in a way of its own.
+"""What the clients of these runs request: each request has one right answer, and is hard to continue in its own way.
 
-The built-in model counts without a mistake in the ranges that stand here, so arithmetic is a second judge.
+In the ranges used here the built-in model counts without mistakes, so arithmetic is a second judge.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.chaos.languages import BACKGROUND, CHAT, MESSAGES, RESPONSES, Languag
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. `counts`: what every choice must say, when arithmetic knows it."""
+    """One request. `counts`: the text of every choice, if arithmetic knows it."""
 
     name: str
     content: str
@@ -27,7 +27,7 @@ class Ask:
         return int(self.fields.get("n", 1))
 
     def body(self, model: str) -> dict[str, Any]:
-        """As it is sent."""
+        """The body as it is sent."""
         return {"model": model} | self.language.body(self.content) | self.fields
 
 
@@ -41,7 +41,7 @@ def numbers(first: int, last: int) -> str:
 
 
 NUMBERS = numbers(1, 60)
-RAMBLE = {"temperature": 1.3, "ignore_eos": True}       # nobody can guess the next token: only the same noise makes it
+RAMBLE = {"temperature": 1.3, "ignore_eos": True}       # unpredictable tokens: only equal noise reproduces them
 
 ASKS = (
     count(1, 60),

@@ -1,4 +1,4 @@
-"""The judge: from what clients were told and what the logs hold, every broken promise as one line.
+"""The judge: compares what clients received with the logs, and reports every broken promise in one line.
 
 Pure: it is given transcripts, log entries and what Redis still holds, and compares them with uninterrupted answers.
 """
@@ -19,7 +19,7 @@ Rows = Sequence[tuple[str, Mapping[str, str]]]          # of one log: (entry id,
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What must be the same, whatever happened on the way. Cached tokens are whose cache it was."""
+    """What must be the same, whatever faults occurred. Cached tokens depend on the worker."""
 
     texts: tuple[str, ...]
     reasons: tuple[str | None, ...]
@@ -48,7 +48,7 @@ def _said(transcript: Transcript) -> list[Said]:
 
 def check(transcripts: Sequence[Transcript], logs: Mapping[str, Rows], uninterrupted: Mapping[str, Answer],
           leftovers: Mapping[str, object]) -> list[str]:
-    """Every violation. `leftovers`: what must be empty when no job lives, by name."""
+    """Every violation. `leftovers`: by name, what must be empty when no job lives."""
     found = [f"{transcript}: {violation}" for transcript in transcripts
              for violation in _transcript(transcript, logs.get(transcript.id, ()), uninterrupted)]
     found += [f"log of {completion_id}: {violation}" for completion_id, rows in logs.items()
@@ -116,7 +116,7 @@ def _ordinals(transcript: Transcript) -> Iterator[str]:
 
 
 def check_log(rows: Rows) -> Iterator[str]:
-    """P1: one terminal, the last. P3: tokens add up. P5: positions are dense, no epoch speaks after its successor."""
+    """P1: one terminal, the last. P3: tokens add up. P5: positions are dense, no epoch writes after its successor."""
     position, num_tokens, epoch, fenced = -1, 0, -1, 0
     ended = False
     for entry_id, fields in rows:
@@ -156,7 +156,7 @@ def _entry(entry_id: str, fields: Mapping[str, str]) -> Entry:
 
 
 def _difference(got: object, right: object) -> str:
-    """Where two values part, in a few words."""
+    """Where two values differ, in a few words."""
     got, right = str(got), str(right)
     at = next((i for i, (a, b) in enumerate(zip(got, right, strict=False)) if a != b), min(len(got), len(right)))
     return f"{got[max(at - 12, 0):at + 12]!r} and not {right[max(at - 12, 0):at + 12]!r} at character {at}"

@@ -1,7 +1,7 @@
-"""Clients that never give up: raw HTTP, k at a time; a stream that breaks is resumed on any pod, from its last event.
+"""Clients that never give up: raw HTTP, k at a time; a stream that breaks is resumed on any pod, after its last event.
 
-Responses are streamed as an application does it, over the transport that returns by itself. They write down what they
-were told and when, and judge nothing: what it should have been is the checker's.
+Responses are streamed as an application does it, over the transport that resumes by itself. Clients record what they
+received and when, and judge nothing: the checker does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE_S = 120.0                                      # for one answer, everyt
 READ_TIMEOUT_S = 5.0                                    # several heartbeats
 CONNECT_TIMEOUT_S = 2.0
 RETRY_S = 0.05                                          # after a connection that broke, or was refused
-MAX_RETRY_S = 2.0                                       # of what a pod asks for: others may be better off
+MAX_RETRY_S = 2.0                                       # of what a pod asks for: other pods may be ready sooner
 TRY_AGAIN = frozenset({409, 429, 500, 502, 503, 504})
 
 
@@ -43,19 +43,19 @@ class Connection:
     opened_s: float
     first_s: float | None = None                        # its first event
     closed_s: float | None = None
-    why: str = ""                                       # it ended, if not with the answer
+    why: str = ""                                       # why it ended, if not with the answer
 
 
 @dataclass(slots=True)
 class Transcript:
-    """What one client was told."""
+    """What one client received."""
 
     ask: Ask
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     id: str = ""                                        # of the completion, once known
     events: list[Event] = field(default_factory=list)
     connections: list[Connection] = field(default_factory=list)
-    failure: str = ""                                   # why it was given up
+    failure: str = ""                                   # why the client gave up
 
     def __str__(self) -> str:
         return f"{self.ask.name} ({self.id or 'never accepted'})"
@@ -78,7 +78,7 @@ class Transcript:
 
     @property
     def resumed(self) -> bool:
-        """It was told over several connections."""
+        """Whether it took several connections."""
         return sum(connection.first_s is not None for connection in self.connections) > 1
 
     @property
@@ -92,7 +92,7 @@ class Transcript:
 
 
 class Clients:
-    """Ask in turn, each as often as time allows."""
+    """Clients that take their requests in turn, each repeated as often as time allows."""
 
     def __init__(self, urls: Sequence[str], model: str, patience_s: float = PATIENCE_S) -> None:
         self.transcripts: list[Transcript] = []
@@ -113,13 +113,13 @@ class Clients:
         await self._returning.aclose()
 
     def on(self, url: str) -> frozenset[str]:
-        """The completions that a pod relays to them at this moment, but for those of a transport: it tells nobody."""
+        """The completions that a pod relays to them now, except over a transport, which does not report its pod."""
         return frozenset(transcript.id for transcript in self.transcripts
                          if transcript.open and transcript.id and not transcript.language.by_transport
                          and transcript.connections[-1].closed_s is None and transcript.connections[-1].url == url)
 
     async def run(self, asks: Iterable[Ask], concurrency: int, may_begin: Callable[[], bool] = lambda: True) -> None:
-        """All of them, `concurrency` at a time, as long as new ones may begin."""
+        """Runs all requests, `concurrency` at a time, while new ones may begin."""
         waiting = iter(asks)
 
         async def client() -> None:
@@ -131,7 +131,7 @@ class Clients:
         await asyncio.gather(*(client() for _ in range(concurrency)))
 
     async def read(self, ask: Ask) -> Transcript:
-        """One answer to its end, over as many connections as that takes."""
+        """Reads one answer to its end, over as many connections as needed."""
         transcript = Transcript(ask)
         self.transcripts.append(transcript)
         try:
@@ -143,7 +143,7 @@ class Clients:
         return transcript
 
     async def _connect(self, transcript: Transcript) -> float:
-        """One connection to its end. Seconds until the next one makes sense."""
+        """Reads one connection to its end. Returns the seconds to wait before the next one."""
         connection = Connection(next(self._pods), time.monotonic())
         transcript.connections.append(connection)
         pause_s = 0.0
@@ -181,7 +181,7 @@ class Clients:
             for ordinal, data in parse.feed(piece):
                 now_s = time.monotonic()
                 if ordinal is None and not data.startswith(transcript.language.ends):
-                    # An error that is no event of the answer: resume.
+                    # An error that is not an event of the answer: resume.
                     connection.why = data[:200].decode(errors="replace")
                     return RETRY_S
                 connection.first_s = connection.first_s or now_s
@@ -192,7 +192,7 @@ class Clients:
 
 
 class EventParser:
-    """Server-sent events from bytes; what is not complete is kept until it is."""
+    """Server-sent events from bytes; incomplete ones are kept until they are complete."""
 
     def __init__(self) -> None:
         self._rest = b""

@@ -1,6 +1,6 @@
-"""The steps of the protocol at which a process may die: each named once, here, and reached by wrapping what it calls.
+"""The protocol steps at which a process may die: each named here once, and reached by wrapping the call.
 
-A process that was armed kills itself at the nth passage of one point, as the kernel would: no handler runs.
+An armed process kills itself at the nth passage of one point, as the kernel would: no handler runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Point:
 
 def _both(verb: str, room: Room, method: str, counts: Callable[..., bool] = lambda *_: True,
           passages: tuple[int, ...] = (1, 2, 3)) -> Iterator[Point]:
-    """Before the verb is sent, and when its reply is there."""
+    """The points before the verb is sent, and after its reply."""
     yield Point(f"{verb}: not sent", room, method, "before", counts, passages)
     yield Point(f"{verb}: executed", room, method, "after", counts, passages)
 
@@ -79,7 +79,7 @@ def arm(name: str, passage: int) -> None:
 
 
 def die_of(seed: int) -> None:
-    """From now on this process dies of any job with this seed, as of a prompt that breaks the engine."""
+    """From now on this process dies on any job with this seed, like a prompt that breaks the engine."""
     from worker.worker import Worker
 
     begin = Worker._begin
@@ -93,7 +93,7 @@ def die_of(seed: int) -> None:
 
 
 def hang_at(step: int) -> None:
-    """The engine's nth step does not end, in this process."""
+    """The engine's nth step hangs, in this process."""
     def hang(_: Any) -> None:
         time.sleep(HANG_S)
 
@@ -101,7 +101,7 @@ def hang_at(step: int) -> None:
 
 
 def go_bad_at(step: int) -> None:
-    """From the engine's nth step on the model gives no numbers, in this process."""
+    """From the engine's nth step on the model's logits are NaN, in this process."""
     import torch
 
     def go_bad(engine: Any) -> None:
@@ -150,7 +150,7 @@ def _wrap(point: Point, pass_by: Callable[[], None]) -> None:
 
 
 def _wrap_send(point: Point, pass_by: Callable[[], None]) -> None:
-    """What an event stream gives to the server: its first body, or the one that ends it."""
+    """What an event stream passes to the server: its first body, or its last."""
     from api.sse import EventStream
 
     call = EventStream.__call__

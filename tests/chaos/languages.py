@@ -1,4 +1,4 @@
-"""The languages that clients of these runs speak: how an answer is asked for, how it ends, what its events say.
+"""The languages of the clients: how an answer is requested, how it ends, and what its events contain.
 
 It knows neither connections nor what an answer should be.
 """
@@ -9,43 +9,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_TOKENS = 260                                        # some 65 numbers: a second or more, while others run too
+MAX_TOKENS = 260                                        # some 65 numbers: a second or more beside others
 DONE = b"[DONE]"
 HEAD = ("id", "created", "model", "system_fingerprint", "object")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Of one choice."""
+    """A part of one choice."""
 
     index: int = 0
     text: str = ""
-    reason: str | None = None                           # it ended for
+    reason: str | None = None                           # its finish reason
     logprobs: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What an event says."""
+    """The content of an event."""
 
-    head: dict[str, Any] | None = None                  # of the answer, if it speaks of that
+    head: dict[str, Any] | None = None                  # of the answer, if the event has it
     parts: tuple[Part, ...] = ()
     usage: tuple[int, int] | None = None                # tokens of the prompt, tokens of the answer
-    whole: str | None = None                            # the text, once more
+    whole: str | None = None                            # the text, repeated as a whole
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """`ends` and `fails` are what the last event begins with."""
+    """`ends` and `fails` are the beginnings of the last event."""
 
     address: str
     body: Callable[[str], dict[str, Any]]
     read: Callable[[dict[str, Any]], Said]
     ends: tuple[bytes, ...]
     fails: tuple[bytes, ...]
-    first: int = 1                                      # number of the first event that a client is told
-    has_get: bool = True                                # else one returns with the request itself, and its key
-    by_transport: bool = False                          # that returns by itself: api/client.py
+    first: int = 1                                      # number of the first event that a client receives
+    has_get: bool = True                                # else a client resumes by repeating the request, with its key
+    by_transport: bool = False                          # a transport that resumes by itself: api/client.py
 
 
 def _chat_body(content: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ CHAT = Language("/v1/chat/completions", _chat_body, _read_chat, (DONE,), (b'{"er
 RESPONSES = Language("/v1/responses", _response_body, _read_response,
                      (b'{"type":"response.completed"', b'{"type":"response.incomplete"'),
                      (b'{"type":"response.failed"',), first=0, by_transport=True)
-# Begun by one request and read by others, from behind its first event.
+# Begun by one request and read by others, from after its first event.
 BACKGROUND = Language("/v1/responses", _background_body, _read_response, RESPONSES.ends, RESPONSES.fails)
 MESSAGES = Language("/v1/messages", _message_body, _read_message, (b'{"type":"message_stop"',), (b'{"type":"error"',),
                     has_get=False)

@@ -1,9 +1,9 @@
-"""What the processes of these tests run instead of `baton`: the same command, spoilt as the environment says.
+"""What the processes of these tests run instead of `baton`: the same command, sabotaged as the environment says.
 
-`BATON_TEST_SABOTAGE` takes a part of the protocol out (sabotage.py), `BATON_TEST_CRASH` has the process kill itself at
-a step of it (crash_points.py), `BATON_TEST_POISON` when it begins a job of that seed; at the engine's step
-`BATON_TEST_HANG` it hangs, from `BATON_TEST_NAN` on its weights are no numbers. Production code holds no such switch:
-everything is patched from here, before the command begins.
+`BATON_TEST_SABOTAGE` removes a part of the protocol (sabotage.py), `BATON_TEST_CRASH` has the process kill itself at a
+step of it (crash_points.py), `BATON_TEST_POISON` when it begins a job with that seed; it hangs at the engine's step
+`BATON_TEST_HANG`, and its logits are NaN from step `BATON_TEST_NAN` on. Production code has no such switch: everything
+is patched here, before the command begins.
 """
 
 from __future__ import annotations

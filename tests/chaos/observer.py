@@ -1,4 +1,4 @@
-"""Listens to everything that is pushed, and notes when: what recovery times are read from. It judges nothing."""
+"""Listens to all pushes and records their times, from which recovery times are computed. It judges nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECONNECT_S = 0.02
 
 
 class Observer:
-    """As an async context it listens; a Redis that is killed is listened to again when it is back."""
+    """As an async context it listens; after Redis was killed, it listens again when Redis is back."""
 
     def __init__(self, url: str, shard: Shard) -> None:
         self._url = url

@@ -1,6 +1,6 @@
-"""A wire to Redis that can be broken on purpose: bytes pass, until a method says what happens to them.
+"""A connection to Redis that can be broken on purpose: bytes pass, until a method changes that.
 
-One proxy stands before one process. It copies bytes, and knows of Redis only that a reply follows a request.
+One proxy stands before one process. It copies bytes; all it knows of Redis is that a reply follows a request.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 CHUNK_BYTES = 1 << 16
-RESET = struct.pack("ii", 1, 0)                         # SO_LINGER of no time: closing resets
+RESET = struct.pack("ii", 1, 0)                         # SO_LINGER of 0 s: closing resets
 
 
 class Proxy:
-    """Listens on a port of 127.0.0.1; as an async context it is there."""
+    """Listens on a port of 127.0.0.1, as an async context."""
 
     def __init__(self, target_url: str) -> None:
         self._target = urlsplit(target_url)
@@ -47,30 +47,30 @@ class Proxy:
         self._server.close()
         self.thaw()
         self.cut()
-        while self._links:                             # they end by themselves, within a turn of the loop
+        while self._links:                             # they end by themselves, within one iteration of the loop
             await asyncio.sleep(0)
 
     def cut(self) -> int:
-        """Resets every connection; how many there were."""
+        """Resets every connection; returns their number."""
         for link in list(self._links):
             link.reset()
         self.num_cut += len(self._links)
         return len(self._links)
 
     def swallow(self, count: int = 1, *, of: bytes = b"") -> None:
-        """The next replies are lost, of requests that hold these bytes: Redis executes, the connection is reset."""
+        """Loses the next replies to requests that contain these bytes: Redis executes, then the connection is reset."""
         self._to_swallow += [of] * count
 
     def spare(self) -> None:
-        """Takes back what `swallow` said and has not happened."""
+        """Cancels pending `swallow` calls."""
         self._to_swallow.clear()
 
     def delay(self, delay_s: float) -> None:
-        """Each way takes that much longer, from now on."""
+        """From now on each direction is delayed by so much."""
         self._delay_s = delay_s
 
     def freeze(self) -> None:
-        """Half-open: nothing passes, and nobody is told."""
+        """Half-open: nothing passes, and neither side notices."""
         self._flows.clear()
 
     def thaw(self) -> None:
@@ -120,7 +120,7 @@ class Link:
     """One connection and its other half."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self.request = b""                              # the last one that went to Redis
+        self.request = b""                              # the last request sent to Redis
         self.redis: asyncio.StreamWriter | None = None
         self._client = writer
         self._copies: list[asyncio.Task[None]] = []
@@ -130,7 +130,7 @@ class Link:
         return True
 
     async def run(self, *ways: Coroutine[Any, Any, None]) -> None:
-        """Until one of the two ways ends."""
+        """Runs until one of the two directions ends."""
         self._copies = [asyncio.create_task(way) for way in ways]
         try:
             await asyncio.wait(self._copies, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What Redis holds when all is over: the logs of what was said, and nothing of what lived. It judges nothing."""
+"""What Redis holds after a run: the logs of answers, and nothing of live jobs. It judges nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EMPTY_S = 15.0                                          # for what clients left 
 
 
 async def leftovers(redis: Redis, shard: Shard, worker_pids: Collection[int]) -> dict[str, object]:
-    """What still lives when it should not, after the time that it has to end; by name."""
+    """What is still live when it should have ended by now; by name."""
     deadline_s = time.monotonic() + EMPTY_S
     while any((left := _left(redis, shard, worker_pids)).values()) and time.monotonic() < deadline_s:
         await asyncio.sleep(0.05)
@@ -43,5 +43,5 @@ def logs(redis: Any, shard: Shard) -> dict[str, Any]:
 
 
 def escaped(name: str) -> str:
-    """A key as a pattern of itself: shard tags hold braces."""
+    """A pattern that matches exactly this key: shard tags contain braces."""
     return name.replace("{", "\\{").replace("}", "\\}")

@@ -1,4 +1,4 @@
-"""The figures of a chaos run: what happened, what was broken, how soon streams went on. It knows no process."""
+"""The figures of a chaos run: faults, their effect, and recovery times. It knows no process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECOVERIES: dict[Kind, tuple[str, str]] = {
 
 @dataclass
 class Result:
-    """One seed."""
+    """The result of one seed."""
 
     seed: int
     transcripts: list[Transcript]
@@ -51,7 +51,7 @@ class Result:
                 "violations": len(self.violations)}
 
     def measure(self, observer: Observer) -> None:
-        """From each fault to what its streams' clients heard next."""
+        """The times from each fault to the next event of the streams that it hit."""
         by_id = {transcript.id: transcript for transcript in self.transcripts}
         for happened in self.happened:
             kind = happened.fault.kind
@@ -61,7 +61,7 @@ class Result:
                                    if connection.first_s and connection.opened_s > happened.at_s), None)
                 else:
                     took_s = observer.next_s(completion_id, happened.at_s, by_another=kind != "kill redis")
-                if took_s is not None:                  # None: it had been said to its end
+                if took_s is not None:                  # None: it was complete by then
                     self.recovery_s[kind].append(took_s)
 
 

@@ -1,4 +1,4 @@
-"""`make chaos`: streams and faults together, then the judge. When it is red: exit code 1, and how to repeat it."""
+"""`make chaos`: streams and faults together, then the judge. On a violation: exit code 1, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def play(seed: int, duration_s: float, folder: Path, nursery: Nursery, *, 
 
 
 async def answers(urls: Sequence[str], asks: Sequence[Ask]) -> dict[str, Answer]:
-    """What each says when nothing happens."""
+    """The answers without faults."""
     async with Clients(urls, MODEL) as clients:
         await clients.run(asks, len(asks))
         broken = [f"{transcript}: {transcript.failure}" for transcript in clients.transcripts if not transcript.done]

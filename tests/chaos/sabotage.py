@@ -1,6 +1,6 @@
-"""Parts of the protocol taken out, so that the judges are judged: each of these builds must turn a chaos run red.
+"""Removes parts of the protocol, to test the judges: with each of these a chaos run must fail.
 
-Each patches what it spoils in the process that calls it, and fails when what it patches is not there any more.
+Each patches the process that calls it, and fails when the code to patch has changed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def no_fence() -> None:
-    """The log takes whatever comes: no fence is written, no epoch raised, nothing refused for being late.
+    """The log accepts everything: no fence is written, no epoch raised, nothing refused for being late.
 
-    Nor are publishes counted any more: that alone would tell a worker that it was given up.
+    Publishes are not counted either, since that alone would tell a worker that it lost its jobs.
     """
     from shared import queue
 
@@ -46,7 +46,7 @@ def no_fence() -> None:
 
 
 def no_positions() -> None:
-    """A pod passes on whatever is pushed, be it old, repeated or ahead."""
+    """A pod relays whatever is pushed, be it old, repeated or ahead."""
     from api.relay import Stream
 
     def push(self: Any, entry: Any) -> None:
@@ -57,7 +57,7 @@ def no_positions() -> None:
 
 
 def any_tokenizer() -> None:
-    """A claim takes what another tokenizer has begun."""
+    """A claim accepts answers begun with another tokenizer."""
     from shared import queue
 
     module: Any = queue
@@ -69,7 +69,7 @@ def any_tokenizer() -> None:
 
 
 def other_digits() -> None:
-    """No sabotage, a temptation: a worker whose vocabulary has other digits, and which says nothing of itself."""
+    """Not sabotage but a trap: a worker whose vocabulary has other digits, without announcing it."""
     from worker import announce as module
     from worker.worker import Worker
 

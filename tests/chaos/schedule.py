@@ -1,4 +1,4 @@
-"""What goes wrong and when: a pure function of a seed. It knows names of faults, and nothing of processes."""
+"""What fails and when: a pure function of a seed. It knows names of faults, and nothing of processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Kind = Literal["kill worker", "freeze worker", "end worker", "cut", "swallow", "
                "kill pod", "end pod"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# How often each kind is in the deck that is dealt to its end before it is shuffled anew.
+# How often each kind is in the deck, which is dealt to its end before it is shuffled anew.
 DECK: dict[Kind, int] = {"kill worker": 3, "freeze worker": 2, "end worker": 2, "cut": 2, "swallow": 2, "delay": 1,
                          "half-open": 1, "kill redis": 1, "kill pod": 1, "end pod": 1}
 GAP_S = 1.1                                             # between faults, on average
@@ -26,8 +26,8 @@ DELAYED_S = 1.5
 class Fault:
     at_s: float                                         # since the run began
     kind: Kind
-    draw: float                                         # in [0, 1): which of those that could be hit
-    for_s: float = 0.0                                  # how long it lasts, when it lasts
+    draw: float                                         # in [0, 1): which possible target
+    for_s: float = 0.0                                  # duration, if it has one
 
     def __str__(self) -> str:
         lasts = f" for {self.for_s:.2f} s" if self.for_s else ""
@@ -36,7 +36,7 @@ class Fault:
 
 def schedule(seed: int, duration_s: float, lease_s: float, kinds: tuple[Kind, ...] = KINDS,
              gap_s: float = GAP_S) -> list[Fault]:
-    """The same seed, the same faults; none in the first moment, when no stream lives yet."""
+    """The same seed gives the same faults; none at the very start, when no stream is live."""
     draw = random.Random(seed)
     faults: list[Fault] = []
     deck: list[Kind] = []

@@ -1,6 +1,6 @@
-"""A Baton whose every process speaks to Redis through a wire of its own, and to which faults happen.
+"""A Baton whose every process has its own proxy to Redis, and which is hit by faults.
 
-It acts and writes down what it did to whom. It neither decides when (schedule.py), nor judges (checker.py).
+It acts, and records what it did to which process. It neither decides when (schedule.py) nor judges (checker.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.chaos.schedule import DELAY_S, Fault
 from tests.nursery import Nursery
 from tests.system import System, free_port
 
-DRAIN_S = 0.3                                           # of a pod that is ended: its clients go on at another
+DRAIN_S = 0.3                                           # of a pod that is stopped: its clients continue on another
 SETTINGS: dict[str, Any] = {
     "lease_s": 1.0, "idle_poll_s": 0.2, "reap_s": 0.2, "patience_s": 0.5, "threads": 1, "heartbeat_s": 1.0,
     "sweep_s": 0.2, "drain_s": DRAIN_S, "disconnect_grace_s": 20.0, "kv_cache_bytes": 1 << 28,
@@ -34,13 +34,13 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(eq=False)
 class Member:
-    """One process, and the wire between it and Redis."""
+    """One process, and its proxy to Redis."""
 
     room: str
     wire: Proxy
     pid: int = 0
     url: str = ""                                       # of a pod
-    busy: bool = False                                  # something is being done to it
+    busy: bool = False                                  # a fault is in progress on it
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -49,16 +49,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """A fault, and the completions that were alive on what it hit."""
+    """A fault, and the completions that were live on its target."""
 
     fault: Fault
     whom: str
-    at_s: float                                         # time.monotonic: when it hit, or when Redis answered again
+    at_s: float                                         # time.monotonic: of the hit, or when Redis answers again
     live: frozenset[str]
 
 
 class Stage:
-    """As an async context it is up."""
+    """As an async context it is running."""
 
     def __init__(self, folder: Path, nursery: Nursery, *, pods: int = 2, workers: int = 3,
                  odd: Mapping[str, Any] = MappingProxyType({}), **settings: Any) -> None:
@@ -97,12 +97,12 @@ class Stage:
         return [member.url for member in self.members if member.url]
 
     async def settle(self) -> None:
-        """Until every fault that lasts is over."""
+        """Waits until every lasting fault is over."""
         while self._lasting:
             await asyncio.gather(*self._lasting)
 
     async def hit(self, fault: Fault, clients_of: Callable[[str], frozenset[str]]) -> None:
-        """Does it, now, to one that serves streams if any does. What lasts goes on beside."""
+        """Applies a fault now, if possible to a target that serves streams. Lasting faults go on in the background."""
         if fault.kind == "kill redis":
             self._last(self._kill_redis(fault))
             return
@@ -127,7 +127,7 @@ class Stage:
         self._begin(member)
 
     async def _end(self, member: Member, _: Fault) -> None:
-        """A worker's successor begins beside it; a pod's needs its port."""
+        """A worker's successor starts beside it; a pod's needs its port."""
         leaving = self._process(member)
         leaving.send(signal.SIGTERM)
         if member.room == "worker":
@@ -196,7 +196,7 @@ class Stage:
         return clients_of(member.url) if member.url else self._held(member)
 
     def _held(self, member: Member) -> frozenset[str]:
-        """What a worker holds as Redis knows it."""
+        """The jobs of a worker, as Redis knows them."""
         look: Any = self._look
         key = self.system.shard.key
         try:

@@ -15,7 +15,7 @@ from tests.nursery import Nursery
 
 SEED = 1
 DURATION_S = 40.0
-MIN_LIVE_HITS = 12                                      # of some 29 faults: only those that hit live streams count
+MIN_LIVE_HITS = 12                                      # of some 29 faults: only those on live streams count
 
 
 @pytest.mark.timeout(900)
@@ -32,7 +32,7 @@ async def test_no_fault_is_noticed_by_a_client(tmp_path: Path, nursery: Nursery,
 
 
 def test_a_seed_is_a_schedule() -> None:
-    """The same faults again, every kind among them, never long without one."""
+    """The same faults again, every kind among them, none absent for long."""
     faults = schedule(7, 60.0, 1.0)
     assert faults == schedule(7, 60.0, 1.0) != schedule(8, 60.0, 1.0)
     assert {fault.kind for fault in faults} == set(KINDS)

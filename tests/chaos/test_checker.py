@@ -1,4 +1,4 @@
-"""The judge is judged: each broken promise, put into an answer that keeps them all, is named."""
+"""The judge is tested: each broken promise, put into a correct answer, is reported."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def event(number: int, kind: str, **fields: object) -> Event:
 
 
 def response(number: int, kind: str, text: str = "", **fields: object) -> Event:
-    """One that tells the whole response."""
+    """An event that contains the whole response."""
     body = {"id": ID, "created_at": 1, "model": "m", "object": "response", "status": "in_progress", "usage": None,
             "output": [{"content": [{"text": text}]}]}
     return event(number, kind, sequence_number=number, response=body | fields)
@@ -119,7 +119,7 @@ def found_in(events: list[Event], language: Language) -> list[str]:
 @pytest.mark.parametrize(("language", "events"), [(RESPONSES, RESPONSE), (BACKGROUND, RESPONSE[1:]),
                                                   (MESSAGES, MESSAGE)], ids=["responses", "background", "messages"])
 def test_in_other_languages_the_innocent_is_acquitted_too(language: Language, events: list[Event]) -> None:
-    """And who leaves an event out, tells it twice, or does not come to the end, is not."""
+    """And an answer with a missing, repeated or absent last event is not."""
     assert found_in(events, language) == []
     for place in range(len(events)):
         assert found_in(events[:place] + events[place + 1:], language), events[place]

@@ -1,7 +1,7 @@
 """Death at every step of the protocol, at its first, second and third passage: the client ends with the same answer.
 
-One pod and one worker stay; beside them, for each point, three begin that will kill themselves there. The processes are
-real, and so is their death.
+One pod and one worker stay; beside them, for each point, three processes start that will kill themselves there. The
+processes are real, and so is their death.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ async def ask_until_dead(clients: Clients, doomed: list[Process]) -> None:
 
 
 async def judge(clients: Clients, cast: System, doomed: list[Process], uninterrupted: dict[str, Answer]) -> None:
-    """They died there, and nobody noticed."""
+    """The processes died at the point, and no client noticed."""
     codes = [process.popen.poll() for process in doomed]
     for process in doomed:
         process.popen.kill()
@@ -109,7 +109,7 @@ async def judge(clients: Clients, cast: System, doomed: list[Process], uninterru
 
 @asynccontextmanager
 async def provoked(point: Point, cast: System, doomed: list[Process]) -> AsyncIterator[None]:
-    """Streams that change hands, for who reads what others began; a SIGTERM, for who leaves."""
+    """Streams that change workers, for points of continuing; a SIGTERM, for points of leaving."""
     deeds = {"read of a log that goes on": stir(cast), "release": end_when_begun(doomed)}
     deed = next((deeds.pop(name) for name in list(deeds) if point.name.startswith(name)), None)
     for other in deeds.values():
@@ -120,7 +120,7 @@ async def provoked(point: Point, cast: System, doomed: list[Process]) -> AsyncIt
 
 @asynccontextmanager
 async def visited(point: Point, urls: list[str]) -> AsyncIterator[None]:
-    """Readers who leave and who cancel, for who has to take note of it."""
+    """Readers who leave or cancel, for the points where a process handles that."""
     name = point.name.partition(":")[0]
     async with beside(visit(urls, cancels=name == "cancel") if name in ("leave", "cancel") else None):
         yield
@@ -135,7 +135,7 @@ async def beside(deed: Any) -> AsyncIterator[None]:
 
 
 async def stir(cast: System) -> None:
-    """Takes each stream from whoever has it, a few times, as when its worker leaves."""
+    """Takes each stream from its worker, a few times, as when that leaves."""
     redis: Any = connection.connect(cast.redis_url)
     queue, times = Queue(redis, cast.shard, Settings()), Counter[str]()
     while True:
@@ -157,7 +157,7 @@ async def end_when_begun(doomed: list[Process]) -> None:
 
 
 async def visit(urls: list[str], *, cancels: bool) -> None:
-    """One short visit after the other, to each pod that is still there."""
+    """Short visits, one after the other, to each pod that is still alive."""
     body = ASKS[2].body(MODEL)
     async with httpx.AsyncClient(timeout=5.0) as http:
         for url in itertools.cycle(urls):

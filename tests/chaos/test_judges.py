@@ -17,14 +17,14 @@ from tests.nursery import Nursery
 
 SEED = 5
 DURATION_S = 7.0
-MAX_TRIALS = 8                                          # a short rain may hit nothing that matters
+MAX_TRIALS = 8                                          # a short run may hit nothing that matters
 PATIENCE_S = 12.0                                       # what was taken out may leave a client without an end
 WHOLE_PATIENCE_S = 120.0                                # the whole build does not: only a slow machine takes long
 FAULTS: tuple[Kind, ...] = ("freeze worker", "swallow")
 ASKS = (count(1, 60), count(20, 79), Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11}))
 LONG_ASKS = tuple(Ask(f"sampled {seed}", "Count from 1 to 60.", RAMBLE | {"seed": seed}) for seed in (11, 12, 13))
 SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
-    # taken out → what must be found
+    # sabotage → what must be found
     "fence": lambda found: any("P5 position" in violation for violation in found),
     "position": lambda found: any("does not count right" in violation for violation in found),
     "tokenizer": lambda found: any("does not count right" in violation for violation in found),
@@ -33,8 +33,8 @@ SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
 
 async def run(folder: Path, nursery: Nursery, uninterrupted: dict[str, Answer] | None, sabotage: str = "",
               patience_s: float = PATIENCE_S, seed: int = SEED) -> Result:
-    """Three workers, of which one has another tokenizer and may touch nothing that the others began. Only who is
-    frozen while it speaks comes back behind the fence, so there answers are long."""
+    """Three workers, one of which has another tokenizer and must not touch jobs begun by the others. Only a worker
+    frozen while it writes returns behind the fence, so answers are long there."""
     options: dict[str, Any] = {"pods": 1, "workers": 3, "test_sabotage": sabotage,
                                "odd": {"test_sabotage": f"{sabotage},other digits"}}
     return await play(seed, DURATION_S, folder, nursery, kinds=FAULTS,
@@ -43,7 +43,7 @@ async def run(folder: Path, nursery: Nursery, uninterrupted: dict[str, Answer] |
 
 
 async def test_the_whole_build_is_acquitted(tmp_path: Path, nursery: Nursery) -> None:
-    """The twin: the same faults on the same cast, and nothing taken out."""
+    """The control: the same faults on the same system, with nothing removed."""
     result = await run(tmp_path, nursery, None, patience_s=WHOLE_PATIENCE_S)
     assert result.violations == []
     assert result.num("freeze worker") and result.num_swallowed

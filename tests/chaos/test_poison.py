@@ -1,4 +1,4 @@
-"""A request that kills whoever begins it: three workers die of it, no other fails; from the second on it is alone."""
+"""A request that kills every worker that begins it: three die, no other job fails; from the second on it is alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def system(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 async def test_a_poison_request_fails_alone(system: System) -> None:
-    deaths: list[set[str]] = []                         # what each dead worker held
+    deaths: list[set[str]] = []                         # the jobs of each dead worker
     supervisor = asyncio.create_task(supervise(system, deaths))
     async with Clients([system.url], MODEL) as clients:
         healthy = itertools.islice(itertools.cycle(HEALTHY), NUM_HEALTHY)
@@ -55,7 +55,7 @@ async def test_a_poison_request_fails_alone(system: System) -> None:
 
 
 async def supervise(system: System, deaths: list[set[str]]) -> None:
-    """What a supervisor does: who died is noted and replaced."""
+    """As a supervisor does: records and replaces each dead worker."""
     redis: Any = system.redis
     while True:
         await asyncio.sleep(0.01)

@@ -1,8 +1,8 @@
-"""Drafts of what comes next: what followed the same few tokens before, in the prompt or in the answer.
+"""Drafts of the next tokens: what followed the same few tokens before, in the prompt or in the answer.
 
-A draft token is computed as one more row of a forward, and accepted where it is what is drawn anyway: it never changes
-an answer. Who drafts in vain drafts less, and pauses. This is prompt lookup decoding, as vLLM's n-gram method has it.
-It knows token ids alone.
+A draft token is computed as one more row of a forward, and accepted if it equals the token drawn: it never changes an
+answer. A sequence whose drafts fail drafts fewer tokens, and pauses. This is prompt lookup decoding, as in vLLM's
+n-gram method. It knows token ids alone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 NGRAM_TOKENS = 3
 FIRST_TOKENS = 2                                        # of the first draft
-PAUSE_FACTOR = 4                                        # from one pause to the next, while all is in vain
+PAUSE_FACTOR = 4                                        # between successive pauses, while every draft fails
 MAX_PAUSE_STEPS = 64
 
 
 @dataclass(slots=True)
 class Drafter:
-    """For one sequence."""
+    """Drafts for one sequence."""
 
-    max_tokens: int                                     # of one draft
+    max_tokens: int                                     # per draft
     _history: list[int] = field(init=False, default_factory=list)
     _behind: dict[tuple[int, ...], int] = field(init=False, default_factory=dict)   # n-gram → where it ended last
     _num_tokens: int = field(init=False, default=FIRST_TOKENS)
@@ -29,11 +29,11 @@ class Drafter:
 
     @property
     def is_pausing(self) -> bool:
-        """What it is asked next, it will not even look at."""
+        """The next call proposes nothing, without a search."""
         return self._pause_steps > 0
 
     def propose(self, prompt: Sequence[int], drawn: Sequence[int], most: int) -> list[int]:
-        """At most so many tokens, none when nothing like this was seen."""
+        """At most `most` tokens; none when the n-gram has not occurred before."""
         if self._pause_steps:
             self._pause_steps -= 1
             return []
@@ -42,7 +42,7 @@ class Drafter:
         begin = self._behind.get(tuple(history[-NGRAM_TOKENS:]))
         if begin is None:
             return []
-        period = len(history) - begin                   # what repeats once is taken to repeat again
+        period = len(history) - begin                   # a repetition is assumed to continue
         return [history[begin + i % period] for i in range(min(most, self._num_tokens, self.max_tokens))]
 
     def _learn_history(self, prompt: Sequence[int], drawn: Sequence[int]) -> None:
@@ -57,7 +57,7 @@ class Drafter:
             history.append(token_id)
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """What became of the last draft."""
+        """Records the outcome of the last draft."""
         self._num_tokens = 2 * num_drafted if num_accepted == num_drafted else max(1, num_accepted)
         if num_accepted:
             self._next_pause_steps = 1

@@ -1,9 +1,9 @@
-"""From logits to tokens on a CPU, for rows that draw each in its own way.
+"""From logits to tokens on a CPU, for rows with different sampling parameters.
 
-No vocabulary is sorted. Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens when those are
-enough; the others hash noise for every token, and a flat row with top_p takes the best one that is in its nucleus.
-There are kernels for the noise (noise.py) and for the likeliest (likeliest.py); where those do not run, torch computes.
-It knows rows of logits and what each asks, nothing of slots.
+The vocabulary is never sorted. Truncated rows (top_k, top_p) draw among the likeliest `NUM_CANDIDATES` tokens if those
+suffice; the others hash noise for every token, and a flat row with top_p takes the best token within its nucleus.
+Kernels compute the noise (noise.py) and the likeliest tokens (likeliest.py); where they do not run, torch does. It
+knows rows of logits and their parameters, nothing of slots.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from worker.engine.params import Params
 
 NUM_CANDIDATES = 64
-BLOCK_TOKENS = 1 << 16      # of noise at a time
+BLOCK_TOKENS = 1 << 16      # of noise computed at a time
 
 
 def draw(logits: Tensor, params: Sequence[Params], keys: Sequence[int]) -> Tensor:
-    """A token id of each row, of the key of its own."""
+    """A token id for each row, drawn with the noise of the row's key."""
     random = [i for i, p in enumerate(params) if not p.is_greedy]
     if not random:
         return _largest(logits)
@@ -45,7 +45,7 @@ def draw(logits: Tensor, params: Sequence[Params], keys: Sequence[int]) -> Tenso
 
 
 def log_totals(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
-    """Of logits that are divided by temperatures, where those are given."""
+    """log Σ exp of the logits, divided by the temperatures if given."""
     if ordering := kernels_for("likeliest", logits):
         return cast(Tensor, ordering.log_totals(logits, temperatures))
     return torch.logsumexp(_scaled(logits, temperatures), dim=-1)
@@ -81,7 +81,7 @@ def _draw_whole(logits: Tensor, temperatures: Tensor, low: Tensor, high: Tensor,
 
 
 def _with_noise(logits: Tensor, low: Tensor, high: Tensor) -> Iterator[Tensor]:
-    """Some rows at a time, so that they stay in the processor's cache."""
+    """Yields a few rows at a time, so that they stay in the processor's cache."""
     num_rows = max(1, BLOCK_TOKENS // logits.shape[1])
     parts = zip(logits.split(num_rows), low.split(num_rows), high.split(num_rows), strict=True)
     return (rng.gumbel(lows, highs, _token_ids(logits.shape[1])).add_(part) for part, lows, highs in parts)
@@ -92,7 +92,7 @@ def _draw_truncated(logits: Tensor, temperatures: Tensor, low: Tensor, high: Ten
     token_ids = torch.empty(len(logits), dtype=torch.long)
     log_total = log_totals(logits, temperatures)[:, None]
     pending = list(range(len(logits)))
-    # top_p is a share of what top_k keeps, which must all be there
+    # top_p is a share of what top_k keeps, so all of that must be among the candidates
     num_candidates = max([NUM_CANDIDATES, *(s.top_k for s in sampling if s.top_p < 1)])
     while pending:
         num_candidates = min(num_candidates, logits.shape[1])
@@ -100,7 +100,7 @@ def _draw_truncated(logits: Tensor, temperatures: Tensor, low: Tensor, high: Ten
         values, ids = likeliest(some(logits, pending), num_candidates)
         values = _scaled(values, temperatures[pending])
         keep = _kept(values, log_total[pending], here)
-        # the cut must lie above the last candidate: others as likely as that one may be missing
+        # the cut must lie above the last candidate: tokens as likely as that one may be missing
         is_cut = ~(keep & (values == values[:, -1:])).any(dim=-1) | (num_candidates == logits.shape[1])
         values = _at_least(values, values[:, :1], here).masked_fill(~keep, float("-inf"))
         noise = rng.gumbel(low[pending], high[pending], ids.int())
@@ -116,9 +116,9 @@ def _draw_truncated(logits: Tensor, temperatures: Tensor, low: Tensor, high: Ten
 
 
 def _draw_nucleus(logits: Tensor, low: Tensor, high: Tensor, sampling: list[Sampling]) -> Tensor:
-    """The first in the order of logits + noise whose likelier tokens weigh less than top_p.
+    """The first token, in the order of logits + noise, whose likelier tokens together weigh less than top_p.
 
-    That is the argmax within the nucleus, whose borders nobody has to find: 1 / top_p tries on average at most.
+    This is the argmax within the nucleus, without computing its border: on average at most 1 / top_p tries.
     """
     token_ids = torch.empty(len(logits), dtype=torch.long)
     shares = torch.softmax(logits, dim=-1)
@@ -140,7 +140,7 @@ def _draw_nucleus(logits: Tensor, low: Tensor, high: Tensor, sampling: list[Samp
 
 
 def kernels_for(name: Literal["noise", "likeliest", "penalties"], logits: Tensor) -> Any:
-    """Those of a module beside this one, where they run and the rows suit them; else none."""
+    """The kernels of a module beside this one, if they run and the rows suit them; else None."""
     if not cpu.computes(logits.dtype):
         return None
     module = import_module(f"worker.engine.{name}")     # needs llvmlite
@@ -148,7 +148,7 @@ def kernels_for(name: Literal["noise", "likeliest", "penalties"], logits: Tensor
 
 
 def some(x: Tensor, rows: list[int]) -> Tensor:
-    """Without a copy when they are all: rows are listed once each, in order."""
+    """The given rows, which are distinct and in order; no copy if they are all rows."""
     return x if len(rows) == len(x) else x[send(rows, x.device)]
 
 
@@ -165,7 +165,7 @@ def log_of(min_p: float) -> float:
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row in falling order, the lower id first where they are equal."""
+    """The `count` largest logits of each row, descending, equal ones by ascending id."""
     if logits.is_cuda:
         return _likeliest_by_keys(logits, count)
     if (ordering := kernels_for("likeliest", logits)) and (found := ordering.likeliest(logits, count)):
@@ -179,8 +179,8 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _likeliest_by_keys(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """By whole numbers of which no two are equal: their upper halves are in the order of the logits, the lower ids."""
-    bits = (logits + 0.0).view(torch.int32)             # of negative zero too: the two are equal
+    """Sorts distinct integer keys: the upper half has the order of the logits, the lower half encodes the id."""
+    bits = (logits + 0.0).view(torch.int32)             # -0.0 becomes 0.0, as the two are equal
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     keys = (ordered << 32) - torch.arange(logits.shape[-1], device=logits.device)
     ids = (-keys.topk(count, dim=-1).values) & 0xFFFFFFFF
@@ -188,7 +188,7 @@ def _likeliest_by_keys(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor:
-    """Which of the falling `values` top_k and, among those, top_p keep; the first one always."""
+    """Which of the descending `values` are kept by top_k and, among those, by top_p; always the first one."""
     num_candidates, device = values.shape[1], values.device
     top_k = torch.tensor([s.top_k or num_candidates for s in sampling], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64, device=device)[:, None]
@@ -204,7 +204,7 @@ def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor
 
 
 def _at_least(logits: Tensor, largest: Tensor, sampling: list[Sampling]) -> Tensor:
-    """min_p: nothing less likely than that share of the likeliest."""
+    """min_p: removes tokens less likely than that share of the likeliest."""
     floors = _column([log_of(s.min_p) for s in sampling], logits.device)
     return logits.masked_fill(logits < largest + floors, float("-inf"))
 

@@ -39,8 +39,8 @@ __all__ = ["Engine", "Output", "Request"]
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-MAX_DRAFT_ROWS = 12     # of a forward with drafts: a pass over the weights has room for so many
-MAX_FORCED_TOKENS = 32  # that follow a drawn one at once
+MAX_DRAFT_ROWS = 12     # of a forward with drafts: so many cost little more than one
+MAX_FORCED_TOKENS = 32  # forced tokens taken at once after a drawn one
 
 
 class Engine:
@@ -54,7 +54,7 @@ class Engine:
         self.max_model_len = min(max_model_len or model.max_model_len, model.max_model_len)
         self.prefill_chunk = prefill_chunk
         self.prefill_budget = max(prefill_budget, prefill_chunk) if model.is_uniform else prefill_chunk
-        self.is_exact = numerics == "exact"         # else all in one forward: an answer depends on its neighbours
+        self.is_exact = numerics == "exact"         # otherwise one forward for all, where answers depend on neighbours
         self.max_shared_rows = model.max_shared_rows if self.is_exact else sys.maxsize
         self.max_rows = model.max_rows if model.has_fixed_rows else max(model.max_rows, self.max_shared_rows)
         self.exact_replay_max_tokens = exact_replay_max_tokens if self.is_exact else 0
@@ -75,10 +75,10 @@ class Engine:
         self._group_of: dict[tuple[str, int], Group] = {}
         self._by_slot: dict[int, Sequence] = {}
         self._flights: deque[Flight] = deque()      # in order of launch
-        self._outputs: list[Output] = []            # that the next step returns, even if it runs out of memory
+        self._outputs: list[Output] = []            # returned by the next step, even if it runs out of memory
 
     def add(self, request: Request) -> None:
-        """Raises ValueError when the request could harm a batch."""
+        """Raises ValueError when the request could break a batch."""
         if any((request.id, index) in self._group_of for index in request.live_choices):
             raise ValueError(f"request {request.id} is here already")
         validate(request, vocab_size=self.model.vocab_size, max_model_len=self.max_model_len,
@@ -113,15 +113,15 @@ class Engine:
                         drafter=Drafter(self.num_speculative_tokens) if drafts else None)
 
     def replays_exactly(self, num_tokens: int) -> bool:
-        """Whether an answer of which others drew so much goes on bit for bit as it would have."""
+        """Whether an answer with so many tokens from another worker continues bit for bit."""
         return self.model.is_uniform or self._replays(num_tokens)
 
     def _replays(self, num_tokens: int) -> bool:
-        """Whether what was drawn is decoded again; else it is prefilled, which is faster."""
+        """Whether drawn tokens are decoded again; otherwise they are prefilled, which is faster."""
         return not self.model.is_uniform and num_tokens <= self.exact_replay_max_tokens
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Frees the slots at once. Unknown requests and choices are no error: they may just have ended."""
+        """Frees the slots at once. Unknown requests and choices are ignored: they may just have ended."""
         for key in [key for key in self._group_of if key[0] == request_id and index in (None, key[1])]:
             self._retire(self._group_of[key].sequences[key[1]])
 
@@ -167,8 +167,8 @@ class Engine:
         return [sequence for group in self._running for sequence in group.computing if not sequence.is_complete]
 
     def _shrink(self) -> None:
-        """Out of memory: preempts all sequences, halves how many may run, and empties the prefix cache. Draws that were
-        not read are drawn again, and come out the same."""
+        """Out of memory: preempts all sequences, halves how many may run, and empties the prefix cache. Unread draws
+        are repeated, with the same result."""
         in_flight = {sequence for flight in self._flights for sequence in flight.sequences}
         for sequence in in_flight:
             sequence.num_pending_tokens = 0
@@ -188,7 +188,7 @@ class Engine:
         self.kv.give_back_idle()
 
     def _admit(self) -> None:
-        """First come, first served: a request of many choices is not overtaken."""
+        """First come, first served: a request with many choices is not overtaken."""
         while self._waiting:
             group = self._waiting[0]
             num_pages = sum(self.kv.pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
@@ -202,7 +202,7 @@ class Engine:
                 self._by_slot[sequence.slot] = sequence
 
     def _make_room(self, num_pages: int) -> bool:
-        """Evicts cached prefixes, never what runs. False: even so there are too few pages."""
+        """Evicts cached prefixes, never running sequences. False: even that would not free enough pages."""
         if self.num_available_pages < num_pages:
             return False
         while self.kv.num_free_pages < num_pages:
@@ -216,7 +216,7 @@ class Engine:
         self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
 
     def _secure_memory(self) -> None:
-        """Pages for all drawn tokens, the oldest first. Before anyone is preempted, pending draws are read."""
+        """Allocates pages for all drawn tokens, oldest sequence first. Pending draws are read before any preemption."""
         for group in sorted(self._running, key=lambda group: group.number):
             for sequence in list(group.sequences.values()):
                 while sequence.slot != WAITING and (
@@ -231,7 +231,7 @@ class Engine:
                         self._preempt(list(youngest.sequences.values())[-1])
 
     def _preempt(self, sequence: Sequence) -> None:
-        """It prefills its prompt and replays what it has drawn, before anyone younger is admitted."""
+        """The sequence prefills its prompt and replays its tokens, before any younger one is admitted."""
         group = self._group_of[sequence.key]
         self._remove(sequence)
         sequence.restart()
@@ -241,7 +241,7 @@ class Engine:
         self.num_preempted += 1
 
     def _constrain(self) -> None:
-        """Begins to make masks, beside the forward; first reads the pending draws that they depend on."""
+        """Starts making masks, beside the forward; first reads the pending draws on which they depend."""
         constrained = [sequence for sequence in self._computing() if sequence.constraint]
         if any(sequence.num_pending_tokens for sequence in constrained):
             self._land(len(self._flights))
@@ -250,18 +250,18 @@ class Engine:
                  if sequence.constraint and self._asks_first(sequence))
 
     def _asks_first(self, sequence: Sequence) -> bool:
-        """Whether a mask is made before the draw: on a GPU always, since it is made while the GPU computes."""
+        """Whether the mask is made before the draw: always on a GPU, which computes meanwhile."""
         return sequence.asks_first or (self.runs_ahead and sequence.constraint is not None)
 
     def _draft(self) -> None:
-        """Where one forward has room for all, and is small: more rows are not free, and drafts are often wrong."""
+        """Drafts where one small forward has room for all rows: more rows cost time, and drafts are often wrong."""
         if not self.num_speculative_tokens:
             return
         decoding = [sequence for sequence in self._computing()
                     if sequence.num_computed_tokens >= sequence.num_prefill_tokens]
         num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - sum(sequence.num_uncomputed_tokens for sequence in decoding)
         if num_spare > 0 and any(sequence.num_pending_tokens and sequence.may_draft for sequence in decoding):
-            self._land(len(self._flights))              # a draft continues what is known
+            self._land(len(self._flights))              # a draft extends known tokens only
             decoding = [sequence for sequence in decoding if self._by_slot.get(sequence.slot) is sequence]
         for sequence in decoding:
             if num_spare <= 0:
@@ -271,7 +271,7 @@ class Engine:
                 num_spare -= len(sequence.draft_token_ids)
 
     def _reuse(self) -> None:
-        """Copies what was computed before, also by a neighbour a step ago: chunks on the grid have the same bits."""
+        """Copies chunks computed before, even by a neighbour one step ago: chunks on the grid have equal bits."""
         chunk = self.prefill_chunk
         for group in self._running:
             leader = group.leader
@@ -285,13 +285,13 @@ class Engine:
                 self.prefix_cache.use(group.prefix[:index + 1])
 
     def _prefilled(self, span: Span, logits: Tensor) -> None:
-        """What to do when a chunk was computed: keep it, or draw the first token of every choice."""
+        """Handles a computed chunk: caches it, or draws the first token of every choice."""
         sequence = self._by_slot[span.slot]
         group = self._group_of[sequence.key]
         if span.end < sequence.num_prompt_tokens:
             self._keep(span, group.prefix)
             return
-        if span.end < sequence.num_computed_tokens:     # more of it stands behind, in the same forward
+        if span.end < sequence.num_computed_tokens:     # a later part of it is in the same forward
             return
         fresh = self._share_prompt(group) if span.end == sequence.num_prompt_tokens else [sequence]
         fresh = [sequence for sequence in fresh if sequence.num_uncomputed_tokens == 0]
@@ -309,7 +309,7 @@ class Engine:
             self.kv.keep(span.slot, slot, span.begin, span.end)
 
     def _share_prompt(self, group: Group) -> list[Sequence]:
-        """Copies the prompt that the first choice has computed to all others."""
+        """Copies the prompt computed by the first choice to all others."""
         leader, *others = sequences = list(group.sequences.values())
         for sequence in others:
             self.kv.copy(leader.slot, sequence.slot, 0, leader.num_prompt_tokens)
@@ -320,7 +320,7 @@ class Engine:
         return sequences
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Draws for each row. Neighbouring rows of one sequence are its next token, and those behind its draft."""
+        """Draws for each row. Consecutive rows of one sequence are its next token, then its draft."""
         if not sequences:
             return
         rows, draws_first = list[Row](), False
@@ -334,7 +334,7 @@ class Engine:
         draws = self.sampler.sample(logits, rows, wants_runners_up=draws_first)
         self._flights.append(Flight(sequences, rows, logits if draws_first else None, draws))
         for sequence, _ in groupby(sequences):
-            sequence.num_pending_tokens += 1            # and those of its draft that will be accepted
+            sequence.num_pending_tokens += 1            # plus the draft tokens that will be accepted
 
     def _land(self, num_flights: int) -> None:
         """Reads the draws of the oldest `num_flights` forwards."""
@@ -343,7 +343,7 @@ class Engine:
             refused = {place: draws for place, draws in flight.read() if not self._take(flight, place, draws)}
             if refused:
                 self._draw_again(flight, refused)
-            self._flights.popleft()                     # from here on nothing needs memory
+            self._flights.popleft()                     # from here on no memory is allocated
 
     def _take(self, flight: Flight, place: int, draws: list[Draw]) -> bool:
         """Takes the draws of a sequence, unless it has left. False: its constraint accepts none of them."""
@@ -359,7 +359,7 @@ class Engine:
         return True
 
     def _draw_again(self, flight: Flight, refused: dict[int, list[Draw]]) -> None:
-        """With masks, for the sequences whose first draw was refused."""
+        """Repeats the draw, with masks, for sequences whose first draw was refused."""
         assert flight.logits is not None
         sequences = [flight.sequences[place] for place in refused]
         _prepare(sequence.constraint for sequence in sequences if sequence.constraint)
@@ -370,7 +370,7 @@ class Engine:
             self._take(again, place, [draw, *behind])
 
     def _accept(self, sequence: Sequence, draws: list[Draw]) -> Output:
-        """The first draw, which its constraint has accepted, and the draft tokens that the draws confirm."""
+        """Accepts the first draw, which the constraint allows, and the draft tokens confirmed by the draws."""
         num_before, num_drafted = len(sequence.output_token_ids), len(sequence.draft_token_ids)
         taken = sequence.accept(draws)
         if taken is None:
@@ -388,7 +388,7 @@ class Engine:
                       0 if num_before else sequence.num_cached_tokens)
 
     def _fail(self, sequence: Sequence, why: str) -> Output:
-        if why == NOT_A_NUMBER:                         # its keys and values may be none either
+        if why == NOT_A_NUMBER:                         # its keys and values may be NaN too
             self.kv.wipe(sequence.slot, self.kv.num_owned_tokens(sequence.slot))
             for place in self.prefix_cache.forget(self._group_of[sequence.key].prefix):
                 self._drop_chunk(*place)
@@ -412,7 +412,7 @@ class Engine:
             self.kv.release(sequence.slot)
 
     def _hand_over(self, leader: Sequence, heir: Sequence) -> None:
-        """A half computed prompt outlives the choice that computed it."""
+        """A partly computed prompt survives the choice that computed it."""
         leader.slot, heir.slot = heir.slot, leader.slot
         heir.num_computed_tokens, heir.num_cached_tokens = leader.num_computed_tokens, leader.num_cached_tokens
         for sequence in (leader, heir):
@@ -429,13 +429,13 @@ class Engine:
 
     @property
     def num_free_seqs(self) -> int:
-        """Choices that could be admitted at once; none while some wait for a slot, or for memory."""
+        """Choices that can be admitted at once; 0 while any wait for a slot or for memory."""
         num_free = self.batch_limit.num_free(self.num_running)
         return 0 if self._waiting else min(self.kv.num_free, self.num_available_pages, num_free)
 
     @property
     def num_available_pages(self) -> int:
-        """That no sequence owns; what is kept for others can go."""
+        """Pages not owned by sequences; cached prefixes can be evicted."""
         return self.kv.num_pages - self.kv.num_owned_pages
 
     @property
@@ -444,7 +444,7 @@ class Engine:
 
     @property
     def numerics_id(self) -> str:
-        """Of the model, of the grid on which prompts are cut, and of what shares a forward."""
+        """Identifies the model, the grid on which prompts are cut, and the mode of batching."""
         mode = "" if self.is_exact else " fast"
         return hashlib.sha256(f"{self.model.numerics_id} {self.prefill_chunk}{mode}".encode()).hexdigest()[:32]
 
@@ -462,12 +462,12 @@ class Engine:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a class of its own for devices alone; its allocator of the CPU raises a RuntimeError."""
+    """torch has its own exception only for devices; its CPU allocator raises a RuntimeError."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _prepare(constraints: Iterable[Constraint]) -> None:
-    """All at once."""
+    """Prepares all at once."""
     if some := list(constraints):
         some[0].prepare(some)
 

@@ -1,10 +1,10 @@
 """Forwards of fixed shapes, as a GPU wants them: each is recorded once as a CUDA graph, hundreds of kernels that the
 processor launches with one call.
 
-Forwards are padded to their shape. For decode rows there are a few sizes (where answers are exact, only those that give
-equal bits), each for a few maximal numbers of pages: programs for pages that no row has end at once, but not for free.
-Long chunks of prompts go through one forward of many rows, in tiles. A graph whose output differs from the plain
-forward's is not used; then the same forward is launched kernel by kernel.
+Forwards are padded to their shape. For decode rows there are a few sizes (if answers are exact, only sizes that give
+equal bits), each for a few maximal numbers of pages: programs for missing pages end at once, but not for free. Long
+chunks of prompts share one forward of many rows, in tiles. A graph whose output differs from the plain forward's is not
+used: that forward is then launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from worker.model.transfer import send_into
 log = logging.getLogger(__name__)
 
 WARM_UPS = 3                                            # forwards before a capture, as torch asks for
-MIN_WIDTH = 1024 // PAGE_LEN                            # pages that rows of the smallest graph may reach
-MAX_SHORT = 64                                          # tokens of a chunk that is computed as decode rows are
-WIDTH_FACTOR = 4                                        # from one graph to the next
+MIN_WIDTH = 1024 // PAGE_LEN                            # pages that a row of the smallest graph can have
+MAX_SHORT = 64                                          # tokens of a chunk that is computed as decode rows
+WIDTH_FACTOR = 4                                        # between the widths of successive graphs
 
 
 def widths(num_pages: int) -> list[int]:
-    """Up to the longest sequence, in pages."""
+    """The widths of graphs, in pages, up to the longest sequence."""
     found = [min(MIN_WIDTH, num_pages)]
     while found[-1] < num_pages:
         found.append(min(WIDTH_FACTOR * found[-1], num_pages))
@@ -42,7 +42,7 @@ def widths(num_pages: int) -> list[int]:
 
 
 def record(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What computes it again, and where its result stands then. What it reads must live as long."""
+    """A function that recomputes it, and its output tensor. What it reads must stay allocated."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -56,13 +56,13 @@ def record(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 class Inputs(NamedTuple):
-    """Views of one piece of numbers, here or on the device."""
+    """Views of one array of integers, on the host or on the device."""
 
     token_ids: Any              # [rows]
     slots: Any                  # [rows]
-    positions: Any              # [rows], NOBODY: no row
+    positions: Any              # [rows], NOBODY: padding
     kept: Any                   # [tables], the rows whose logits are wanted
-    table: Any                  # [tables, pages], one for each row or for each tile
+    table: Any                  # [tables, pages], one per row or per tile
 
     @classmethod
     def of(cls, piece: Any, num_rows: int, num_tables: int) -> Inputs:
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
     def fill(self, token_ids: Sequence[int], slots: Sequence[int], positions: Sequence[int], kept: Sequence[int],
              table: npt.NDArray[np.int32]) -> None:
-        """Those of the rows there are; what lies behind them is nobody's."""
+        """Writes the given rows; the rows after them are padding."""
         self.token_ids[:len(token_ids)], self.slots[:len(slots)], self.kept[:len(kept)] = token_ids, slots, kept
         self.positions[:] = NOBODY
         self.positions[:len(positions)] = positions
@@ -80,7 +80,7 @@ class Inputs(NamedTuple):
 
 
 class FixedForward:
-    """Its inputs lie where its graph reads them, and come in one piece."""
+    """Its inputs are where its graph reads them, and arrive in one copy."""
 
     def __init__(self, model: Model, memory: PagedMemory, last_token_ids: Tensor, num_rows: int, num_pages: int,
                  tile_len: int = 1):
@@ -121,7 +121,7 @@ class FixedForward:
         return self._logits[:len(kept)]
 
     def is_replayed_alike(self, memory: PagedMemory) -> bool:
-        """On rows of one sequence, each of which reads what those before it wrote."""
+        """Whether graph and forward agree, on rows of one sequence, each of which reads what those before it wrote."""
         num_tokens = min(self.num_rows, memory.table.shape[1] * PAGE_LEN)
         memory.table[0] = range(memory.table.shape[1])
         table = memory.table[[0] * self.num_tables, :self.num_pages]
@@ -132,7 +132,7 @@ class FixedForward:
 
 
 class FixedForwards:
-    """One for each number of decode rows, and of pages that they may reach; one for the chunks of prompts."""
+    """One forward per number of decode rows and of pages; one for the chunks of prompts."""
 
     def __init__(self, model: Model, memory: PagedMemory, last_token_ids: Tensor, *, prefill_chunk: int,
                  is_exact: bool):
@@ -148,7 +148,7 @@ class FixedForwards:
         self.has_graphs = model.device.type == "cuda" and self.record(model)
 
     def record(self, model: Model) -> bool:
-        """As graphs, if they say the same. Writes into the memory, which must be free."""
+        """Records the graphs; False if one differs from its forward. Writes into the memory, which must be free."""
         forwards = [*self.rows, self.tiles]
         try:
             for forward in forwards:
@@ -156,7 +156,7 @@ class FixedForwards:
             if all(forward.is_replayed_alike(self.memory) for forward in forwards):
                 return True
             log.warning("computing without CUDA graphs: those of %r differ from its forwards", model)
-        except RuntimeError as error:                   # what a family does in its forward, a graph cannot always hold
+        except RuntimeError as error:                   # a family's forward may do what a graph cannot record
             log.warning("computing without CUDA graphs: %s", str(error).partition("\n")[0])
         for forward in forwards:
             forward.forget()
@@ -172,5 +172,5 @@ class FixedForwards:
 
     def run_tiles(self, token_ids: Sequence[int], slots: Sequence[int], positions: Sequence[int], kept: Sequence[int]
                   ) -> Tensor:
-        """As `run_rows`, of whole tiles."""
+        """As `run_rows`, for whole tiles."""
         return self.tiles.run(token_ids, slots, positions, kept, self.memory.table[list(slots[::TILE_LEN])])

@@ -15,11 +15,11 @@ from worker.engine.sequence import Sequence
 class Flight(NamedTuple):
     sequences: list[Sequence]       # one for each row
     rows: list[Row]
-    logits: Tensor | None           # to draw again from; None if no constraint is asked after the draw
+    logits: Tensor | None           # for another draw; None if no constraint checks the draws
     draws: Draws
 
     def read(self) -> Iterator[tuple[int, list[Draw]]]:
-        """For each sequence its first row, and the draws of all its rows."""
+        """Yields the first row of each sequence, and the draws of all its rows."""
         draws, place = iter(self.draws.read()), 0
         for _, same in groupby(self.sequences):
             drawn = [next(draws) for _ in same]
@@ -28,7 +28,7 @@ class Flight(NamedTuple):
 
     def first_to_follow(self, place: int, draw: Draw) -> Draw | None:
         """The forced token; else the first of the drawn token and its runners-up that the constraint accepts, or None.
-        The draw itself without a constraint, or where logits were NaN."""
+        Without a constraint, or if logits were NaN, the draw itself."""
         sequence = self.sequences[place]
         constraint = sequence.constraint
         if constraint is None or not draw.is_valid:

@@ -1,9 +1,9 @@
-"""The Triton kernels that draw tokens: one program for each row of logits, and nothing to wait for.
+"""The Triton kernels that draw tokens: one program per row of logits, with no synchronisation.
 
-The token drawn is the first in the order of logits / temperature + noise that top_k, top_p and min_p let pass: the same
-as the argmax within what they let pass, whose borders nobody has to find. A token that does not pass takes all those
-along that are less likely than it, so few are tried. Of equally likely tokens the lower id comes first. (Rejection as
-in FlashInfer's sampling, Ye et al. 2025; noise as in rng.py.) It knows rows and numbers, nothing of slots.
+The token drawn is the first in the order of logits / temperature + noise that passes top_k, top_p and min_p: the argmax
+among the tokens that pass, without computing the border. A token that fails excludes all less likely ones, so few are
+tried. Of equally likely tokens the lower id comes first. (Rejection as in FlashInfer's sampling, Ye et al. 2025; noise
+as in rng.py.) It knows rows and numbers, nothing of slots.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NUM_WARPS = 32
 
 
 class Wishes(NamedTuple):
-    """Of [rows] each, int32 or float32."""
+    """Parameters of the rows: [rows] each, int32 or float32."""
 
-    low: npt.ArrayLike              # halves of the rows' keys
+    low: npt.ArrayLike              # low halves of the rows' keys
     high: npt.ArrayLike
     top_k: npt.ArrayLike            # 0: off
     slots: npt.ArrayLike
@@ -33,7 +33,7 @@ class Wishes(NamedTuple):
     log_min_p: npt.ArrayLike        # -inf: off
 
     def packed(self) -> npt.NDArray[np.int32]:
-        """[7, rows], so that they travel at once."""
+        """[7, rows], to be copied at once."""
         return np.stack([*(np.asarray(x, dtype=np.int32) for x in self[:4]),
                          *(np.asarray(x, dtype=np.float32).view(np.int32) for x in self[4:])])
 
@@ -41,8 +41,8 @@ class Wishes(NamedTuple):
 def draw(logits: Tensor, raw: Tensor, wishes: Tensor, last_token_ids: Tensor) -> Tensor:
     """Token ids of logits [rows, vocab_size], and whether they are numbers in the `raw` ones: int64 [2, rows].
 
-    `wishes`: packed, on the device. What a row has drawn is its slot's in `last_token_ids`, int64 [slots]; of several
-    rows of one slot, what any of them has. Where a logit is no number, it or an infinite one is drawn.
+    `wishes`: packed, on the device. The drawn token is written to the slot's place in `last_token_ids`, int64 [slots];
+    if several rows have one slot, any of theirs. If logits are NaN, a NaN or infinite one is drawn.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == raw.stride(1) == 1 and wishes.is_contiguous() and wishes.shape == (7, num_rows)
@@ -54,7 +54,7 @@ def draw(logits: Tensor, raw: Tensor, wishes: Tensor, last_token_ids: Tensor) ->
 
 
 def log_totals(logits: Tensor) -> Tensor:
-    """log Σ exp of logits [rows, vocab_size], float32 [rows]: torch's has other bits beside other rows."""
+    """log Σ exp of logits [rows, vocab_size], float32 [rows]: torch's bits depend on the number of rows."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
     out = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
@@ -79,7 +79,7 @@ def _log_totals(logits, out, row_stride, vocab_size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _noise(token_ids, low, high):
-    """rng.gumbel; log1p(-v) by Kahan's formula, whose quotient takes the rounding of 1 - v back."""
+    """rng.gumbel; log1p(-v) by Kahan's formula, whose quotient cancels the rounding of 1 - v."""
     x = token_ids.to(tl.uint32) * 0x9E3779B1 + low
     x ^= x >> 16
     x *= 0x21F0AAAD
@@ -96,17 +96,17 @@ def _noise(token_ids, low, high):
 
 @triton.jit
 def _scaled(logits, tokens, vocab_size, temperature):
-    """What is no number counts as infinite, so that it is drawn and found."""
+    """NaN counts as infinite, so that it is drawn and detected."""
     x = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32) / temperature
     return tl.where(x != x, float("inf"), x)
 
 
 @triton.jit
 def _kth(logits, vocab_size, temperature, k, peak, BLOCK: tl.constexpr):
-    """The k-th largest: halfway between bounds that are logits themselves, until they meet or k lie above."""
-    most = peak                                         # it is no larger,
-    least = tl.full([], float("-inf"), tl.float32)      # and no smaller
-    reach = tl.full([], 4.0, tl.float32)                # how far below `most` to look while there is no such bound
+    """The k-th largest: bisects between two logits, until they meet or k logits are at least as large."""
+    most = peak                                         # the upper bound,
+    least = tl.full([], float("-inf"), tl.float32)      # and the lower bound
+    reach = tl.full([], 4.0, tl.float32)                # how far below `most` to search while there is no lower bound
     while most > least:
         middle = tl.where(least == float("-inf"), most - reach, least + (most - least) / 2)
         middle = tl.where(middle > least, middle, most)
@@ -140,7 +140,7 @@ def _draw(logits, raw, out, lows, highs, top_ks, slots, temperatures, top_ps, lo
     temperature = tl.where(is_random, temperature, 1.0)
     needs_mass = is_random & (top_p < 1.0)
 
-    floor = tl.full([], float("-inf"), tl.float32)      # nothing less likely is drawn
+    floor = tl.full([], float("-inf"), tl.float32)      # only likelier tokens are drawn
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     is_cut = is_random & (top_k > 0) & (top_k < vocab_size)
@@ -149,7 +149,7 @@ def _draw(logits, raw, out, lows, highs, top_ks, slots, temperatures, top_ps, lo
         for start in range(0, vocab_size, BLOCK):
             best = tl.maximum(best, _scaled(logits, start + tl.arange(0, BLOCK), vocab_size, temperature))
         peak = tl.max(best)
-        if log_min_p > float("-inf"):                  # an infinite peak less infinity were no number
+        if log_min_p > float("-inf"):                  # infinity minus infinity would be NaN
             floor = peak + log_min_p
     border = tl.full([], float("-inf"), tl.float32)
     if is_cut:
@@ -163,10 +163,10 @@ def _draw(logits, raw, out, lows, highs, top_ks, slots, temperatures, top_ps, lo
             masses += tl.where(x > border, tl.exp(x - peak), 0.0)
             num_above += (x > border).to(tl.int32)
         total = tl.sum(masses)
-        if border > float("-inf"):                      # as many of those at the border as are among the k
+        if border > float("-inf"):                      # ties at the border count as far as they are among the k
             total += tl.exp(border - peak) * (top_k - tl.sum(num_above)).to(tl.float32)
 
-    bound = tl.full([], float("inf"), tl.float32)       # the last token refused: what is drawn is likelier
+    bound = tl.full([], float("inf"), tl.float32)       # the last token refused: the one drawn is likelier
     bound_id = tl.full([], -1, tl.int32)
     is_bound = tl.full([], False, tl.int1)
     drawn = tl.full([], 0, tl.int32)

@@ -1,9 +1,9 @@
-"""Which sequence owns which slot of keys and values, where torch attends, and how much memory all of them fill.
+"""Which sequence owns which slot of keys and values, if torch attends, and how much memory the slots use.
 
-A slot has room for one sequence up to the longest allowed, but costs memory only as far as it is filled. A block, one
-page of one slot, is touched when it is first held; when others need its memory, one that is held no more is given back
-to the system. So slots are address space, and `num_pages` bounds what they fill. Slots from `num_slots` on are not
-given out: what they hold, others know (prefix.py). It knows slots and lengths, nothing of tokens.
+A slot has room for the longest sequence, but uses memory only as far as it is filled. A block, one page of one slot, is
+touched when it is first held; when its memory is needed elsewhere, a block that is not held is returned to the system.
+Slots are thus address space, and `num_pages` bounds the memory. Slots from `num_slots` on are not given to sequences:
+prefix.py knows their contents. It knows slots and lengths, nothing of tokens.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Block = tuple[int, int]                                 # page, slot
 
 class KVSlots(Slots):
     def __init__(self, layers: list[KVLayer], num_slots: int, num_pages: int):
-        """Of `num_pages` of memory, which all slots together may fill."""
+        """`num_pages` bounds the memory of all slots together."""
         super().__init__(num_slots, PAGE_LEN)
         self.layers = layers
         self.memory = SlotMemory(layers)
         self.num_pages = num_pages
         self._holders: Counter[Block] = Counter()
-        self._idle: dict[Block, None] = {}              # touched, and held no more
+        self._idle: dict[Block, None] = {}              # touched, but no longer held
 
     def grow(self, slot: int, num_tokens: int) -> None:
-        """The pages must be free."""
+        """Enough pages must be free."""
         num_missing = self.num_missing_pages(slot, num_tokens)
         assert num_missing <= self.num_free_pages, f"{self!r} is full"
         for _ in range(num_missing):
@@ -41,16 +41,16 @@ class KVSlots(Slots):
         self._give_up(slot)
 
     def num_pages_to_keep(self, begin: int, end: int) -> int:
-        """Free pages that `keep` needs at most; of two chunks in one page, the second needs none."""
+        """An upper bound of the free pages that `keep` needs; of two chunks in one page, the second needs none."""
         return len(list(places(begin, end)))
 
     def keep(self, source: int, target: int, begin: int, end: int) -> None:
-        """Tokens [begin, end) of one slot also in another, which nobody owns; until `drop`."""
+        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`."""
         self.hold(target, begin, end)
         self.copy(source, target, begin, end)
 
     def hold(self, slot: int, begin: int, end: int) -> None:
-        """Tokens [begin, end) of a slot that nobody owns; until `drop`."""
+        """Holds tokens [begin, end) of a slot that no sequence owns, until `drop`."""
         for page, _ in places(begin, end):
             self._hold((page, slot))
 
@@ -80,12 +80,12 @@ class KVSlots(Slots):
         self.memory.give_back(self._number(block))
 
     def _number(self, block: Block) -> int:
-        """By which its memory knows it."""
+        """The block's number in memory."""
         page, slot = block
         return int(self.memory.table[slot, page])
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
-        """Tokens [begin, end) of one slot to the same place in another."""
+        """Copies tokens [begin, end) of one slot to the same place in another."""
         for page, place in places(begin, end):
             self.memory.copy(self._number((page, source)), self._number((page, target)), place.start, place.stop)
 

@@ -1,7 +1,7 @@
 """Top k and log-sum-exp of rows on a CPU, each in two passes over the vocabulary.
 
-For the top k a row is cut into `NUM_PARTS` parts. The k largest of the parts' maxima are numbers of the row, so the
-least of them is a lower bound of its top k: only what is at least as large has to be sorted.
+For the top k a row is cut into `NUM_PARTS` parts. The k largest of the parts' maxima are elements of the row, so the
+least of them is a lower bound for its top k: only elements that reach it have to be sorted.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from worker.model.cpu import LANES
 from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
 from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
 
-NUM_SPANS = 32              # of a row; every lane of a span is a part
+NUM_SPANS = 32              # per row; every lane of a span is a part
 NUM_PARTS = NUM_SPANS * LANES
-MAX_COUNT = NUM_PARTS // 4  # above, what is as large is too much
-ROOM = 1024                 # for what is as large: where a vector more would not find any, it is left to torch
+MAX_COUNT = NUM_PARTS // 4  # above it, too many elements reach the bound
+ROOM = 1024                 # for elements that reach the bound; without room for one more vector, torch computes
 
 
 def fits(logits: Tensor) -> bool:
-    """Whether rows are many whole vectors, and in one piece each."""
+    """Whether each row is many whole vectors and contiguous."""
     return logits.shape[1] % LANES == 0 and logits.shape[1] >= 2 * NUM_PARTS and logits.stride(1) == 1
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """The `count` largest of each row of [rows, vocab_size] in falling order, the lower id first where they are equal:
-    values and ids. None where other ways are as good, or where a row has too few numbers or too many alike."""
+    """The `count` largest of each row of [rows, vocab_size], descending, equal ones by ascending id: values and ids.
+    None where torch is as fast, or where a row has NaN or too many ties."""
     num_rows, vocab_size = logits.shape
     if count > MAX_COUNT or not fits(logits):
         return None
@@ -48,8 +48,8 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
 
 
 def log_totals(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
-    """The logarithm of what all tokens of each row of [rows, vocab_size] weigh together, [rows]; of logits divided by a
-    temperature for each row, where these are given."""
+    """log Σ exp of each row of [rows, vocab_size], [rows]; of logits divided by a temperature per row, where these are
+    given."""
     num_rows, vocab_size = logits.shape
     largest, totals = torch.empty(num_rows), torch.empty(num_rows)
     _weigh(logits, 0 if temperatures is None else temperatures, largest, totals, num_rows, logits.stride(0), vocab_size,
@@ -60,7 +60,7 @@ def log_totals(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
 @Kernel
 def _survey(code: Code, logits: Value, maxima: Value, num_rows: Value, row_stride: Value, vocab_size: Value, *,
             dtype: torch.dtype) -> None:
-    """Of every part the largest number."""
+    """The maximum of every part."""
     with code.shares(num_rows) as row, code.loop(0, NUM_SPANS) as span:
         most = code.variable(code.splat(code.number(-math.inf)))
         vectors = vocab_size // LANES
@@ -73,12 +73,12 @@ def _survey(code: Code, logits: Value, maxima: Value, num_rows: Value, row_strid
 @Kernel
 def _collect(code: Code, logits: Value, least: Value, ids: Value, counts: Value, num_rows: Value, row_stride: Value,
              vocab_size: Value, *, dtype: torch.dtype) -> None:
-    """What is as large as a row's least, and how many there are, whether there is room or not."""
+    """The elements that reach a row's bound, and their number, even if there is no room."""
     with code.shares(num_rows) as row:
         border = code.splat(code.load(least + row * SIZES[FLOAT32], FLOAT32, 1))
         count = code.variable(code.integer(0))
         with code.loop(0, vocab_size, LANES) as token:
-            is_large = (_numbers(code, logits, row * row_stride + token, dtype) < border) ^ 1   # or no number
+            is_large = (_numbers(code, logits, row * row_stride + token, dtype) < border) ^ 1   # or NaN
             with code.when(code.some(is_large)):
                 with code.when(count.value <= ROOM - LANES):
                     place = ids + (row * ROOM + count.value) * SIZES[INT32]

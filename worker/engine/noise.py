@@ -15,24 +15,24 @@ from worker.model.cpu import LANES
 from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
 from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
 
-WORK = 16               # numbers gone through for each token: there is more to do than to read it
+WORK = 16               # per token: more computing than reading
 
 
 class Wishes(NamedTuple):
-    """How rows draw, each tensor one number or more of each; what is None nobody asks for."""
+    """The rows' parameters, each tensor with one element or more per row; None: not requested."""
 
-    temperatures: Tensor | None = None      # of float32; 0: the largest, without noise
-    keys: tuple[Tensor, Tensor] | None = None       # of the noise, halves as rng.py has them
-    allowed: Tensor | None = None           # [rows, words]: a bit for each token that may be drawn, in int32 words
-    floors: Tensor | None = None            # of float32; less than that, divided by the temperature, is not drawn
+    temperatures: Tensor | None = None      # float32; 0: greedy, without noise
+    keys: tuple[Tensor, Tensor] | None = None       # of the noise: halves, as in rng.py
+    allowed: Tensor | None = None           # [rows, words]: one bit per token that may be drawn, in int32 words
+    floors: Tensor | None = None            # float32; logits / temperature below it are not drawn
 
 
 class RunnersUp(NamedTuple):
-    """Of the lanes of a vector, among which a vocabulary is dealt: [rows, LANES] each."""
+    """Per lane of a vector, over which the vocabulary is distributed: [rows, LANES] each."""
 
-    largest: Tensor                         # of float32, as they were compared
-    token_ids: Tensor                       # whose they are, of int64
-    seconds: Tensor                         # of float32: the largest but one
+    largest: Tensor                         # float32, as compared
+    token_ids: Tensor                       # their token ids, int64
+    seconds: Tensor                         # float32: the second largest
 
     @classmethod
     def empty(cls, num_rows: int) -> RunnersUp:
@@ -40,8 +40,8 @@ class RunnersUp(NamedTuple):
                    torch.empty(num_rows, LANES))
 
     def of(self, row: int) -> Iterator[int]:
-        """What would be drawn next if the earlier ones were refused, as far as that is certain: of a lane's second
-        largest only the value is known, so the list ends where one of those might be next."""
+        """The tokens that would be drawn if the earlier ones were refused, as far as they are certain: of a lane's
+        second largest only the value is known, so the list ends where one of those might be next."""
         lanes = zip(*(part[row].tolist() for part in self), strict=True)
         first, *others = sorted(lanes, key=lambda lane: (-lane[0], lane[1]))
         hidden = first[2]
@@ -53,11 +53,11 @@ class RunnersUp(NamedTuple):
 
 
 def draw(logits: Tensor, wishes: Wishes, runners_up: RunnersUp | None = None) -> Tensor:
-    """Of [rows, vocab_size]: [2, rows], the token of each row and whether its logit is a number. Of logits /
-    temperature + noise the largest, the lower id of two alike. Who comes next is written to `runners_up`.
+    """Draws from [rows, vocab_size]; [2, rows]: the token of each row, and whether its logit is not NaN. It is the
+    largest of logits / temperature + noise, the lower id of two equal ones. The next ones are written to `runners_up`.
 
-    What is no number counts as infinite, so that it is drawn and found. What is not allowed, be it a number or not,
-    falls below all else.
+    NaN counts as infinite, so that it is drawn and detected. Tokens that are not allowed, NaN or not, fall below all
+    others.
     """
     num_rows, vocab_size = logits.shape
     temperatures, keys, allowed, floors = wishes
@@ -72,7 +72,7 @@ def draw(logits: Tensor, wishes: Wishes, runners_up: RunnersUp | None = None) ->
 
 
 def forbid(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Logits of [rows, vocab_size] in float32; what a row's bits do not name is far below all others."""
+    """Logits [rows, vocab_size] in float32, where tokens without a bit in `allowed` are far below all others."""
     out = torch.empty_like(logits)
     _forbid(logits, allowed, out, len(logits), logits.shape[1], allowed.stride(0),
             num_threads=threads_for(logits.numel()))
@@ -80,12 +80,12 @@ def forbid(logits: Tensor, allowed: Tensor) -> Tensor:
 
 
 def takes_bits(logits: Tensor) -> bool:
-    """Whether bits of a vocabulary come in whole vectors."""
+    """Whether the bits of a vocabulary fill whole vectors."""
     return logits.shape[-1] % LANES == 0 and logits.is_contiguous()
 
 
 def fits(logits: Tensor) -> bool:
-    """Whether a vocabulary is a vector at least, and lies in one piece."""
+    """Whether a vocabulary is at least one vector, and contiguous."""
     return logits.shape[-1] >= LANES and logits.stride(-1) == 1
 
 
@@ -115,7 +115,7 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
 
         def go_through(temperature: Value | None, keys: list[Value]) -> None:
             with code.loop(0, vocab_size, LANES) as begin:
-                first = code.smaller(begin, vocab_size - LANES)         # the last vector may say some twice
+                first = code.smaller(begin, vocab_size - LANES)         # the last vector may overlap the one before
                 if not has_bits:
                     look_at(first, None, temperature, keys)
                     return
@@ -161,7 +161,7 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
 
 
 def _gumbel(code: Code, keys: list[Value], tokens: Value) -> Value:
-    """Of int32 tokens. log(1 - v) by Kahan's formula, whose quotient takes the rounding of 1 - v back."""
+    """For int32 tokens. log(1 - v) by Kahan's formula, whose quotient cancels the rounding of 1 - v."""
     low, high = keys
     first, second = map(wrapped, MULTIPLIERS)
     x = tokens * wrapped(GOLDEN) + low

@@ -1,8 +1,8 @@
-"""Which sequence owns which pages of keys and values, where they lie in one pool and kernels of ours attend.
+"""Which sequence owns which pages of keys and values, where they are in one pool and our own kernels attend.
 
-Pages that several sequences have in common, a prompt's beginning, are shared and never written again; they are free
-when the last of them leaves. Slots from `num_slots` on are not given out: what they hold, others know (prefix.py). It
-knows slots and lengths, nothing of tokens.
+Pages that several sequences share, a prompt's prefix, are never written again; they become free when the last owner
+leaves. Slots from `num_slots` on are not given to sequences: prefix.py knows their contents. It knows slots and
+lengths, nothing of tokens.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Pool(Memory, Protocol):
 
     @property
     def table(self) -> npt.NDArray[np.integer]:
-        """[slots, pages of the longest sequence]: which page of the pool each has there."""
+        """[slots, pages of the longest sequence]: the page of the pool at each place of each slot."""
 
     def copy(self, source: int, target: int, first: int, last: int) -> None:
-        """Tokens [first, last) of a page, counted from its first, to the same place in another."""
+        """Copies tokens [first, last) of a page, counted from its start, to the same place in another."""
 
     def give_back(self, page: int) -> None:
-        """The memory of a page that nobody has, to the system, if it can be had again."""
+        """Returns the memory of a free page to the system, if it can be allocated again."""
 
 
 class KVPages(Slots):
@@ -40,10 +40,10 @@ class KVPages(Slots):
         self._free_pages = list(reversed(range(num_pages)))
         self._holders: Counter[int] = Counter()         # page → slots that have it
         self._owners: Counter[int] = Counter()          # page → sequences among them
-        self._holds: defaultdict[int, Counter[int]] = defaultdict(Counter)      # slot of others → place → holds
+        self._holds: defaultdict[int, Counter[int]] = defaultdict(Counter)      # slot of the cache → place → holds
 
     def grow(self, slot: int, num_tokens: int) -> None:
-        """The pages must be free."""
+        """Enough pages must be free."""
         for place in range(self._owned[slot], self.pages(num_tokens)):
             self._put(slot, place, self._take())
             self._owned[slot] += 1
@@ -54,11 +54,11 @@ class KVPages(Slots):
         self._give_up(slot)
 
     def num_pages_to_keep(self, begin: int, end: int) -> int:
-        """That must be free, at most: whole pages are shared."""
+        """An upper bound of the free pages needed: whole pages are shared."""
         return sum(last - first < self.page_len for _, first, last in self._places(begin, end))
 
     def keep(self, source: int, target: int, begin: int, end: int) -> None:
-        """Tokens [begin, end) of one slot also in another, which nobody owns; until `drop`."""
+        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`."""
         for place, first, last in self._places(begin, end):
             if not self._holds[target][place]:
                 is_whole = last - first == self.page_len
@@ -73,7 +73,7 @@ class KVPages(Slots):
                 self._leave(slot, place)
 
     def copy(self, source: int, target: int, begin: int, end: int) -> None:
-        """Tokens [begin, end) of one slot to the same place in another: whole pages are shared."""
+        """Copies tokens [begin, end) of one slot to the same place in another: whole pages are shared."""
         for place, first, last in self._places(begin, end):
             if last - first == self.page_len:
                 self._leave(target, place)
@@ -81,12 +81,12 @@ class KVPages(Slots):
             self._copy_tokens(source, target, place, first, last)
 
     def _places(self, begin: int, end: int) -> list[tuple[int, int, int]]:
-        """The places of a table over which tokens [begin, end) are spread, with the first and the last one in each."""
+        """The places in a table that contain tokens [begin, end), with the first and the last token in each."""
         return [(place, max(begin - place * self.page_len, 0), min(end - place * self.page_len, self.page_len))
                 for place in range(begin // self.page_len, self.pages(end))]
 
     def _copy_tokens(self, source: int, target: int, place: int, first: int, last: int) -> None:
-        """Unless both slots have the same page there."""
+        """Copies tokens within a page, unless both slots have the same page there."""
         old, new = (int(self.memory.table[slot, place]) for slot in (source, target))
         if old != new:
             self.memory.copy(old, new, first, last)
@@ -111,7 +111,7 @@ class KVPages(Slots):
             self._free_pages.append(page)
 
     def wipe(self, slot: int, num_tokens: int) -> None:
-        """Nothing: what lies behind a sequence's end is never read."""
+        """Nothing to do: what is after a sequence's end is never read."""
 
     def give_back_idle(self) -> None:
         for page in self._free_pages:
@@ -123,7 +123,7 @@ class KVPages(Slots):
 
     @property
     def num_owned_pages(self) -> int:
-        """What sequences share counts once."""
+        """A page shared by several sequences counts once."""
         return len(self._owners)
 
     def check(self) -> None:

@@ -15,16 +15,16 @@ MIN_TEMPERATURE = 1e-5      # below: greedy
 
 @dataclass(slots=True)
 class Params:
-    """Of one choice, as the sampler reads them at every step."""
+    """The parameters of one choice, as the sampler reads them at every step."""
 
     sampling: Sampling
     key: int
-    stop_token_ids: list[int]       # none of them before min_tokens
+    stop_token_ids: list[int]       # not drawn before min_tokens
     bias: tuple[tuple[int, float], ...]
     is_greedy: bool
     is_truncated: bool
     is_penalized: bool
-    is_plain: bool                  # one pass over the logits finds its token: that of the largest logit and noise
+    is_plain: bool                  # one pass over the logits finds its token: the largest of logit plus noise
 
     @classmethod
     def of(cls, sampling: Sampling, choice: int, stop_token_ids: frozenset[int]) -> Params:

@@ -1,4 +1,4 @@
-"""Penalties for what was said before, for a CPU: in one pass, which stops where something was said."""
+"""Penalties for tokens that occurred before, on a CPU: one pass, which does work only where a token occurred."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def fits(logits: Tensor) -> bool:
 
 
 def penalize(logits: Tensor, places: Tensor, slots: Tensor, seen: Tensor, counts: Tensor, penalties: Tensor) -> None:
-    """Some rows of logits, [rows, vocab_size] in float32, in place: `places` says which, `slots` where of each it is
-    told what was seen and how often it was drawn, [slots, vocab_size] both. Penalties are [3, places]: repetition,
-    frequency, presence, as in transformers and vLLM."""
+    """Penalizes some rows of logits, [rows, vocab_size] in float32, in place: `places` are the rows, `slots` their
+    slots in `seen` (has occurred) and `counts` (how often drawn), [slots, vocab_size] both. Penalties are [3, places]:
+    repetition, frequency, presence, as in transformers and vLLM."""
     _penalize(logits, places, slots, seen, counts, penalties, len(places), logits.shape[1],
               num_threads=threads_for(len(places) * logits.shape[1]))
 

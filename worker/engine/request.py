@@ -18,9 +18,9 @@ from worker.engine.sampler import Logprobs
 if TYPE_CHECKING:
     from shared.job import Sampling
 
-NOT_A_NUMBER = "not a number"                       # failures: its logits were none,
-OUT_OF_MEMORY = "out of memory"                     # or a step had no room for it alone
-NO_WAY_ON = "its form is too complex"               # or what it must be could not be followed within the limits
+NOT_A_NUMBER = "not a number"                       # reasons of failure: its logits were NaN,
+OUT_OF_MEMORY = "out of memory"                     # a step had no memory for it alone,
+NO_WAY_ON = "its form is too complex"               # or its constraint could not be followed within the limits
 FAILURES = (NOT_A_NUMBER, OUT_OF_MEMORY, NO_WAY_ON)
 
 MAX_LOGPROBS = 64
@@ -29,15 +29,15 @@ MAX_PENALTY = 1e4
 
 
 class Constraint(Protocol):
-    """What one choice must be, as far as it has come."""
+    """A constraint on one choice, in its current state."""
 
     @property
     def is_complete(self) -> bool:
-        """Nothing may follow."""
+        """No token may follow."""
 
     @property
     def forced(self) -> list[int]:
-        """Tokens that must follow, in order, perhaps only the first of them; empty where there is a choice."""
+        """Tokens that must follow, in order, perhaps only some of the first; empty if more than one may follow."""
 
     @property
     def is_trusted(self) -> bool:
@@ -45,13 +45,13 @@ class Constraint(Protocol):
 
     @staticmethod
     def prepare(constraints: Sequence[Any]) -> None:
-        """Begins to find out what may follow each of them, beside whatever runs."""
+        """Starts computing which tokens may follow, for each of them, beside whatever runs."""
 
     def allowed(self) -> npt.NDArray[np.int32]:
-        """A bit for each token id that may follow, 32 in each."""
+        """One bit per token id that may follow, 32 in each element."""
 
     def accept(self, token_id: int) -> bool:
-        """Advances by a token. False: `allowed` does not name it, and nothing has changed; or the constraint cannot be
+        """Advances by a token. False: the token is not allowed and nothing has changed, or the constraint cannot be
         followed any further."""
 
 
@@ -64,7 +64,7 @@ class Request:
     continued: tuple[tuple[int, ...], ...] = ()     # per choice, tokens already drawn and published: replayed
     finished: frozenset[int] = frozenset()          # choices that already ended
     salt: str = ""                                  # only requests of one salt share computed prefixes
-    constraints: tuple[Constraint, ...] = ()        # one for each choice, as far as that has come; or none
+    constraints: tuple[Constraint, ...] = ()        # one per choice, in its current state; or none
 
     def continued_token_ids(self, index: int) -> tuple[int, ...]:
         return self.continued[index] if self.continued else ()
@@ -81,13 +81,13 @@ class Output:
     request_id: str
     index: int
     token_ids: tuple[int, ...]
-    logprobs: tuple[Logprobs, ...]                  # one for each token id, when asked for
+    logprobs: tuple[Logprobs, ...]                  # one per token id, if requested
     finish_reason: str | None                       # "stop" (its token is in token_ids), "length", a failure; not yet
-    num_cached_tokens: int = 0                      # of the prompt, found computed; on a choice's first output
+    num_cached_tokens: int = 0                      # prompt tokens found in the cache; on a choice's first output
 
 
 def validate(request: Request, *, vocab_size: int, max_model_len: int, max_choices: int) -> None:
-    """Raises ValueError, with one line for the log, on anything that the batch must not see."""
+    """Raises ValueError, with one line for the log, for whatever could break a batch."""
     sampling = request.sampling
     num_prompt_tokens = len(request.prompt_token_ids)
     _require(num_prompt_tokens > 0, "the prompt is empty")

@@ -68,5 +68,5 @@ def gumbel(low: Tensor, high: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def wrapped(constant: int) -> int:
-    """As a 32-bit integer with a sign."""
+    """As a signed 32-bit integer."""
     return constant - 2**32 if constant >= 2**31 else constant

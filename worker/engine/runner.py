@@ -42,8 +42,8 @@ class Runner:
                                                             prefill_chunk=prefill_chunk))
 
     def run(self, forward: Forward, sequences: Mapping[int, Sequence]) -> tuple[list[Sequence], Tensor, Tensor]:
-        """For each decode row at or behind a sequence's last known token the sequence, and the logits; the logits of
-        each chunk's last token. Of [rows, vocab_size] each."""
+        """The sequence of each decode row at or after that sequence's last known token, and its logits; the logits of
+        each chunk's last token. Logits are [rows, vocab_size]."""
         decodes, prefills = forward
         if self.fixed:
             return self.in_shape(self.fixed, forward, sequences)
@@ -57,7 +57,7 @@ class Runner:
 
     def in_shape(self, fixed: FixedForwards, forward: Forward, sequences: Mapping[int, Sequence]
                  ) -> tuple[list[Sequence], Tensor, Tensor]:
-        """Tokens of a short chunk are decode rows as good as any; long ones come in tiles."""
+        """Short chunks are computed as decode rows; long ones in tiles."""
         decodes, prefills = forward
         if all(end - begin <= fixed.max_short for _, begin, end in prefills):
             rows = _Rows.of(decodes, prefills, sequences)
@@ -102,7 +102,7 @@ class Runner:
         return rows.decoding(sequences), *logits.split([rows.num_decoding, len(forward.prefills)])
 
     def _known(self, token_ids: list[int], slots: list[int]) -> list[int] | Tensor:
-        """Token ids; pending ones are taken from where the device has drawn them, without waiting."""
+        """Token ids; pending ones are read where the device has drawn them, without waiting."""
         if PENDING not in token_ids:
             return token_ids
         ids, places = (send(values, self.model.device) for values in (token_ids, slots))
@@ -115,7 +115,7 @@ class _Rows(NamedTuple):
     slots: list[int]
     positions: list[int]
     token_ids: list[int]
-    kept: list[int]                 # rows whose logits are wanted: at or behind a last known token, or a chunk's last
+    kept: list[int]                 # rows whose logits are needed: at or after a last known token, or a chunk's last
     num_decoding: int               # of them
 
     @classmethod

@@ -1,11 +1,11 @@
 """From a row of logits to a token, for many rows at once, each with parameters of its own.
 
 Order of the stages: logit_bias, penalties, temperature, top_k, top_p, min_p, as in transformers; a stage that no row
-needs is skipped. Of tokens equally likely the lower id is kept first. A row's token depends on nothing but that row:
-not on its neighbours, nor on where in the batch it lies. It knows slots and ids, nothing of text or schedules.
+needs is skipped. Of equally likely tokens the lower id is kept first. A row's token depends on that row only: not on
+its neighbours, nor on its place in the batch. It knows slots and ids, nothing of text or schedules.
 
-On a GPU one kernel draws for all rows (kernels.py), and nothing here waits for it. On a CPU one pass over the logits as
-they come does for most rows (noise.py); what asks for more is drawn in drawing.py, penalties are in penalties.py.
+On a GPU one kernel draws for all rows (kernels.py), without synchronisation. On a CPU one pass over the logits suffices
+for most rows (noise.py); the others are drawn in drawing.py, penalties are in penalties.py.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Logprobs = tuple[int, float, tuple[tuple[int, float], ...]]    # token id, its l
 class Draw(NamedTuple):
     token_id: int
     logprobs: Logprobs | None
-    is_valid: bool              # False: the logits were not numbers
+    is_valid: bool              # False: the logits were NaN
 
 
 @dataclass(slots=True)
 class Draws:
-    """Of one forward, row by row."""
+    """The draws of one forward, row by row."""
 
     num_logprobs: list[int | None]
     transfer: Transfer          # token ids and whether they are valid, [2, rows]; log probabilities of rows that ask
@@ -55,7 +55,7 @@ class Draws:
                 for token_id, count, valid in zip(token_ids, self.num_logprobs, is_valid, strict=True)]
 
     def next_of(self, row: int) -> Iterator[int]:
-        """Who would be drawn, one by one, if those before could not; none where that is not known."""
+        """The tokens that would be drawn if the earlier ones were excluded; empty where that is unknown."""
         return iter(()) if self.runners_up is None or self.num_logprobs[row] is not None else self.runners_up.of(row)
 
 
@@ -107,7 +107,7 @@ class Sampler:
         self.params[slot] = None
 
     def sample(self, logits: Tensor, rows: Sequence[Row], *, wants_runners_up: bool = False) -> Draws:
-        """Runners-up are known where the one-pass kernel draws; other rows do without."""
+        """Runners-up are known for rows drawn by the one-pass kernel only."""
         params, runners_up = [self._params(row.slot) for row in rows], None
         if self.has_kernel:
             drawn = self._draw_there(logits, rows, params)
@@ -118,7 +118,7 @@ class Sampler:
                      Transfer(drawn, *self._logprobs(logits, drawn[0], params)), runners_up)
 
     def _draw_there(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
-        """On a GPU, at once: [2, rows]."""
+        """On a GPU, all rows at once: [2, rows]."""
         from worker.engine import kernels  # needs Triton
 
         low, high = rng.split_keys(_keys(rows, params))
@@ -131,7 +131,7 @@ class Sampler:
 
     def _draw_here(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params], wants_runners_up: bool
                    ) -> tuple[Tensor, RunnersUp | None]:
-        """[2, rows]"""
+        """On a CPU: [2, rows], and the runners-up."""
         wishes, runners_up = self._wishes(logits, rows, params), None
         if wishes is None:
             token_ids = draw(self._adjusted(logits, rows, params), params, _keys(rows, params))
@@ -144,7 +144,7 @@ class Sampler:
         return drawn, runners_up
 
     def _wishes(self, logits: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Wishes | None:
-        """Arguments of the one-pass kernel; None where some row needs more than one pass."""
+        """Arguments of the one-pass kernel; None if a row needs more than one pass."""
         noise = kernels_for("noise", logits)
         is_constrained = any(row.allowed is not None for row in rows)
         if noise is None or (is_constrained and not noise.takes_bits(logits)) or any(
@@ -162,7 +162,7 @@ class Sampler:
         return cast("Wishes", noise.Wishes(temperatures, rng.split_keys(_keys(rows, params)), allowed))
 
     def _is_too_short(self, row: Row, params: Params) -> bool:
-        """Whether min_tokens forbids an end; the mask of a constrained row does that already."""
+        """Whether min_tokens forbids an end; for constrained rows the mask does that."""
         return row.position < params.sampling.min_tokens and bool(params.stop_token_ids) and row.allowed is None
 
     def _params(self, slot: int) -> Params:
@@ -171,7 +171,7 @@ class Sampler:
         return params
 
     def _adjusted(self, raw: Tensor, rows: Sequence[Row], params: Sequence[Params]) -> Tensor:
-        """Bias, penalties and min_tokens: what also moves a greedy row."""
+        """Applies bias, penalties and min_tokens, which affect greedy rows too."""
         penalized = [i for i, p in enumerate(params) if p.is_penalized]
         biased = [i for i, p in enumerate(params) if p.bias]
         constrained = [i for i, row in enumerate(rows) if row.allowed is not None]
@@ -195,7 +195,7 @@ class Sampler:
         return logits
 
     def _constrained(self, logits: Tensor, allowed: npt.NDArray[np.int32]) -> Tensor:
-        """A sum takes a third of the time of a masked fill: on a CPU what is forbidden falls below whatever is not."""
+        """Puts forbidden tokens below all others; on a CPU by a sum, in a third of the time of a masked fill."""
         if self.device.type != "cpu":
             return logits.masked_fill(self._forbidden(allowed), float("-inf"))
         noise = kernels_for("noise", logits)
@@ -205,13 +205,13 @@ class Sampler:
         return torch.add(logits, torch.from_numpy(bits), alpha=FORBIDDEN)
 
     def _forbidden(self, allowed: npt.NDArray[np.int32]) -> Tensor:
-        """A truth value for each token id, of the bits of those that are allowed."""
+        """One boolean per token id, from the bits of the allowed ones."""
         words = send(~allowed, self.device, torch.int32)[:, :, None]
         places = torch.arange(32, dtype=torch.int32, device=self.device)
         return (words >> places & 1).bool().flatten(1)[:, :self.vocab_size]
 
     def _copied(self, raw: Tensor) -> Tensor:
-        """In float32, to be changed; on a CPU always in the same place, for a large one is given back and cleared."""
+        """A float32 copy to be changed; on a CPU in one fixed buffer, since the system zeroes a new one."""
         if self.has_kernel:
             return raw.to(torch.float32, copy=True)
         if self._copy is None or len(self._copy) < len(raw):
@@ -244,7 +244,7 @@ class Sampler:
             self._seen[slots, drawn] = True
 
     def _logprobs(self, raw: Tensor, token_ids: Tensor, params: Sequence[Params]) -> tuple[Tensor, ...]:
-        """Of the rows that ask: of their drawn token, and the ids and log probabilities of the likeliest."""
+        """For rows that ask: of the drawn token, and the ids and log probabilities of the likeliest tokens."""
         asked = [i for i, p in enumerate(params) if p.sampling.num_logprobs is not None]
         if not asked:
             return ()

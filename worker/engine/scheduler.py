@@ -14,18 +14,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-MIN_CHUNK_COST = 32     # tokens: a shorter chunk costs no less, for the weights are read all the same
+MIN_CHUNK_COST = 32     # tokens: a shorter chunk costs no less, since all weights are read anyway
 SHORT_COST = 4          # times a token of a long chunk
 MAX_REPLAY_ROWS = 32    # rows of one sequence read its keys once each
-CALM_STEPS = 1000       # a minute or so: memory that others took may be free again
+CALM_STEPS = 1000       # a minute or so: memory used by other processes may be free again
 
 
 class Progress(NamedTuple):
     slot: int
-    num_prefill_tokens: int         # computed in chunks; what follows, in decode rows
+    num_prefill_tokens: int         # computed in chunks; the rest in decode rows
     num_computed_tokens: int
     num_tokens: int
-    num_drafted: int = 0            # rows behind the last known token; only where one forward has room for all
+    num_drafted: int = 0            # rows after the last known token; only if one forward has room for all
 
 
 class Span(NamedTuple):
@@ -56,7 +56,7 @@ class BatchLimit:
             self.num_seqs, self._num_calm_steps = self.num_seqs + 1, 0
 
     def num_free(self, num_running: int) -> int:
-        """All while nothing runs: a request may have many choices, and an idle engine makes no steps to raise it."""
+        """All while nothing runs: a request may have many choices, and an idle engine never raises the limit."""
         return max(0, self.num_seqs - num_running) if num_running else self.max_num_seqs
 
 
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What is computed together."""
+    """The spans computed together."""
 
     decodes: list[Span]
     prefills: list[Span]
@@ -76,7 +76,7 @@ class Forward(NamedTuple):
         return self.num_rows_in(1)
 
     def num_rows_in(self, unit: int) -> int:
-        """Each span filled up to whole units."""
+        """The number of rows, each span rounded up to whole units."""
         return sum(_in(unit, span) for span in (*self.decodes, *self.prefills))
 
 
@@ -98,7 +98,7 @@ def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
 
 
 def share(plan: Plan, *, max_rows: int, min_rows: int = 1) -> list[Forward]:
-    """Chunks join what is computed before them up to `max_rows` rows; those of fewer than `min_rows` stay alone."""
+    """Chunks join the forward before them, up to `max_rows` rows; chunks shorter than `min_rows` stay alone."""
     forwards = [Forward(spans, []) for spans in plan.decodes]
     for span in plan.prefills:
         num_rows = span.end - span.begin
@@ -112,7 +112,7 @@ def share(plan: Plan, *, max_rows: int, min_rows: int = 1) -> list[Forward]:
 
 
 def pack(plan: Plan, *, max_rows: int, max_short: int, max_tiled_rows: int, tile_len: int) -> list[Forward]:
-    """For forwards of fixed shapes: chunks of up to `max_short` tokens join decode rows, others each other in tiles."""
+    """For forwards of fixed shapes: chunks of up to `max_short` tokens join decode rows, others share tiles."""
     few, many = [Forward(spans, []) for spans in plan.decodes], list[Forward]()
     for span in plan.prefills:
         is_short = span.end - span.begin <= max_short
@@ -125,7 +125,7 @@ def pack(plan: Plan, *, max_rows: int, max_short: int, max_tiled_rows: int, tile
 
 
 def _in(unit: int, span: Span) -> int:
-    """Rows, filled up to whole units."""
+    """The rows of a span, rounded up to whole units."""
     return -(-(span.end - span.begin) // unit) * unit
 
 

@@ -1,6 +1,6 @@
-"""One choice of a request, from its slot to its last token, and those of one request that go side by side.
+"""One choice of a request, from its slot to its last token, and the choices of a request that run together.
 
-They know their counts; what to do next, others decide.
+They know their counts; what to do next is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from worker.engine.request import Constraint
 
 WAITING = -1    # for a slot
-PENDING = -1    # in the place of a token id that only the device knows yet
+PENDING = -1    # in place of a token id that only the device knows yet
 
 # [0, num_computed_tokens)            keys and values are in the slot
 # [num_computed_tokens, num_tokens)   to be computed: the prompt's chunks, replayed tokens, or the one just drawn, which
@@ -37,14 +37,14 @@ class Sequence:
     sampling: Sampling
     params: Params
     output_token_ids: list[int] = field(default_factory=list)
-    num_pending_tokens: int = 0                         # behind the output
+    num_pending_tokens: int = 0                         # after the output
     slot: int = WAITING
     num_computed_tokens: int = 0
-    num_cached_tokens: int = 0                          # of the prompt, copied and not computed
-    num_reprefilled_tokens: int = 0                     # drawn before, and prefilled instead of replayed
+    num_cached_tokens: int = 0                          # prompt tokens that were copied, not computed
+    num_reprefilled_tokens: int = 0                     # tokens of an earlier run, prefilled and not replayed
     constraint: Constraint | None = None
     drafter: Drafter | None = None
-    draft_token_ids: list[int] = field(default_factory=list)        # that the next step verifies
+    draft_token_ids: list[int] = field(default_factory=list)        # to be verified by the next step
 
     @property
     def key(self) -> tuple[str, int]:
@@ -64,12 +64,12 @@ class Sequence:
 
     @property
     def is_complete(self) -> bool:
-        """Its last token is drawn, as far as its length says; where it is pending, an earlier end may turn out."""
+        """Its last token is drawn, as far as its length tells; while that is pending, an earlier end is possible."""
         return self.num_output_tokens >= self.sampling.max_tokens
 
     @property
     def num_prefill_tokens(self) -> int:
-        """What is computed in chunks: the prompt, which siblings copy then, and after it what is not replayed."""
+        """Tokens computed in chunks: the prompt, which siblings copy, then tokens that are not replayed."""
         num_prompt = self.num_prompt_tokens
         return num_prompt if self.num_computed_tokens < num_prompt else num_prompt + self.num_reprefilled_tokens
 
@@ -83,7 +83,7 @@ class Sequence:
         return [*self.prompt_token_ids[begin:end], *drawn]
 
     def token_id(self, position: int) -> int:
-        """Also of the draft that stands behind what is known, or `PENDING`."""
+        """The token at a position, drafts after the known tokens included, or `PENDING`."""
         if (beyond := position - len(self.prompt_token_ids)) < 0:
             return self.prompt_token_ids[position]
         if (place := beyond - len(self.output_token_ids)) >= 0:
@@ -92,8 +92,8 @@ class Sequence:
 
     @property
     def asks_first(self) -> bool:
-        """Whether its mask is made before it draws. Others draw freely and are checked afterwards, since the best of
-        all tokens is mostly an allowed one."""
+        """Whether its mask is made before the draw. Others draw without a mask and are checked afterwards, since the
+        likeliest token is mostly an allowed one."""
         return self.constraint is not None and not (
             self.params.is_plain and not self.sampling.min_tokens and self.constraint.is_trusted)
 
@@ -102,15 +102,15 @@ class Sequence:
         return self.drafter is not None and not self.drafter.is_pausing and not self.asks_first
 
     def draft(self, most: int) -> None:
-        """At most so many tokens; behind the last one that may come there is nothing to draft."""
+        """Drafts at most `most` tokens; after the last possible token there is nothing to draft."""
         if self.drafter and not self.asks_first:
             num_left = self.sampling.max_tokens - len(self.output_token_ids) - 1
             known = (self.prompt_token_ids, self.output_token_ids)
             self.draft_token_ids = self.drafter.propose(*known, min(most, num_left))
 
     def accept(self, draws: list[Draw]) -> list[Draw] | None:
-        """Takes the draft as far as it equals what was drawn, and one token more; rows behind were computed in vain.
-        The constraint has accepted the first draw. None: the logits were NaN."""
+        """Accepts the draft as far as it equals the draws, and one more token; later rows were computed in vain. The
+        constraint has accepted the first draw. None: the logits were NaN."""
         draft, self.draft_token_ids = self.draft_token_ids, []
         self.num_pending_tokens -= 1
         taken = list[Draw]()
@@ -118,7 +118,7 @@ class Sequence:
             if not draw.is_valid:
                 return None
             if taken and self.constraint and not self.constraint.accept(draw.token_id):
-                self.num_computed_tokens -= 1           # the last one is computed again, and draws what may follow
+                self.num_computed_tokens -= 1           # the last one is computed again, to draw what may follow
                 break
             taken.append(draw)
             self.output_token_ids.append(draw.token_id)
@@ -130,7 +130,7 @@ class Sequence:
         return taken
 
     def allowed(self) -> npt.NDArray[np.int32] | None:
-        """What its constraint allows; while it is too short not what would end it, if anything else may follow."""
+        """The tokens that its constraint allows; below min_tokens without those that end it, if others may follow."""
         allowed = self.constraint.allowed() if self.constraint else None
         if allowed is None or self.num_output_tokens >= self.sampling.min_tokens:
             return allowed
@@ -141,14 +141,14 @@ class Sequence:
 
     @property
     def forced(self) -> list[int]:
-        """What must follow, whatever is drawn. Penalties count what the sampler draws, and log probabilities come from
-        logits, so with those it is drawn as everything else."""
+        """The tokens that must follow in any case. With penalties, which count the sampler's draws, or log
+        probabilities, which come from logits, they are drawn like all others."""
         if self.constraint is None or self.params.is_penalized or self.sampling.num_logprobs is not None:
             return []
         return self.constraint.forced
 
     def take_forced(self, most: int) -> list[Draw]:
-        """What must follow is drawn without a forward; the next one computes it as if it was replayed."""
+        """Takes forced tokens without a forward; the next one computes them as if they were replayed."""
         taken = list[Draw]()
         while (forced := self.forced) and self.constraint and len(taken) < most:
             if self.finish_reason or not self.constraint.accept(forced[0]):
@@ -158,7 +158,7 @@ class Sequence:
         return taken
 
     def restart(self) -> None:
-        """Back to waiting, without a slot; what it has drawn stays, and is replayed."""
+        """Back to waiting, without a slot; the tokens drawn so far are kept, and replayed."""
         assert not self.num_pending_tokens, f"{self!r} gives way, and what it has drawn is not known"
         self.slot, self.num_computed_tokens, self.num_cached_tokens = WAITING, 0, 0
         self.draft_token_ids = []
@@ -180,9 +180,9 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """The first of its choices computes the prompt for all."""
+    """Choices of one request; the first of them computes the prompt for all."""
 
-    number: int                                         # in order of arrival: the youngest gives way to older ones
+    number: int                                         # in order of arrival: the youngest is preempted first
     sequences: dict[int, Sequence]
     prefix: tuple[str, ...]                             # names of the prompt's whole chunks (shared/prefix.py)
 

@@ -1,4 +1,4 @@
-"""Slots that sequences own, and how many pages each of them has: what both stores of keys and values count alike."""
+"""Slots that sequences own, and the number of pages of each: shared by both stores of keys and values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Slots:
         self._owned: dict[int, int] = {}                # slot → its pages
 
     def reserve(self) -> int:
-        """The lowest free slot: in neighbours more can be computed in one kernel call."""
+        """The lowest free slot: neighbouring slots can be computed in one kernel call."""
         slot = heappop(self._free)
         self._owned[slot] = 0
         return slot
@@ -24,15 +24,15 @@ class Slots:
         heappush(self._free, slot)
 
     def pages(self, num_tokens: int) -> int:
-        """That hold so many tokens."""
+        """The pages needed for so many tokens."""
         return -(-num_tokens // self.page_len)
 
     def num_missing_pages(self, slot: int, num_tokens: int) -> int:
-        """What an owned slot needs before it can hold so many tokens."""
+        """The pages that an owned slot needs before it can hold so many tokens."""
         return max(0, self.pages(num_tokens) - self._owned[slot])
 
     def num_owned_tokens(self, slot: int) -> int:
-        """That an owned slot can hold."""
+        """The tokens that an owned slot has room for."""
         return self._owned[slot] * self.page_len
 
     @property

@@ -15,7 +15,7 @@ KV = KVSlots | KVPages
 
 
 def make_store(model: Model, *, max_num_seqs: int, num_slots: int, max_model_len: int, num_bytes: int) -> KV:
-    """Of slots for so many sequences, and further ones for what is kept. Raises ValueError when it is too small."""
+    """Slots for `max_num_seqs` sequences, the others for cached prefixes. Raises ValueError if it is too small."""
     if not memory.is_paged(model.device):
         num_pages = _num_pages(model, PAGE_LEN, max_model_len, num_bytes)
         if not all(cpu.attends(model.dtype, shape.head_dim) for shape in model.kv_shapes):

@@ -1,7 +1,7 @@
 """Attention for unmodified model classes of transformers, computed where keys and values lie.
 
-It is registered once under `NAME`; what a forward needs to know travels with it as the keyword argument `context`,
-never in a global. Contexts are in slots.py, on a CPU, and in paged.py.
+It is registered once under `NAME`; what a forward needs to know is passed as the keyword argument `context`, never in a
+global. Contexts are in slots.py for a CPU, and in paged.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "baton"
-PAGE_LEN = 256              # tokens of a slot: smaller ones cost more calls, larger ones more padding
-NOBODY = -1                 # position of a row that fills a forward of fixed shape up
-TILE_LEN = 64               # rows of a prompt that attend together where keys lie in pages
+PAGE_LEN = 256              # tokens of a slot: smaller pages cost more calls, larger ones more padding
+NOBODY = -1                 # position of a padding row in a forward of fixed shape
+TILE_LEN = 64               # rows of a prompt that attend together if keys are in pages
 
 
 class KVShape(NamedTuple):
@@ -28,8 +28,8 @@ class KVShape(NamedTuple):
 class KVLayer(NamedTuple):
     """Pages of slots, or of a pool.
 
-    Kernels of ours have the keys of 16 tokens of a slot side by side, one in each lane of a vector. They are
-    [num_pages, num_slots, num_kv_heads, PAGE_LEN / 16, head_dim / n, 16, n]: n numbers fill a lane.
+    Our kernels expect the keys of 16 tokens of a slot side by side, one in each lane of a vector, as [num_pages,
+    num_slots, num_kv_heads, PAGE_LEN / 16, head_dim / n, 16, n]: n numbers fill a lane.
     """
 
     keys: Tensor
@@ -41,7 +41,7 @@ class KVLayer(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How one layer turns products into weights."""
+    """How one layer turns query-key products into weights."""
 
     scaling: float
     sliding_window: int | None
@@ -50,7 +50,7 @@ class Scores(NamedTuple):
 
 
 class Context(Protocol):
-    """What one forward carries to every attention layer."""
+    """What one forward passes to every attention layer."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Takes [1, heads, rows, head_dim] each; returns [1, rows, query heads, head_dim]."""
@@ -70,7 +70,7 @@ AttentionInterface.register(NAME, attention)
 
 @dataclass(slots=True)
 class Recorder:
-    """Computes nothing; learns the shape of every layer and how it scores."""
+    """Computes nothing; records the shape of every layer and its scores."""
 
     shapes: dict[int, KVShape] = field(default_factory=dict)
     scores: dict[int, Scores] = field(default_factory=dict)

@@ -23,13 +23,13 @@ def chained(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def follow(IS_CHAINED: tl.constexpr):
-    """Until all that was launched before has ended, and what it wrote can be read."""
+    """Waits until all earlier launches have ended, and their results can be read."""
     if IS_CHAINED:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def lead(IS_CHAINED: tl.constexpr):
-    """Who comes next may take its place, once all programs have come this far."""
+    """Lets the next kernel start, once all programs have come this far."""
     if IS_CHAINED:
         tl.extra.cuda.gdc_launch_dependents()

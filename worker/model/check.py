@@ -1,4 +1,4 @@
-"""What is tried on a model's own weights before it serves: equality with the plain model, and the limits of exactness.
+"""Checks of a model's own weights before it serves: equality with the plain model, and the limits of exactness.
 
 It computes on random tokens in slots of its own, which it gives back.
 """
@@ -27,10 +27,10 @@ CHUNKS = (0, 11, 18)                                                # two chunks
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}    # rounding alone stays ten times below
 MAX_QUANTIZED_ERROR = 0.25
 MIN_ROWS, MAX_ROWS = 1, 32
-UNIFORM_ROWS = 1, 2, 5, 16                                          # in forwards of so many, NUM_TOKENS together
-MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that trying them takes
-FEW_ROWS = (16, 64, 128)        # of a forward on a GPU that has not as many as there may be
-DEVICE_ROWS = (16, 128, 256)    # that there may be: so few cost little more than one costs, reading the weights
+UNIFORM_ROWS = 1, 2, 5, 16                                          # rows per forward, NUM_TOKENS in all
+MAX_SHARED_WEIGHTS = 1 << 27    # larger products gain too little for the seconds that the check takes
+FEW_ROWS = (16, 64, 128)        # of a forward on a GPU with fewer rows than the most
+DEVICE_ROWS = (16, 128, 256)    # choices of the most: so few cost little more than one row, reading the weights
 
 
 def random_token_ids(vocab_size: int, count: int) -> list[int]:
@@ -39,7 +39,7 @@ def random_token_ids(vocab_size: int, count: int) -> list[int]:
 
 
 def plain_logits(module: Any, token_ids: list[int]) -> Tensor:
-    """Of the model as transformers computes it, in one forward, with its own attention."""
+    """Logits of the model as transformers computes it, in one forward, with its own attention."""
     module.set_attn_implementation("eager")
     with torch.inference_mode():
         logits: Tensor = module(input_ids=torch.tensor([token_ids], device=module.device), use_cache=False).logits[0]
@@ -48,7 +48,7 @@ def plain_logits(module: Any, token_ids: list[int]) -> Tensor:
 
 
 def record(module: Any) -> Recorder:
-    """The shape of every layer's keys, learnt from a forward that attends to nothing."""
+    """The shape of every layer's keys, recorded in a forward without attention."""
     recorder = Recorder()
     with torch.inference_mode():
         device = module.device
@@ -60,7 +60,7 @@ def record(module: Any) -> Recorder:
 def relative_error(model: Model, expected: Tensor) -> float:
     """Prefill in two chunks and decode rows, two at a time, against logits of one plain forward.
 
-    The worst part counts, and in it the median row: in bfloat16 rounding alone may send a row to other experts.
+    The worst part counts, by its median row: in bfloat16 rounding alone may route a row to other experts.
     """
     token_ids = random_token_ids(model.vocab_size, NUM_TOKENS)
     trial = memory.scratch(model.kv_shapes, 1, NUM_TOKENS, model.dtype, model.device)
@@ -84,12 +84,11 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 
 def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
-    """The least and the most rows of a decode forward whose logits do not depend on how many they are.
+    """The least and the most rows of a decode forward whose logits do not depend on the number of rows.
 
-    Small and large products reduce in another order than those between. In bfloat16 that shows in so few places that a
-    probe may miss it: one row, a matrix-vector product, is the known case and never taken. On a GPU all forwards have
-    as many as hold `num_seqs` rows, or the most, or one of the few sizes that say the same (`probe_row_sizes`).
-    """
+    Small and large products sum in another order than those between. In bfloat16 this shows in so few places that a
+    probe may miss it: one row, a matrix-vector product, is the known case and never used. On a GPU all forwards have
+    enough rows for `num_seqs`, the most, or one of the few sizes with equal bits (`probe_row_sizes`)."""
     if memory.is_paged(model.device):
         num_rows = next((num for num in DEVICE_ROWS if num >= num_seqs), DEVICE_ROWS[-1])
         return num_rows, num_rows
@@ -102,7 +101,7 @@ def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
         return model.forward(token_ids[begin:end], (0,) * (end - begin), context, range(end - begin))
 
     def is_usual(num_rows: int) -> bool:
-        """Eight rows come out the same when computed so many at a time."""
+        """Whether eight rows have the usual bits when computed so many at a time."""
         begins = range(0, num_usual - num_rows + 1, num_rows) or [0]
         return all(torch.equal(logits(begin, begin + num_rows)[:num_usual], usual[begin:begin + num_rows])
                    for begin in begins)
@@ -114,10 +113,11 @@ def probe_row_limit(model: Model, num_seqs: int) -> tuple[int, int]:
 
 
 def probe_row_sizes(model: Model) -> tuple[int, ...]:
-    """Numbers of rows of a forward on a GPU, up to the most, each of which gives all rows the bits that the most gives.
+    """Numbers of rows of a forward on a GPU, up to the most, that give every row the same bits as the most does.
 
-    Products of ours do (products.py). cuBLAS has a kernel of its own for nearly every number, which may round otherwise
-    in so few places that a trial misses it: where it multiplies, as for who routes to experts, there is one number.
+    Our own products do (products.py). cuBLAS has a kernel of its own for nearly every number of rows, which may round
+    differently in so few places that a check misses it: where it multiplies, as in routing to experts, one number is
+    used.
     """
     most = model.max_rows
     token_ids = send(random_token_ids(model.vocab_size, most), model.device)
@@ -136,7 +136,7 @@ def probe_row_sizes(model: Model) -> tuple[int, ...]:
 
 
 class _Products(TorchDispatchMode):     # type: ignore[misc]    # of no type that torch declares
-    """Whether torch has multiplied and summed; with angles it only multiplies."""
+    """Records whether torch has multiplied and summed; with rotary angles it only multiplies."""
 
     MULTIPLIED: ClassVar = {"mm": 0, "bmm": 0, "matmul": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # which argument is
 
@@ -151,7 +151,7 @@ class _Products(TorchDispatchMode):     # type: ignore[misc]    # of no type tha
 
 
 def says_the_same(model: Model, program: Forwards) -> bool:
-    """A chunk, and a chunk beside decode rows, by a program and by the model itself."""
+    """Whether a program and the model agree, on a chunk, and on a chunk beside decode rows."""
     token_ids, begin = random_token_ids(model.vocab_size, NUM_TOKENS), CHUNKS[1]
 
     def played() -> Tensor:
@@ -172,10 +172,9 @@ def says_the_same(model: Model, program: Forwards) -> bool:
 
 
 def is_uniform(model: Model) -> bool:
-    """Whether a token's logits have the same bits in every forward: in a row by itself, among others, and in a chunk.
+    """Whether a token's logits have the same bits in every forward: in a row alone, among others, and in a chunk.
 
-    It holds where all products are computed by kernels of ours, in one order for any number of rows. It is tried
-    nevertheless.
+    This holds if our kernels compute all products, in one order for any number of rows. It is checked nevertheless.
     """
     if memory.is_paged(model.device) or _has_plain_products(model) or not all(
             layer.is_uniform for layer in packed_linears(model.module)):
@@ -193,15 +192,15 @@ def is_uniform(model: Model) -> bool:
 
 
 def _has_plain_products(model: Model) -> bool:
-    """Those of torch, or of experts, who see as many rows as others send them."""
+    """Whether torch computes products, or there are experts, whose number of rows depends on the routing."""
     return any(isinstance(module, nn.Linear) or hasattr(module, "is_transposed") for module in model.module.modules())
 
 
 def probe_shared_rows(model: Model) -> int:
-    """The most rows of a forward that parts share, each of which says what it says alone; 0 where none do.
+    """The most rows of a forward shared by several parts, where each part has the bits that it has alone; 0: none.
 
-    Every number of rows that such a forward may have is tried, with every row in it. Packed products reduce in one
-    order for hundreds of rows on some processors, and not on others; plain ones are not tried.
+    Every number of rows that such a forward may have is tried, with every row in it. Packed products sum in one order
+    for hundreds of rows on some processors only; plain ones are not tried.
     """
     num_weights = sum(layer.packed.numel() for layer in packed_linears(model.module))
     if model.has_fixed_rows or _has_plain_products(model) or num_weights > MAX_SHARED_WEIGHTS:

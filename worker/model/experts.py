@@ -1,7 +1,7 @@
-"""Mixtures of experts whose rows do not depend on who else is routed to an expert.
+"""Mixtures of experts whose rows do not depend on which other rows are routed to an expert.
 
-An expert sees as many rows as the batch happens to send; below `MIN_ROWS` the kernels of a CPU would compute them in
-another order, so fewer rows are filled up; on a GPU a kernel of our own computes (grouped.py). It knows the weights'
+An expert gets as many rows as the batch routes to it; for fewer than `MIN_ROWS` the kernels of a CPU would compute in
+another order, so rows are padded; on a GPU our own kernel computes (grouped.py). It knows the weights'
 layout as transformers declares it on the module.
 """
 
@@ -60,7 +60,7 @@ def _expert(module: Any, expert: int, x: Tensor) -> Tensor:
 
 
 def _between(module: Any, project: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
-    """What an expert does between its products, and behind them."""
+    """The computations of an expert between and after its products."""
     x = module._apply_gate(project("gate_up_proj", x)) if module.has_gate else module.act_fn(project("up_proj", x))
     x = project("down_proj", x)
     return module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x

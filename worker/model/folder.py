@@ -1,6 +1,6 @@
 """Where a model's files lie: a folder, or a name on the hub, whose files are fetched first.
 
-It imports no torch, so that a name nobody can find is refused at once.
+It imports no torch, so that a missing model is refused at once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Layers in fewer and larger calls: q, k and v are one product, gate and up another, norms and activations one call.
 
-Small calls cost what calling costs, and every weight is read once either way. A block is taken for one of the common
-shape by the names of its parts, and replaced when it says what the block itself has just said in the model: whatever
-else a family does in its blocks stays as transformers has it. What stands between products is computed by kernels, of
-pointwise.py on a GPU and of cpu/pointwise.py on a CPU that has them.
+Small calls cost mostly their overhead, and every weight is read once either way. A block of the common shape is
+recognised by the names of its parts, and replaced if its replacement reproduces its recorded output: whatever else a
+family does in its blocks stays as transformers has it. The operations between products are kernels, of pointwise.py on
+a GPU and of cpu/pointwise.py on a CPU that has them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FusedMLP(nn.Module):
         is_silu = type(mlp.act_fn) in (SiLUActivation, nn.SiLU)
         self.pointwise = _pointwise(mlp.down_proj.weight, mlp.down_proj.in_features) if is_silu else None
         gate_up: Any = _joined(mlp.gate_proj, mlp.up_proj)
-        gate_up.is_gated = self.pointwise is not None   # for who packs it
+        gate_up.is_gated = self.pointwise is not None   # for its packing
         self.gate_up_proj = gate_up
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class FusedAttention(nn.Module):
         return query_key
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[rows, heads, head_dim] by the angles of [1, rows, head_dim]: halves turn against each other."""
+        """Rotates [rows, heads, head_dim] by the angles of [1, rows, head_dim]: each half with the other."""
         if self.pointwise:
             return cast(Tensor, self.pointwise.rotate(x, cos[0], sin[0]))
         first, second = x.chunk(2, dim=-1)
@@ -106,7 +106,7 @@ class FusedAttention(nn.Module):
 
 
 class Handover:
-    """From a layer to who follows it: the sum that goes out, and its norm, which are one call."""
+    """Passes a layer's output sum and its norm, computed in one call, to the next layer."""
 
     def __init__(self, norm: Any):
         self.weight, self.eps = norm.weight, norm.variance_epsilon
@@ -117,13 +117,13 @@ class Handover:
         return self._handed[0]
 
     def norm_of(self, x: Tensor) -> Tensor | None:
-        """If this is the sum."""
+        """The norm, if `x` is this sum."""
         handed, self._handed = self._handed, None
         return handed[1] if handed and handed[0] is x else None
 
 
 class FusedLayer(nn.Module):
-    """Attention and MLP, each behind a root mean square norm and added to what came in. Its parts may be fused."""
+    """Attention and MLP, each after a root mean square norm and added to its input. Its parts may be fused."""
 
     PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
     MAY_HAVE = frozenset[str]()
@@ -147,8 +147,8 @@ class FusedLayer(nn.Module):
 
     def apart(self, hidden_states: Tensor, added: Tensor | None, keep: Keep | None = None, **kwargs: Any
               ) -> tuple[Tensor, Tensor]:
-        """Of what comes in as a sum, the two whose sum goes out: who is next adds them while it reads them. Of the
-        rows to keep, if not of all: from the others only keys and values are wanted in a last layer."""
+        """Takes the input as a sum of two tensors and returns the output as such: the next reader adds them. Returns
+        only the rows of `keep`, if given: of other rows a last layer needs only keys and values."""
         before, after = self.eps
         normed = self.from_before.norm_of(hidden_states) if self.from_before else None
         if normed is None:
@@ -186,7 +186,7 @@ class FusedNorm(nn.Module):
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """Replaces those of the common kind that stand between other blocks."""
+    """Replaces norms of the common kind between other blocks."""
     dtype = next(module.parameters()).dtype
     for parent in list(module.modules()):
         norms = {name: child for name, child in parent.named_children() if _is_plain_norm(child)}
@@ -198,7 +198,7 @@ def fuse_norms(module: nn.Module) -> None:
 
 
 def hand_over(module: nn.Module) -> None:
-    """Where another layer of ours, or a norm, is declared behind one. Whoever gets anything else computes by itself."""
+    """Links our layers to the layer or norm after them. With any other input, that one computes the norm itself."""
     for parent in module.modules():
         blocks = [block for child in parent.children()
                   for block in (child if isinstance(child, nn.ModuleList) else [child])]
@@ -209,7 +209,7 @@ def hand_over(module: nn.Module) -> None:
 
 
 def _is_plain_norm(norm: Any) -> bool:
-    """Whether a module does what we do: some add one to their weights, say."""
+    """Whether a module computes what ours does: some add one to their weights, for example."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None or list(norm.children()):
         return False
@@ -223,7 +223,7 @@ FUSED: tuple[type[Fused], ...] = (FusedMLP, FusedAttention, FusedLayer)
 
 
 class Block(NamedTuple):
-    """A block that could be fused, and a call of it."""
+    """A block that may be fused, and one recorded call of it."""
 
     parent: nn.Module
     name: str
@@ -238,7 +238,7 @@ class Block(NamedTuple):
 
 def fuse_blocks(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShape], scores: Mapping[int, Scores]
                 ) -> int:
-    """Replaces the blocks below `module`, where that says the same of `token_ids`; returns how many."""
+    """Replaces blocks below `module`, where the result is the same for `token_ids`; returns how many."""
     num_fused = 0
     with torch.inference_mode():
         for block in _record(module, token_ids, shapes):
@@ -251,7 +251,7 @@ def fuse_blocks(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KV
 
 
 def _record(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShape]) -> list[Block]:
-    """What every block that could be fused gets and gives in a forward of the model; the parts of a block before it."""
+    """Inputs and outputs of every block that may be fused, in one forward; a block's parts come before it."""
     blocks: list[Block] = []
     hooks = []
     for parent in module.modules():
@@ -279,7 +279,7 @@ def _fuse(block: Block, scores: Mapping[int, Scores]) -> nn.Module | None:
     try:
         fused = kind(block.module, scores)
         out = fused(*block.args, **block.kwargs)
-    except Exception:                                   # named alike, and made otherwise, in whatever way
+    except Exception:                                   # equal names, but built differently in some way
         return None
     got, expected = (x[0] if isinstance(x, tuple) else x for x in (out, block.out))
     return fused if agree(got, expected) else None
@@ -295,7 +295,7 @@ def _kind(module: nn.Module) -> type[Fused] | None:
 
 
 def _joined(*linears: nn.Linear) -> nn.Linear:
-    """One layer whose output is that of all, side by side."""
+    """One layer whose output is the outputs of all, side by side."""
     weight = torch.cat([linear.weight for linear in linears])
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
@@ -306,7 +306,7 @@ def _joined(*linears: nn.Linear) -> nn.Linear:
 
 
 def _pointwise(weight: Tensor, width: int) -> Any:
-    """Kernels for rows of such a width where the weight lies; none: torch computes."""
+    """Kernels for rows of this width on the weight's device; None: torch computes."""
     if weight.is_cuda:
         from worker.model import pointwise  # needs Triton, which a machine without a GPU may lack
 

@@ -1,8 +1,8 @@
-"""The Triton kernel of a mixture's experts: each reads its weights once for the rows that chose it, and no other does.
+"""The Triton kernel of a mixture's experts: each reads its weights once, for the rows routed to it only.
 
-A pair is a row and one of its experts. Pairs are sorted by expert on the device, and grids depend on shapes alone, so
-that a CUDA graph can hold them; experts that nobody chose end at once. A pair's bits depend on its row alone, however
-many others chose the same expert. It knows rows, experts and weights as transformers lays them out.
+A pair is a row and one of its experts. Pairs are sorted by expert on the device, and grids depend on shapes only, so
+that a CUDA graph can record them; experts without rows end at once. A pair's bits depend on its row only, however many
+rows share the expert. It knows rows, experts and weights as transformers lays them out.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ BLOCK_PAIRS, BLOCK_OUT, BLOCK_IN = 32, 64, 64
 
 class Pairs(NamedTuple):
     order: Tensor               # [pairs], sorted by expert
-    bounds: Tensor              # [experts + 1]: where those of each begin
+    bounds: Tensor              # [experts + 1]: where each expert's pairs begin
     num_chosen: int             # experts of each row
 
     @classmethod
     def of(cls, top_k_index: Tensor, num_experts: int) -> Pairs:
-        """Of [rows, experts of each]."""
+        """From [rows, experts of each]."""
         chosen, order = top_k_index.flatten().sort(stable=True)
         experts = torch.arange(num_experts + 1, device=chosen.device)
         return cls(order, torch.searchsorted(chosen, experts), top_k_index.shape[1])
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, is_by_row: bool) -> Tensor:
-        """Of each pair's expert, weight [experts, num_out, num_in] of any strides: [pairs, num_out]. `x` has a row for
-        each row, or for each pair."""
+        """The product of each pair with its expert's weight, [experts, num_out, num_in] of any strides: [pairs,
+        num_out]. `x` has a row for each row, or for each pair."""
         num_experts, num_out, num_in = weight.shape
         out = torch.empty(len(self.order), num_out, dtype=x.dtype, device=x.device)
         assert x.stride(1) == 1 and (bias is None or bias.stride(1) == 1)

@@ -1,6 +1,6 @@
 """Two names that decide which workers may continue each other's answers.
 
-`weights_id` says what the model is, `numerics_id` how its bits come about. Neither depends on where files lie.
+`weights_id` identifies the model, `numerics_id` the way its bits are computed. Neither depends on where files are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-ARITHMETIC = 9              # of this code: another number where the same tokens may get other bits than before
+ARITHMETIC = 9              # of this code: increased when the same tokens may get other bits than before
 NUM_SAMPLES = 64            # blocks read from each file: a 16 GB model is named in milliseconds
 SAMPLE_BYTES = 4096
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation",
@@ -24,7 +24,7 @@ RELEVANT_FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "b
 
 
 def weights_id(folder: Path, config: dict[str, Any], quantization: str = "none") -> str:
-    """Of each safetensors file its name, size, header and `NUM_SAMPLES` evenly spaced blocks; and of the config."""
+    """Hashes the config and, of each safetensors file, name, size, header and `NUM_SAMPLES` evenly spaced blocks."""
     digest = hashlib.sha256(json.dumps(_lasting(config), sort_keys=True, default=str).encode())
     if quantization != "none":
         digest.update(quantization.encode())
@@ -42,7 +42,7 @@ def weights_id(folder: Path, config: dict[str, Any], quantization: str = "none")
 
 
 def numerics_id(parts: Iterable[object], device: torch.device) -> str:
-    """`parts` are what the model and the mode add to libraries, and to the instruction set and threads, or the GPU."""
+    """`parts` are the model's and the mode's, beside libraries, and the instruction set and threads, or the GPU."""
     of_device = _gpu(device) if device.type == "cuda" else [
         torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *_processor()]
     facts = [ARITHMETIC, *parts, torch.__version__, transformers.__version__, *of_device]
@@ -61,7 +61,7 @@ def _gpu(device: torch.device) -> list[object]:
 
 
 def _processor() -> list[str]:
-    """Kernels are chosen by vendor, family, cache sizes and flags; the model's name stands for all but the flags."""
+    """Kernels are chosen by vendor, family, cache sizes and flags; the model's name covers all but the flags."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""Linear layers whose weights are whole numbers of eight bits: half the bytes that a step of few rows reads.
+"""Linear layers with weights in int8: half the bytes that a step of few rows reads.
 
-Each output has a scale of its own; inputs and sums stay as they were. (Weight-only, per channel: "W8A16".)
+Each output has a scale of its own; inputs and sums are unchanged. (Weight-only, per channel: "W8A16".)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from worker.model.products import RowLinear, pack
 
-MIN_WEIGHTS = 1 << 20       # of a layer that is worth it
+MIN_WEIGHTS = 1 << 20       # of a layer worth quantizing
 
 
 class Int8Linear(RowLinear):
@@ -24,13 +24,13 @@ class Int8Linear(RowLinear):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[num_out, num_in] as int8, and the float32 scales of [num_out] that they are to be multiplied by."""
+    """[num_out, num_in] as int8, and the float32 scales of [num_out] to multiply with."""
     scales = weight.abs().amax(dim=1).float().clamp_min(1e-12) / 127
     return (weight.float() / scales[:, None]).round_().to(torch.int8), scales
 
 
 def quantize_linears(module: nn.Module, head: nn.Module | None) -> int:
-    """Replaces the large linear layers below `module` but its head, which decides between near tokens."""
+    """Replaces the large linear layers below `module` except its head, which decides between close logits."""
     num_quantized = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

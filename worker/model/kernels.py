@@ -1,10 +1,10 @@
 """The Triton kernels of paged attention: keys and values into pages, and queries over them.
 
 A pool of keys, or of values, is [num_pages, num_kv_heads, page_len, head_dim]; row r finds the pages of its sequence in
-`table[r]`. Position p of a row is the token's place in its sequence: it sees [0, p]; -1 marks a row that is none, which
-writes nothing and comes out as zeros. The keys of a row are cut into splits of fixed length, each reduced by a program
-of its own, and the last one to be done sums them all in their order: a row's bits depend neither on its neighbours nor
-on their lengths. Grids depend on shapes alone, so that a CUDA graph can replay them. (Flash-decoding, Dao et al. 2023.)
+`table[r]`. Position p of a row is the token's place in its sequence: it sees [0, p]; -1 marks a padding row, which
+writes nothing and returns zeros. The keys of a row are cut into splits of fixed length, each reduced by a program of
+its own; the last program to end sums all splits in order: a row's bits depend neither on its neighbours nor on their
+lengths. Grids depend on shapes only, so that a CUDA graph can replay them. (Flash-decoding, Dao et al. 2023.)
 
 Prompts come in tiles: `TILE_LEN` rows of one sequence that read its keys together and share a row of the table. What a
 tile's other rows see is masked, so here too a row's bits are its own.
@@ -21,19 +21,20 @@ from torch import Tensor
 from worker.model.attention import TILE_LEN
 from worker.model.chain import chained, follow, lead
 
-SPLIT_LEN = 256             # tokens that one program reduces
-BLOCK_LEN = 64              # of them that it reads at a time
+SPLIT_LEN = 256             # tokens reduced by one program
+BLOCK_LEN = 64              # of them, read at a time
 NUM_WARPS, NUM_STAGES = 4, 2
 MIN_DOT = 16                # the least rows and columns of a product on tensor cores
 
 
-Angles = tuple[Tensor, Tensor]          # cosines and sines of [rows, head_dim]: halves of heads turn against each other
+Angles = tuple[Tensor, Tensor]          # cosines and sines of [rows, head_dim], to rotate heads
 
 
 def store(keys: Tensor, values: Tensor, query: Tensor, new_keys: Tensor, new_values: Tensor, table: Tensor,
           positions: Tensor, angles: Angles | None, *, tile_len: int = 1) -> None:
     """Writes new keys and values of [rows, num_kv_heads, head_dim] at their rows' positions; `tile_len` rows share a
-    row of the table. Angles turn the keys on their way, and queries of [rows, num_heads, head_dim] in place."""
+    row of the table. With angles, keys are rotated as they are written, and queries of [rows, num_heads, head_dim] in
+    place."""
     num_rows, num_kv_heads, head_dim = new_keys.shape
     cos, sin = angles or (new_keys, new_keys)
     if angles and (cos.shape[1] != head_dim or len(cos) < num_rows or head_dim % 2):
@@ -53,9 +54,9 @@ def store(keys: Tensor, values: Tensor, query: Tensor, new_keys: Tensor, new_val
 def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, positions: Tensor, arrived: Tensor, *,
            scaling: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
            ) -> Tensor:
-    """Queries of [rows, num_heads, head_dim] over their rows' pages; the same shape, weighted values.
+    """Attention of queries [rows, num_heads, head_dim] over their rows' pages; returns the same shape.
 
-    `arrived`: int32 zeros, for each row and each head of keys, which are zeros again when it has ended.
+    `arrived`: int32 zeros, one per row and key head; zeros again afterwards.
     """
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, page_len = keys.shape[1:3]
@@ -98,7 +99,7 @@ def _block(size: int) -> int:
 
 @triton.jit
 def _turn(source, target, cos, sin, is_there, is_dim, dims, HALF: tl.constexpr):
-    """Heads whose halves begin at `source`."""
+    """Rotates heads whose halves begin at `source`."""
     first = tl.load(source + dims, mask=is_there, other=0.0).to(tl.float32)
     second = tl.load(source + HALF + dims, mask=is_there, other=0.0).to(tl.float32)
     first_cos = tl.load(cos + dims, mask=is_dim, other=0.0).to(tl.float32)
@@ -144,13 +145,13 @@ def _store(keys, values, query, new_keys, new_values, table, positions, cos, sin
 
 @triton.jit
 def _add_block(part, total, peak, q, k, v, is_seen, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
-    """What the queries see in one block of keys, to what they have seen: weighted values, weights, their largest."""
+    """Adds one block of keys to the queries' running sums: weighted values, weights, and the largest logit."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
     if HAS_SOFTCAP:
-        logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)       # its tanh
+        logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)       # tanh of the quotient
     logits = tl.where(is_seen, logits, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(logits, axis=1))
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)               # nothing seen yet: no -inf less -inf
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)               # nothing seen yet: avoids -inf minus -inf
     weights = tl.exp(logits - base[:, None])
     shrink = tl.exp(peak - base)
     part = part * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -159,7 +160,7 @@ def _add_block(part, total, peak, q, k, v, is_seen, scaling, softcap, HAS_SOFTCA
 
 @triton.jit
 def _join(part, total, peak, other, other_total, other_peak):
-    """Two of what `_add_block` sums."""
+    """Merges two results of `_add_block`."""
     new_peak = tl.maximum(peak, other_peak)
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     shrink, grow = tl.exp(peak - base), tl.exp(other_peak - base)
@@ -244,7 +245,7 @@ def _attend_tile(query, keys, values, table, positions, sinks, out, row_stride, 
     is_dim = dims < HEAD_DIM
     at = tl.load(positions + rows)
     begin, end = 0, tl.max(at) + 1
-    if HAS_WINDOW:                                      # nobody here sees what lies before the first one's window
+    if HAS_WINDOW:                                      # no row here sees what precedes the first row's window
         first = tl.min(tl.where(at < 0, end, at))
         begin = tl.maximum(0, first - window + 1) // BLOCK_LEN * BLOCK_LEN
     q = tl.load(query + rows[:, None] * row_stride + head * query_head_stride + dims[None, :], mask=is_dim[None, :],

@@ -1,8 +1,8 @@
-"""Linear layers as their device computes them best: on a CPU with weights packed once, instead of at every call.
+"""Linear layers as their device computes them best: on a CPU with weights packed once instead of at every call.
 
-There by kernels of ours where they compute (worker/model/cpu), else by oneDNN's operators. Those are private to torch:
-a layer whose packed product differs from the plain one stays as it was. So does a small one in float32, where oneDNN's
-call costs more than packing saves. On a GPU weights stay as they are, and products of few rows are ours (products.py).
+There our own kernels compute, where they run (worker/model/cpu), else oneDNN's operators. Those are private to torch: a
+layer whose packed product differs from the plain one is left unchanged. So is a small one in float32, where oneDNN's
+call costs more than packing saves. On a GPU weights are unchanged, and products of few rows are ours (products.py).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def pack_linears(module: nn.Module) -> int:
 
 
 def packed_linears(module: nn.Module) -> list[Any]:
-    """The layers that were put in the place of others."""
+    """The layers that replaced others."""
     return [child for child in module.modules() if hasattr(child, "packed")]
 
 
@@ -88,7 +88,7 @@ def _agree(plain: nn.Module, packed: nn.Module, weight: Tensor) -> bool:
 
 
 def agree(got: Tensor, expected: Tensor) -> bool:
-    """Up to the rounding of their type."""
+    """Whether two results are equal up to the rounding of their type."""
     if got.shape != expected.shape:
         return False
     error, size = (got.float() - expected.float()).abs().max(), expected.float().abs().max()

@@ -1,4 +1,4 @@
-"""From a folder or a hub name to a model that has proved itself, or one clear line that says why not.
+"""From a folder or a hub name to a checked model, or one clear line that says why not.
 
 Safetensors only, no remote code: nothing in a model's files is ever executed.
 """
@@ -46,7 +46,7 @@ def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] =
 
 def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = None, max_num_seqs: int = 64,
           quantization: Literal["none", "int8"] = "none") -> Model:
-    """Makes ours of a model as transformers has it, on its device, and compares the two. Raises ModelRefused."""
+    """Wraps a model of transformers, on its device, and compares the two. Raises ModelRefused."""
     text_config = config.get_text_config(decoder=True)
     token_ids = check.random_token_ids(text_config.vocab_size, check.NUM_TOKENS)
     expected, recorder = try_plain(module, token_ids)
@@ -74,7 +74,7 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
 
 
 def try_program(model: Model) -> Forwards | None:
-    """Its forwards as one call each, where that says what the model says."""
+    """Its forwards as one call each, if they compute what the model computes."""
     from worker.model.cpu.forward import Forwards  # needs llvmlite
 
     program = Forwards.of(model.module, model.kv_shapes, model.most_rows, model.max_model_len)
@@ -98,7 +98,7 @@ def read_config(folder: Path) -> Any:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """A GPU where there is one, and what its kernels need. Raises ModelRefused where it is asked for in vain."""
+    """A GPU if there is one, with what its kernels need. Raises ModelRefused where it is requested but missing."""
     if wanted == "cpu":
         return torch.device("cpu")
     missing = missing_for_cuda()
@@ -122,7 +122,7 @@ def missing_for_cuda() -> str | None:
 
 
 def choose_dtype(config: Any, wanted: str, device: torch.device) -> torch.dtype:
-    """Half precision is served in bfloat16 where that is computed; elsewhere float32 is ten times faster."""
+    """Half precision is served in bfloat16 where the device computes it; elsewhere float32 is ten times faster."""
     if wanted != "auto":
         return DTYPES[wanted]
     is_full = config.get_text_config(decoder=True).dtype == torch.float32
@@ -152,7 +152,7 @@ def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.dev
 
 
 def try_plain(module: Any, token_ids: list[int]) -> tuple[Tensor, Recorder]:
-    """What the plain model answers, and how its layers call our attention."""
+    """The plain model's logits, and how its layers call our attention."""
     name = type(module).__name__
     try:
         expected = check.plain_logits(module, token_ids)
@@ -186,7 +186,7 @@ def choose_max_model_len(config: Any, wanted: int | None) -> int:
 
 
 def _steady_rope_len(config: Any) -> int | None:
-    """Some rotary embeddings change for the whole batch when its longest row passes a length; nobody may pass it."""
+    """Some rotary embeddings change for the whole batch when its longest row exceeds a length: that is the limit."""
     rope = getattr(config, "rope_parameters", None) or {}
     lengths = []
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
@@ -203,7 +203,7 @@ def eos_token_ids(module: Any, config: Any) -> frozenset[int]:
 
 
 def require_windows(config: Any, recorder: Recorder, max_model_len: int) -> None:
-    """A window that reaches a layer only through transformers' mask would be lost on us."""
+    """Raises ModelRefused for a window that reaches a layer only through transformers' mask, which we ignore."""
     window = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None) or []
     for layer, kind in enumerate(kinds):

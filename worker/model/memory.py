@@ -16,12 +16,12 @@ FREE_SHARE = 0.85           # the rest is for activations and graphs
 
 
 class Memory(Protocol):
-    """What a forward attends to, by slots and positions."""
+    """The keys and values of a forward, by slots and positions."""
 
     layers: list[KVLayer]
 
     def rows(self, slots: Sequence[int], positions: Sequence[int]) -> Context:
-        """Decode rows: one token of a sequence each, several of one sequence in order."""
+        """Decode rows: one token of a sequence each; those of one sequence are in order."""
 
     def chunk(self, slot: int, begin: int, end: int) -> Context:
         """Consecutive tokens of one prompt, in a forward of their own."""
@@ -32,7 +32,7 @@ def is_paged(device: torch.device) -> bool:
 
 
 def num_free_bytes(device: torch.device) -> int:
-    """That keys and values may take of a device: what its weights have left, without what forwards need."""
+    """The bytes of a device for keys and values: what its weights leave free, without what forwards need."""
     if device.type != "cuda":
         return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)
@@ -41,7 +41,7 @@ def num_free_bytes(device: torch.device) -> int:
 
 def scratch(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: torch.dtype, device: torch.device
             ) -> Memory:
-    """Of which every slot may be used at once: for trials."""
+    """Memory for trials, in which all slots can be used at once."""
     if not is_paged(device):
         return SlotMemory(allocate(shapes, num_slots, num_tokens, dtype))
     from worker.model.paged import PagedMemory, pages  # its kernels need Triton, which a machine without a GPU may lack

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
 
 PREFILL_BUDGET, LONG_PREFILL_BUDGET = 256, 512  # tokens of prompts in a forward
-DECODE_ROWS = 64                        # that a forward has room for, beside those of prompts
-SHARED_UNIT = 16                        # rows: forwards that parts share have multiples of it, which were all tried
+DECODE_ROWS = 64                        # room in a forward, beside those of prompts
+SHARED_UNIT = 16                        # rows: forwards shared by parts have multiples of it, all of which were checked
 
 
 @dataclass(slots=True)
 class Model:
-    module: Any                         # a causal language model of transformers, attention set to ours
+    module: Any                         # a causal language model of transformers, with our attention
     config: Any                         # of its text half
     folder: Path                        # where weights, config and tokenizer lie
     dtype: torch.dtype
@@ -37,18 +37,18 @@ class Model:
     eos_token_ids: frozenset[int]
     kv_shapes: tuple[KVShape, ...]      # one per layer
     weights_id: str                     # equal weights and config
-    prefill_budget: int = PREFILL_BUDGET        # tokens of prompts in a forward, where no setting says how many
+    prefill_budget: int = PREFILL_BUDGET        # tokens of prompts in a forward, unless a setting says otherwise
     is_uniform: bool = False            # a token has the same bits in every forward, of rows or of chunks
-    min_rows: int = 2                   # a decode forward of fewer rows may round otherwise
-    max_rows: int = 32                  # and so may one of more
-    program: Forwards | None = None     # of forwards, on a CPU and of a model that allows it
-    row_sizes: tuple[int, ...] = ()     # of decode forwards on a GPU whose rows round as in the largest
-    max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as they do apart
+    min_rows: int = 2                   # a decode forward with fewer rows may round differently
+    max_rows: int = 32                  # and so may one with more
+    program: Forwards | None = None     # of forwards, on a CPU, if the model allows it
+    row_sizes: tuple[int, ...] = ()     # of decode forwards on a GPU that round as the largest one does
+    max_shared_rows: int = 0            # of prompts and decode rows that share a forward and round as if apart
     numerics_id: str = ""               # equal ids promise equal bits
 
     @property
     def most_rows(self) -> int:
-        """Of a forward that prompts and answers share."""
+        """The most rows of a forward shared by prompts and answers."""
         return self.prefill_budget + DECODE_ROWS
 
     def forward(self, token_ids: Sequence[int] | Tensor, positions: Sequence[int], context: Context,
@@ -63,7 +63,7 @@ class Model:
         return self.forward_tensors(ids[None], places[None], context, rows)[:len(kept)]
 
     def forward_tensors(self, token_ids: Tensor, positions: Tensor, context: Context, kept: Tensor) -> Tensor:
-        """Of [1, rows] each, on the model's device, and the numbers of rows whose logits are wanted."""
+        """For tensors of [1, rows] on the model's device, and the numbers of rows whose logits are wanted."""
         with torch.inference_mode():
             out = self.module(input_ids=token_ids, position_ids=positions, logits_to_keep=kept, use_cache=False,
                               context=context)
@@ -72,7 +72,7 @@ class Model:
 
     def decode(self, token_ids: Sequence[int] | Tensor, context: Context, positions: Sequence[int],
                kept: Sequence[int]) -> Tensor:
-        """`forward` for decode rows, filled up to `min_rows` by repeating the last one."""
+        """`forward` for decode rows, padded to `min_rows` by repeating the last one."""
         missing = self.min_rows - len(token_ids)
         if missing > 0:
             token_ids = _extended(token_ids, missing)
@@ -81,7 +81,7 @@ class Model:
 
     def together(self, token_ids: Sequence[int] | Tensor, parts: Sequence[tuple[Context, int]],
                  positions: Sequence[int], kept: Sequence[int]) -> Tensor:
-        """`forward` of parts, each with its number of rows; filled up to a multiple of `SHARED_UNIT` if it matters."""
+        """`forward` for parts, each with its number of rows; padded to a multiple of `SHARED_UNIT` if needed."""
         missing = 0 if self.is_uniform else -len(positions) % SHARED_UNIT
         if missing:
             token_ids = _extended(token_ids, missing)
@@ -112,7 +112,7 @@ class Model:
 
 
 def _extended(token_ids: Sequence[int] | Tensor, count: int) -> Sequence[int] | Tensor:
-    """By repeating the last one."""
+    """Padded by repeating the last one."""
     if isinstance(token_ids, Tensor):
         return torch.cat([token_ids, token_ids[-1:].expand(count)])
     return [*token_ids, *[token_ids[-1]] * count]

@@ -1,8 +1,8 @@
 """Keys and values in pages of one pool, as a GPU wants them: a slot is a row of a table of pages.
 
-Decode rows, and prompts in tiles, are computed by the kernels of kernels.py. Nothing here needs a GPU: Triton's
-interpreter runs the kernels on tensors of the CPU, very slowly. It knows slots, pages and tensors. It knows nothing of
-requests, sampling or schedules, nor of who owns a page.
+The kernels of kernels.py compute decode rows, and prompts in tiles. Nothing here needs a GPU: Triton's interpreter runs
+the kernels on CPU tensors, very slowly. It knows slots, pages and tensors. It knows nothing of requests, sampling or
+schedules, nor of who owns a page.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from worker.model.attention import NOBODY, TILE_LEN, KVLayer, KVShape, Scores
 from worker.model.kernels import Angles
 from worker.model.transfer import send
 
-PAGE_LEN = 16               # tokens: what a sequence wastes at its end, and what sequences may share
+PAGE_LEN = 16               # tokens: bounds the waste at a sequence's end, and the unit of sharing
 
 
 def pages(num_tokens: int) -> int:
@@ -38,7 +38,7 @@ class PagedMemory:
     @classmethod
     def allocate(cls, shapes: Sequence[KVShape], num_pages: int, num_slots: int, num_tokens: int, dtype: torch.dtype,
                  device: torch.device) -> PagedMemory:
-        """Nothing in it is read before it is written, so nothing is zeroed."""
+        """Nothing is zeroed, since nothing is read before it is written."""
         layers = [KVLayer(*(torch.empty(num_pages, shape.num_kv_heads, PAGE_LEN, shape.head_dim, dtype=dtype,
                                         device=device) for _ in "kv")) for shape in shapes]
         return cls(layers, np.zeros((num_slots, pages(num_tokens)), dtype=np.int32))
@@ -60,7 +60,7 @@ class PagedMemory:
             cache[target, :, first:last] = cache[source, :, first:last]
 
     def give_back(self, page: int) -> None:
-        """Nothing: the pool is this process' own."""
+        """Nothing to do: the pool belongs to this process alone."""
 
     def _on_device(self, array: npt.NDArray[np.int32]) -> Tensor:
         return send(array, self.layers[0].keys.device, torch.int32)
@@ -92,7 +92,7 @@ class PagedRows:
 
 @dataclass(slots=True)
 class PagedTiles:
-    """Prompts' tokens: tiles of `TILE_LEN` rows, each of one sequence. A forward may lack the last rows of the last."""
+    """Tokens of prompts: tiles of `TILE_LEN` rows, each of one sequence. The last tile may be incomplete."""
 
     turns_heads: ClassVar = True
     layers: list[KVLayer]
@@ -118,5 +118,5 @@ def padded(positions: Sequence[int], num_rows: int) -> npt.NDArray[np.int32]:
 
 
 def tiled(num_rows: int) -> int:
-    """Filled up to whole tiles."""
+    """Rounded up to whole tiles."""
     return -(-num_rows // TILE_LEN) * TILE_LEN

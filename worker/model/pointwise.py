@@ -1,4 +1,4 @@
-"""The Triton kernels of what stands between a layer's products: each reads and writes its rows once.
+"""The Triton kernels of the operations between a layer's products: each reads and writes its rows once.
 
 torch computes the same in three to seven kernels; where a step has few rows, each costs more to launch than to run.
 Sums and products are float32, and rounded once. A row's bits depend on that row alone. They know rows, nothing of
@@ -28,7 +28,7 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
 
 
 def add(x: Tensor, added: Tensor) -> Tensor:
-    """One kernel of torch, which is all that it takes."""
+    """One kernel of torch, which suffices."""
     return x + added
 
 

@@ -1,9 +1,9 @@
-"""Products of few rows on a GPU: what a step of decode rows waits for is that their weights are read.
+"""Products of few rows on a GPU, where the time of a decode step is the time to read the weights.
 
-Weights come first in the product, so that a few rows fill the other side of a tensor core. Where outputs alone would
-not fill a GPU the inputs are cut into splits, and who is the last to be done with one sums them all, in order. How many
-splits there are depends on the layer alone, up to `MAX_ROWS`, so a row's bits depend neither on other rows nor on how
-many there are; that is tried at every start (check.py).
+Weights are the first operand, so that a few rows fill the other side of a tensor core. Where outputs alone would not
+fill a GPU, the inputs are cut into splits, and the last program to finish a tile sums them all, in order. The number of
+splits depends on the layer only, up to `MAX_ROWS`, so a row's bits depend neither on other rows nor on their number;
+this is checked at every start (check.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.nn.functional import linear
 from worker.model import pointwise
 from worker.model.chain import chained, follow, lead
 
-MAX_ROWS = 256              # beyond: cuBLAS, which multiplies faster where it is no longer memory that counts
+MAX_ROWS = 256              # above: cuBLAS, which is faster where memory is no longer the limit
 MAX_SPLITS = 8
 MIN_SPLIT_LEN = 512         # inputs
-UNIT = 128                  # inputs: of every tile a multiple, and of which a word of packed weights holds four
+UNIT = 128                  # inputs: tiles are multiples of it; within it a packed word holds four
 DTYPES = (torch.bfloat16, torch.float16)                # float32 has no tensor cores that keep its precision
 
 
@@ -39,9 +39,9 @@ class Tile(NamedTuple):
         return self._replace(num_stages=max(1, min(self.num_stages, num_bytes // stage_bytes)))
 
 
-Tiles = dict[int, Tile]                                 # of up to so many rows
+Tiles = dict[int, Tile]                                 # by the most rows they are for
 PLAIN: Tiles = {16: Tile(64, 128, 4, 5), 64: Tile(64, 128, 4, 4), 256: Tile(64, 64, 4, 5)}
-WIDE: Tiles = PLAIN | {128: Tile(128, 64, 4, 3), 256: Tile(128, 64, 8, 4)}      # where there are outputs enough
+WIDE: Tiles = PLAIN | {128: Tile(128, 64, 4, 3), 256: Tile(128, 64, 8, 4)}      # for layers with enough outputs
 GATED: Tiles = {16: Tile(64, 128, 4, 3), 64: Tile(64, 64, 4, 5), 128: Tile(64, 64, 4, 3)}
 INT8: Tiles = {16: Tile(128, 128, 4, 4), 64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 4)}    # of one UNIT each
 
@@ -50,11 +50,11 @@ class RowLinear(nn.Module):
     """x · weightᵀ + bias, for a weight of [num_out, num_in]; `scales` of [num_out] where weights are `pack`ed int8."""
 
     min_tile_len = 64           # outputs
-    num_programs = 128          # for so many there are splits: one for each multiprocessor of a large GPU
+    num_programs = 128          # to be reached by splits: one per multiprocessor of a large GPU
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None):
         super().__init__()
-        is_whole = isinstance(weight, nn.Parameter) and weight.is_contiguous()          # and maybe an embedding's too
+        is_whole = isinstance(weight, nn.Parameter) and weight.is_contiguous()          # and may be an embedding's too
         self.weight = weight if is_whole else nn.Parameter(weight.contiguous(), requires_grad=False)
         self.bias, self.scales = None if bias is None else bias.detach(), scales
         num_tiles = triton.cdiv(len(weight), self.min_tile_len)
@@ -84,7 +84,7 @@ class RowLinear(nn.Module):
 
 
 def takes(weight: Tensor) -> bool:
-    """Triton's interpreter knows float32 alone."""
+    """Whether it can be computed here: Triton's interpreter has float32 only."""
     return weight.dtype in DTYPES if weight.is_cuda else weight.dtype == torch.float32
 
 
@@ -95,10 +95,10 @@ def num_splits(num_tiles: int, num_in: int, num_programs: int) -> int:
 
 def multiply(x: Tensor, weight: Tensor, tiles: Tiles, *, bias: Tensor | None = None, scales: Tensor | None = None,
              arrived: Tensor | None = None, num_splits: int = 1, is_gated: bool = False) -> Tensor:
-    """[rows, num_in] by [num_out, num_in]ᵀ: [rows, num_out], or half of them where gates are multiplied.
+    """[rows, num_in] by [num_out, num_in]ᵀ: [rows, num_out], or half as many where gates are multiplied.
 
-    `weight`: int8 is `pack`ed. `arrived`: int32 zeros, one for each tile of rows and outputs, which are zeros again
-    when it has ended. Of more than `MAX_ROWS` rows there are programs enough without splits.
+    `weight`: int8 must be `pack`ed. `arrived`: int32 zeros, one per tile of rows and outputs; zeros again afterwards.
+    More than `MAX_ROWS` rows give enough programs without splits.
     """
     (num_rows, num_in), num_out = x.shape, len(weight) // 2 if is_gated else len(weight)
     num_parts = 4 if weight.dtype == torch.int8 else 1
@@ -131,15 +131,15 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Bytes of int8 [num_out, num_in] in another order, filled up to whole units: of 128 inputs word i has i, i + 32,
-    i + 64 and i + 96. So a kernel reads words, and the bytes of many of the same place are a product's neighbours."""
+    """Reorders the bytes of int8 [num_out, num_in], padded to whole units: word i of 128 inputs holds i, i + 32, i + 64
+    and i + 96. A kernel thus reads words, and the bytes at one place of many words are neighbours in a product."""
     num_out, num_in = weight.shape
     units = nn.functional.pad(weight, (0, -num_in % UNIT)).view(num_out, -1, 4, UNIT // 4)
     return units.transpose(2, 3).reshape(num_out, -1)
 
 
-# Of two words the bytes of each place, as two numbers in bfloat16. With b for the byte and s for its sign, 128 or 0,
-# that is 128 + (b & 127) less 128 + s: both are bfloat16 whose lower half is of the byte. A conversion takes longer.
+# The bytes at each place of two words, as two numbers in bfloat16. With b for the byte and s for its sign, 128 or 0, it
+# is 128 + (b & 127) minus 128 + s: both are bfloat16 whose lower half comes from the byte. A conversion takes longer.
 _WIDENED = tl.constexpr("{ .reg .b32 both, high, low, minus; mov.b32 minus, 0xbf80bf80;" + "".join(f"""
     prmt.b32 both, $4, $5, {places}; lop3.b32 high, both, 0x007f007f, 0x43004300, 0xea;
     lop3.b32 low, both, 0x00800080, 0x43004300, 0xea; fma.rn.bf16x2 ${part}, low, minus, high;"""
@@ -148,7 +148,7 @@ _WIDENED = tl.constexpr("{ .reg .b32 both, high, low, minus; mov.b32 minus, 0xbf
 
 @triton.jit
 def _unpack(words, dtype: tl.constexpr, IS_QUICK: tl.constexpr):
-    """Of each word its four bytes, the lowest first."""
+    """The four bytes of each word, the lowest first."""
     if IS_QUICK:
         return tl.inline_asm_elementwise(_WIDENED, "=r,=r,=r,=r,r,r", [words], is_pure=True, pack=2, dtype=(
             tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16))
@@ -168,7 +168,7 @@ def _multiply(x, weight, scales, bias, out, parts, arrived, row_stride, weight_s
               split_len, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
               NUM_SPLITS: tl.constexpr, NUM_PARTS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
               HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_QUICK: tl.constexpr, IS_CHAINED: tl.constexpr):
-    """Beyond the last row or output valid ones are computed again, and not stored."""
+    """After the last row or output valid ones are computed again, and not stored."""
     tile, split = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     outs = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -213,7 +213,7 @@ def _multiply(x, weight, scales, bias, out, parts, arrived, row_stride, weight_s
             total *= tl.load(scales + outs, mask=outs < num_out, other=0.0)[:, None]
         if HAS_BIAS:
             total += tl.load(bias + outs, mask=outs < num_out, other=0.0).to(tl.float32)[:, None]
-        if IS_GATED:                                    # each product is rounded, as by itself
+        if IS_GATED:                                    # each product is rounded, as if separate
             gate, up = total.to(out.dtype.element_ty).to(tl.float32), ups.to(out.dtype.element_ty).to(tl.float32)
             total = gate * tl.sigmoid(gate) * up
         tl.store(out + places, total.to(out.dtype.element_ty), mask=is_there)

@@ -1,10 +1,11 @@
 """Keys and values in slots, as a CPU wants them: one for each sequence, cut into pages of `PAGE_LEN` tokens.
 
 Keys, and values, of one layer are [num_pages, num_slots, num_kv_heads, PAGE_LEN, head_dim]: the same page of
-neighbouring slots is dense, so a batched product reads it without a copy. A row of a decode forward is computed by a
-kernel of ours (cpu/attention.py), which has keys in another order (`KVLayer`) and finds pages by a table, so that slots
-may share them, or page by page (weighing.py), always in the same shape: its bits depend neither on its neighbours nor
-on their lengths. It knows slots, positions and tensors. It knows nothing of requests, sampling or schedules.
+neighbouring slots is dense, so a batched product reads it without a copy. Our own kernel (cpu/attention.py) computes a
+row of a decode forward, with keys in another order (`KVLayer`) and pages found by a table, so that slots may share
+them; otherwise it is computed page by page (weighing.py), always in the same shape: its bits depend neither on its
+neighbours nor on their lengths. It knows slots, positions and tensors. It knows nothing of requests, sampling or
+schedules.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class InSlots(Protocol):
-    """A context that kernels of ours can compute: rows that stand in slots, as runs of tokens."""
+    """A context that our kernels can compute: rows in slots, as runs of tokens."""
 
     @property
     def layers(self) -> list[KVLayer]: ...
@@ -48,7 +49,7 @@ class InSlots(Protocol):
 
 
 def allocate(shapes: Sequence[KVShape], num_slots: int, num_tokens: int, dtype: torch.dtype) -> list[KVLayer]:
-    """Zeroed, page aligned, and lazy: memory that no sequence has reached is not touched."""
+    """Zeroed, page aligned, and lazy: memory beyond the longest sequence is not touched."""
     layers = []
     for shape in shapes:
         pages = -(-num_tokens // PAGE_LEN), num_slots, shape.num_kv_heads
@@ -69,7 +70,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def give_back(block: Tensor) -> None:
-    """The memory of a dense part of what was allocated, to the system. It reads as zeros then, and costs nothing."""
+    """Returns the memory of a dense block to the system. It then reads as zeros and uses no memory."""
     begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
     begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
@@ -77,7 +78,7 @@ def give_back(block: Tensor) -> None:
 
 
 def tokens(block: Tensor, place: slice) -> Iterator[Tensor]:
-    """Views of some tokens of one page of one slot, whose keys or values `block` is."""
+    """Views of tokens of one page of one slot; `block` is its keys or its values."""
     if block.dim() == 3:
         yield block[:, place]
         return
@@ -95,7 +96,7 @@ def tokens(block: Tensor, place: slice) -> Iterator[Tensor]:
 
 
 def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
-    """The pages over which tokens [begin, end) of a slot are spread, and where they lie in each."""
+    """The pages that contain tokens [begin, end) of a slot, and the range within each."""
     for page in range(begin // PAGE_LEN, -(-end // PAGE_LEN)):
         start = page * PAGE_LEN
         yield page, slice(max(begin - start, 0), min(end - start, PAGE_LEN))
@@ -105,7 +106,7 @@ def places(begin: int, end: int) -> Iterator[tuple[int, slice]]:
 class DecodeRows:
     """Rows of many sequences, one token each; several rows may be consecutive tokens of one sequence.
 
-    Rows beyond the given ones only fill the forward up to its least size: they write nothing and attend to nothing.
+    Rows beyond the given ones are padding to the forward's least size: they write nothing and attend to nothing.
     """
 
     layers: list[KVLayer]
@@ -220,18 +221,18 @@ class PrefillChunk:
 
 
 def in_turn(layers: Sequence[KVLayer]) -> npt.NDArray[np.int64]:
-    """The table of slots that have each the pages that are named after it."""
+    """The table in which each slot has the pages of its own number."""
     num_pages, num_slots = layers[0].values.shape[:2]
     return np.arange(num_pages * num_slots).reshape(num_pages, num_slots).T.copy()
 
 
 class SlotMemory:
-    """Makes the contexts of forwards over what `allocate` gave."""
+    """Makes contexts for forwards over memory from `allocate`."""
 
     page_len = PAGE_LEN
 
     def __init__(self, layers: list[KVLayer], table: npt.NDArray[np.int64] | None = None):
-        """Kernels of ours find the pages of slots by a table of [slots, any], which may change; others as they lie."""
+        """Our kernels find the pages of slots by a table of [slots, any], which may change; others by position."""
         self.layers = layers
         self.table = in_turn(layers) if table is None else table
         self._table = torch.from_numpy(self.table)
@@ -256,7 +257,7 @@ class SlotMemory:
 
 @dataclass(slots=True)
 class Together:
-    """One forward of several parts, each with its rows, in order. Rows behind them only fill it up."""
+    """One forward of several parts, each with its rows, in order. Further rows are padding."""
 
     parts: Sequence[tuple[Context, int]]
     _runs: Runs | None = field(init=False, default=None)
@@ -301,7 +302,7 @@ def make_runs(slots: Tensor, positions: Tensor, lens: list[int]) -> Runs:
 
 def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores,
                       angles: Angles | None = None) -> Tensor:
-    """As `Context.attend`; by angles queries and keys are yet to be turned."""
+    """As `Context.attend`; with angles, queries and keys are not rotated yet."""
     from worker.model.cpu.attention import attend, most_queries, write
 
     keys, values = context.layers[layer]
@@ -316,11 +317,11 @@ def attend_by_kernels(context: InSlots, layer: int, query: Tensor, key: Tensor, 
 
 
 def _dense(heads: Tensor) -> Tensor:
-    """With the numbers of a head side by side."""
+    """Makes the numbers of a head contiguous."""
     return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
 def filled(out: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, …]: with zeros behind the rows that there are."""
+    """[num_rows, …]: padded with zeros."""
     num_missing = num_rows - len(out)
     return torch.cat([out, out.new_zeros(num_missing, *out.shape[1:])]) if num_missing else out

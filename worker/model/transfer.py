@@ -1,6 +1,6 @@
-"""Numbers on their way between the host and the device, without waiting for what the device computes.
+"""Copies numbers between host and device, without waiting for what the device computes.
 
-Only pinned memory travels so: any other is copied after all that was launched before. It knows tensors alone.
+This takes pinned memory: other memory is copied only after all earlier launches. It knows tensors alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _pinned(here: Tensor) -> Tensor:
 
 
 class Transfer:
-    """Results for the host."""
+    """Results on their way to the host."""
 
     def __init__(self, *tensors: Tensor):
         self._tensors = tensors
@@ -40,7 +40,7 @@ class Transfer:
             self._has_arrived.record()
 
     def wait(self) -> tuple[Tensor, ...]:
-        """For these, and not for what was launched behind them."""
+        """Waits for these results, not for later launches."""
         if self._has_arrived:
             self._has_arrived.synchronize()
         return self._tensors

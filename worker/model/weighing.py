@@ -1,4 +1,4 @@
-"""What rows see in pages of slots, computed by torch, where kernels of ours do not run.
+"""Attention of rows over pages of slots, computed by torch, where our own kernels do not run.
 
 Of a decode forward each page is a product of its own, of one shape, [num_kv_heads, group, head_dim] against a whole
 page. It knows slots and tensors.
@@ -16,18 +16,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from worker.model.attention import PAGE_LEN, Scores
 
-MAX_SPREAD = 2              # times as many slots may be read as are needed: a copy reads and writes, and is read again
+MAX_SPREAD = 2              # slots read in place, per slot needed: a copy reads and writes, and is read again
 
 
 class Reach(NamedTuple):
-    """The rows that have tokens in one page, and how their slots are read there: each page is a product of its own."""
+    """The rows with tokens in one page, and how their slots are read there: each page is one product."""
 
     rows: Tensor | None         # None: all
     slots: slice | Tensor       # in place, or copied together
-    places: Tensor | None       # of the rows in a slice that holds other slots too
+    places: Tensor | None       # of the rows, in a slice that contains other slots too
 
     def multiply(self, left: Tensor, page: Tensor) -> Tensor:
-        """Of the rows here: left of [rows, …, n] by a page of [slots, …, n, m], to [rows, …, m]."""
+        """The product of the rows here: left of [rows, …, n] by a page of [slots, …, n, m], to [rows, …, m]."""
         right = page[self.slots]
         if self.places is None:
             return torch.matmul(left, right)
@@ -36,7 +36,7 @@ class Reach(NamedTuple):
 
 
 def reaches(slots: Sequence[int], num_tokens: Sequence[int]) -> list[Reach]:
-    """For each page up to the longest row's end."""
+    """One for each page up to the longest row's end."""
     found = []
     for start in range(0, max(num_tokens), PAGE_LEN):
         rows = [row for row, length in enumerate(num_tokens) if length > start]
@@ -46,7 +46,7 @@ def reaches(slots: Sequence[int], num_tokens: Sequence[int]) -> list[Reach]:
 
 
 def _reading(slots: Sequence[int]) -> tuple[slice | Tensor, Tensor | None]:
-    """Neighbours are read in place, with what lies between them; scattered slots, or one many times, are copied."""
+    """Neighbouring slots are read in place, with those between them; scattered or repeated slots are copied."""
     first, span = slots[0], slots[-1] - slots[0] + 1
     if span > MAX_SPREAD * len(slots) or any(after <= before for before, after in pairwise(slots)):
         return torch.tensor(slots), None
@@ -55,7 +55,7 @@ def _reading(slots: Sequence[int]) -> tuple[slice | Tensor, Tensor | None]:
 
 
 def causal_mask(positions: Tensor, kv_len: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """A float mask of [rows, kv_len], which the kernels take without a conversion of their own."""
+    """A float mask of [rows, kv_len], in a type that the kernels take without conversion."""
     ages = positions[:, None] - torch.arange(kv_len, device=positions.device)
     hidden = ages < 0 if window is None else (ages < 0) | (ages >= window)
     return torch.zeros(ages.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
@@ -63,7 +63,7 @@ def causal_mask(positions: Tensor, kv_len: int, window: int | None, dtype: torch
 
 def weigh_pages(query: Tensor, keys: Tensor, values: Tensor, reaches: Sequence[Reach], mask: Tensor, scores: Scores
                 ) -> Tensor:
-    """Queries of [rows, num_kv_heads, group, head_dim] over pages of [slots, num_kv_heads, PAGE_LEN, head_dim].
+    """Attention of queries [rows, num_kv_heads, group, head_dim] over pages [slots, num_kv_heads, PAGE_LEN, head_dim].
 
     The fused kernel takes one small product at a time; batched ones are 2 to 6 times faster.
     """
@@ -84,7 +84,7 @@ def weigh_pages(query: Tensor, keys: Tensor, values: Tensor, reaches: Sequence[R
 
 
 def _page_logits(query: Tensor, keys: Tensor, reaches: Sequence[Reach]) -> Tensor:
-    """[rows, num_kv_heads, group, PAGE_LEN for each page]; where a row does not reach, its mask hides what stands."""
+    """[rows, num_kv_heads, group, PAGE_LEN for each page]; the mask hides what a row does not reach."""
     if len(reaches) == 1:
         return reaches[0].multiply(query, keys[0].transpose(2, 3))
     logits = query.new_zeros(*query.shape[:-1], len(reaches) * PAGE_LEN)

@@ -1,5 +1,5 @@
-"""Token ids to text, one at a time, equal to decoding them all at once; special tokens are left out, but for those
-that are to be shown.
+"""Token ids to text, one at a time, equal to decoding them all at once; special tokens are omitted unless they are to
+be shown.
 
 A character whose bytes have not all arrived is held back. It knows tokenizers, nothing of stop strings or models.
 
@@ -21,7 +21,7 @@ from shared import byte_level
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = pattern("<0x([0-9A-Fa-f]{2})>")
-MAX_HELD_TOKENS = 8         # no character needs more; what still looks unfinished then is shown as it is
+MAX_HELD_TOKENS = 8         # no character needs more: text that still looks incomplete then is shown as it is
 
 
 class Decoder(Protocol):
@@ -29,11 +29,11 @@ class Decoder(Protocol):
         """The text this token completes."""
 
     def finish(self) -> str:
-        """What is left of an unfinished character."""
+        """The rest, which is an incomplete character."""
 
 
 class Vocabulary:
-    """What every stream of one tokenizer shares."""
+    """Shared by all streams of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -45,7 +45,7 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
 
     def decoder(self, shown: frozenset[int] = frozenset()) -> Decoder:
-        """One that shows these special tokens."""
+        """A decoder that shows these special tokens."""
         return ByteLevelDecoder(self, shown) if self.is_byte_level else WindowDecoder(self, shown)
 
     def decode(self, token_ids: list[int]) -> str:
@@ -53,13 +53,13 @@ class Vocabulary:
         return text
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Of a byte-level token, as the decoder of tokenizers reads it."""
+        """The bytes of a byte-level token, as the decoder of tokenizers reads it."""
         if token_id not in self._bytes:
             self._bytes[token_id] = byte_level.token_bytes(self.tokenizer.id_to_token(token_id) or "")
         return self._bytes[token_id]
 
     def byte_token(self, token_id: int) -> bytes | None:
-        """The byte that a token of byte fallback stands for."""
+        """The byte of a byte-fallback token."""
         match = BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token_id) or "") if self.has_byte_tokens else None
         return bytes([int(match[1], 16)]) if match else None
 
@@ -87,19 +87,19 @@ class ByteLevelDecoder:
 
 
 class WindowDecoder:
-    """Any other decoder: what the last tokens read as together, less what they read as without the newest.
+    """Any other decoder: the last tokens decoded together, minus those decoded without the newest.
 
-    The tokens before serve as context: the first token of a text may lose its leading space.
+    Earlier tokens serve as context: the first token of a text may lose its leading space.
     """
 
     def __init__(self, vocabulary: Vocabulary, shown: frozenset[int]):
         self._vocabulary = vocabulary
         self._shown_ids = shown
         self._context: list[int] = []       # shown already
-        self._shown = ""                    # as the context reads alone
-        self._held: list[int] = []          # tokens of an unfinished character
+        self._shown = ""                    # the context decoded alone
+        self._held: list[int] = []          # tokens of an incomplete character
         self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
-        self._is_broken = False             # this run of byte tokens is no UTF-8
+        self._is_broken = False             # this run of byte tokens is not UTF-8
 
     def feed(self, token_id: int) -> str:
         if token_id in self._shown_ids and token_id in self._vocabulary.special:
@@ -128,7 +128,7 @@ class WindowDecoder:
         return self._end_of_run() if self._is_broken else self._show(self._whole())
 
     def _end_of_run(self) -> str:
-        """Held bytes that will not become a character, one sign for each."""
+        """Held bytes that cannot become a character, one U+FFFD for each."""
         self._utf8.reset()
         text = REPLACEMENT * len(self._held)
         if self._held:

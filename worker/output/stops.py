@@ -1,4 +1,4 @@
-"""Finds stop strings in text that arrives in pieces, and says how much of the end may still become one.
+"""Finds stop strings in text that arrives in pieces, and how much of the end may still become one.
 
 It reads every character once, whatever the pieces: the string that is complete first wins, and of several that end
 together the longest. It knows strings alone.
@@ -18,10 +18,10 @@ class Scan(NamedTuple):
 class StopScanner:
     def __init__(self, stop: tuple[str, ...]):
         self._stop = [(text, _borders(text)) for text in stop if text]
-        self._matched = [0] * len(self._stop)       # of each string, how much of it the text now ends with
+        self._matched = [0] * len(self._stop)       # per string, how much of it the text now ends with
 
     def scan(self, piece: str, *, may_find: bool = True) -> Scan:
-        """Without `may_find` a stop string that ends here is passed over; one that only begins here is found later."""
+        """Without `may_find` a stop string that ends here is ignored; one that begins here is found later."""
         for position, character in enumerate(piece if self._stop else ""):
             longest = ""
             for i, (text, borders) in enumerate(self._stop):

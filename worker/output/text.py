@@ -1,6 +1,6 @@
-"""The text of one choice: what may be shown so far, of the tokens drawn so far.
+"""The text of one choice: what may be shown of the tokens drawn so far.
 
-A pure function of the ids: fed with the logged ids, another worker's stream is in the same state. It holds back half
+A pure function of the ids: given the logged ids, another worker's stream has the same state. It holds back partial
 characters and whatever may begin a stop string. It knows nothing of where ids come from or who reads.
 """
 
@@ -18,7 +18,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), shown: Collection[int] = (),
                  min_tokens: int = 0):
         self.stop = ""                  # the stop string that was found: the text ends before it
-        self._num_early = min_tokens    # tokens still to come in which no stop string counts
+        self._num_early = min_tokens    # tokens to come during which no stop string counts
         self._decoder = vocabulary(tokenizer).decoder(frozenset(shown))
         self._scanner = StopScanner(stop)
         self._held = ""
@@ -28,7 +28,7 @@ class TextStream:
         return bool(self.stop)
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """What may be shown now. One call or many give the same text."""
+        """The text that may be shown now. One call or many give the same text."""
         num_early, self._num_early = self._num_early, max(0, self._num_early - len(token_ids))
         text = self._show(self._decode(token_ids[:num_early]), may_stop=False) if num_early else ""
         return text + self._show(self._decode(token_ids[num_early:]))
@@ -37,7 +37,7 @@ class TextStream:
         return "".join([self._decoder.feed(token_id) for token_id in token_ids])
 
     def finish(self) -> str:
-        """At the last token: what was held back."""
+        """After the last token: the text held back."""
         text = self._show(self._decoder.finish())
         released, self._held = self._held, ""
         return text + released

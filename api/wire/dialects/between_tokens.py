@@ -1,6 +1,6 @@
-"""What readers have in common whose markers are tokens: text that is cut by them, and a call's arguments as JSON.
+"""Shared by readers whose markers are tokens: text that they split, and a call's arguments as JSON.
 
-It knows no marker: what one means, and where, is the dialect's.
+It knows no marker: the meaning of each, in its place, is the dialect's.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from api.wire.markers import Splitter, trimmed
 
 
 class TokenReader(ABC):
-    is_inside = False                       # it knows no thoughts
+    is_inside = False                       # never inside reasoning
 
     def __init__(self, markers: Iterable[str]) -> None:
         self._splitter = Splitter(tuple(markers))
         self._read: Callable[[str, list[Piece]], None] = self._text
-        self._held = ""                     # not yet known what it is: of text, blanks alone
-        self._name = ""                     # of a call that has not begun
+        self._held = ""                     # not yet classified: within text, whitespace only
+        self._name = ""                     # of a call that is not complete yet
         self._value = JsonValue()           # the arguments
 
     def feed(self, text: str) -> list[Piece]:
@@ -40,19 +40,19 @@ class TokenReader(ABC):
 
     @property
     def _in_string(self) -> bool:
-        """Of a call's arguments: there a marker is a part of it."""
+        """Inside a string of a call's arguments, where markers are part of the string."""
         return self._read == self._arguments and self._value.in_string
 
     @abstractmethod
     def _marker(self, marker: str, pieces: list[Piece]) -> None:
-        """What a marker means where it stands."""
+        """Handles a marker in the current state."""
 
     @abstractmethod
     def _left(self) -> list[Piece]:
-        """What was held back: text, or nothing of a call that was cut off."""
+        """The held text; nothing for a call that was cut off."""
 
     def _text(self, run: str, pieces: list[Piece]) -> None:
-        """Blanks at its end may come before a marker."""
+        """Text; whitespace at its end is held, as a marker may follow."""
         self._held += run
         cut = trimmed(self._held, len(self._held))
         if cut:
@@ -60,13 +60,13 @@ class TokenReader(ABC):
             self._held = self._held[cut:]
 
     def _between(self, run: str, pieces: list[Piece]) -> None:
-        """Blanks that are nobody's."""
+        """Drops whitespace."""
         if rest := run.lstrip():
             self._read = self._text
             self._text(rest, pieces)
 
     def _give_up(self, pieces: list[Piece]) -> None:
-        """What was to become a call is text."""
+        """Turns a call that was not completed into text."""
         text, self._name, self._held = self._name + self._held, "", ""
         self._read = self._text
         self._text(text, pieces)
@@ -84,6 +84,6 @@ class TokenReader(ABC):
             self._behind(run[size:], pieces)
 
     def _behind(self, run: str, pieces: list[Piece]) -> None:
-        """What comes behind the arguments."""
+        """What follows the arguments."""
         self._read = self._between
         self._between(run, pieces)

@@ -3,8 +3,8 @@
     …calls▁begin…call▁begin…function…sep…NAME\n```json\n{…}\n```…call▁end…calls▁end…        V3, R1
     …calls▁begin…call▁begin…NAME…sep…{…}…call▁end…calls▁end…                                V3.1
 
-Text may come before. Markers, and blanks about them, are never text, whatever stands between them; inside a string of
-a call's arguments they are a part of it.
+Text may come before. Markers, and whitespace around them, are never text, whatever is between them; inside a string of
+a call's arguments they are part of it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 SEP = "<｜tool▁sep｜>"
 MARKERS = (CALLS, END_CALLS, CALL, END_CALL, SEP)
 
-HEAD = re.compile(r"\s*+(?:([^\n`{]++)\n\s*+```(?:json)?\s*+)?(?={)")      # behind SEP; V3's has the name
+HEAD = re.compile(r"\s*+(?:([^\n`{]++)\n\s*+```(?:json)?\s*+)?(?={)")      # after SEP; V3 has the name here
 END_FENCE = "\n```"
 
 
 @dataclass(frozen=True)
 class DeepSeek(Dialect):
     def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
-        """In both forms: the model knows which one is its own."""
+        """Allows both forms: the model knows its own."""
         tools = list(tools)
         require_names(tools, _is_name)
         calls, end_calls, call, end_call, sep = (marker(text, added_id) for text in (
@@ -57,7 +57,7 @@ class DeepSeek(Dialect):
 
 
 class DeepSeekReader(TokenReader):
-    """Its thoughts are between <think> and </think>."""
+    """Reasoning is between <think> and </think>."""
 
     def __init__(self) -> None:
         super().__init__(MARKERS)
@@ -75,13 +75,13 @@ class DeepSeekReader(TokenReader):
         self._read = self._call if marker == CALL else self._between
 
     def _call(self, run: str, pieces: list[Piece]) -> None:
-        """What kind of a tool it is, or its name."""
+        """The type of the tool, or its name."""
         self._held += run
         if len(self._held) > MAX_HEAD_CHARS:
             self._give_up(pieces)
 
     def _head(self, run: str, pieces: list[Piece]) -> None:
-        """Up to the arguments."""
+        """What precedes the arguments."""
         self._held += run
         match = HEAD.match(self._held[:MAX_HEAD_CHARS])
         name = (match[1] or self._name).strip() if match else ""
@@ -92,7 +92,7 @@ class DeepSeekReader(TokenReader):
             self._give_up(pieces)
 
     def _behind(self, run: str, pieces: list[Piece]) -> None:
-        """What closes a fence."""
+        """The end of a fence."""
         self._read = self._behind
         if rest := run.lstrip(END_FENCE + " \t\r"):
             self._read = self._text

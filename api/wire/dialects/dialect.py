@@ -1,4 +1,4 @@
-"""What every dialect has: the words that tell it, its markers, a grammar that makes calls, a reader that finds them.
+"""What every dialect has: signs in templates, markers, a grammar that makes calls, a reader that finds them.
 
 It knows no dialect.
 """
@@ -23,13 +23,13 @@ TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 Tools = Iterable[Mapping[str, Any]]                     # functions, as OpenAI describes them
-AddedId = Callable[[str], int | None]                   # of a text that is one added token of the model's tokenizer
+AddedId = Callable[[str], int | None]                   # the id of a text that is one added token of the tokenizer
 
 
 class Piece(NamedTuple):
     """What a stretch of text turned out to be."""
 
-    kind: Literal["text", "reasoning", "call", "arguments"]     # of a call: its name, then its arguments in pieces
+    kind: Literal["text", "reasoning", "call", "arguments"]     # a call gives its name, then its arguments in pieces
     value: str
 
 
@@ -38,28 +38,28 @@ class Reader(Protocol):
 
     @property
     def is_inside(self) -> bool:
-        """Whether what comes now is a thought."""
+        """Whether the current position is inside reasoning."""
 
     def feed(self, text: str) -> list[Piece]:
-        """What is known by now."""
+        """The pieces that are certain by now."""
 
     def finish(self) -> list[Piece]:
-        """What was held back, when no more comes."""
+        """The text held back, once no more arrives."""
 
 
 @dataclass(frozen=True)
 class Dialect(ABC):
     name: str                                           # in settings, and in the headers of logs
-    signs: tuple[tuple[str, ...], ...]                  # of a chat template: all words of one of these are in it
-    markers: tuple[str, ...] = ()                       # of its tokens those whose text the reader has to see
-    end_of_thought: str = ""                            # of a dialect that also tells thoughts from the answer
-    without_tools: Dialect | None = None                # how an answer is read that may call nothing; None: as text
-    with_tokens: Dialect | None = None                  # how it is read where its first marker is a token
+    signs: tuple[tuple[str, ...], ...]                  # of a chat template: it has all words of one of these
+    markers: tuple[str, ...] = ()                       # of these, tokens are shown as text to the reader
+    end_of_thought: str = ""                            # for dialects that also separate reasoning from the answer
+    without_tools: Dialect | None = None                # reads answers that may not call a tool; None: as text
+    with_tokens: Dialect | None = None                  # the variant where its first marker is a token
     can_call: bool = True
-    is_leading: bool = False                            # its calls begin an answer, as other answers may begin too
-    opening: str = ""                                   # the marker that calls begin with, and nothing else
-    also_opens: str = ""                                # what its reader takes for one, besides
-    fold_version: int = 3                               # the first that reads it (api/wire/fold.py)
+    is_leading: bool = False                            # calls begin the answer, where other answers may begin alike
+    opening: str = ""                                   # the marker with which calls, and only calls, begin
+    also_opens: str = ""                                # what its reader also accepts as opening
+    fold_version: int = 3                               # the first fold that reads it (api/wire/fold.py)
 
     def of(self, added_id: AddedId) -> Dialect:
         """This dialect, or its variant for tokenizers in which its first marker is a token."""
@@ -71,12 +71,12 @@ class Dialect(ABC):
 
     @abstractmethod
     def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
-        """Of nothing but calls of these tools, in Lark's language; of one alone, or of one and more. Markers that are
-        tokens of their own are no text to a grammar. Raises InvalidGrammar."""
+        """A Lark grammar of calls of these tools and nothing else: exactly one call, or one or more. Markers that are
+        single tokens are not text in a grammar. Raises InvalidGrammar."""
 
     def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
-        """Of text that may hold such calls, behind a thought if the model may have one. Here a token tells that calls
-        begin, no text spells it, and a thought is text like any other; empty where there is no such token."""
+        """A grammar of text that may contain such calls, after reasoning if the model may reason. Here a token opens
+        calls, no text spells it, and reasoning is text like any other; empty where there is no such token."""
         if not self.opening or added_id(self.opening) is None:
             return ""
         opens = "|".join(re.escape(text) for text in (self.opening, self.also_opens) if text)
@@ -86,19 +86,19 @@ class Dialect(ABC):
                       f"TEXT: {text_but(f'(?s:.)*({opens})')}\n", calls=calls)
 
     def framed(self, form: str, added_id: AddedId) -> str:
-        """The grammar of an answer that keeps a form, with what the dialect puts about an answer."""
+        """The grammar of a constrained answer, with the dialect's own parts around it."""
         return form
 
     def typed_arguments(self, tools: Tools) -> tuple[str, ...]:
-        """Those that are no strings, of a dialect that writes strings as they are: for the header of the log."""
+        """The arguments that are not strings, if the dialect writes strings unquoted: kept in the header of the log."""
         return ()
 
     @abstractmethod
     def reader(self) -> Reader:
-        """Of an answer."""
+        """A reader for one answer."""
 
     def reader_of(self, typed_arguments: Collection[str]) -> Reader:
-        """Of an answer whose header names them."""
+        """A reader for an answer whose header names these arguments."""
         return self.reader()
 
 
@@ -119,14 +119,14 @@ def quoted(text: str) -> str:
 
 
 def schema_of(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a tool's arguments: none, where nothing is said of them. One that is not strict is kept as far as it can be
-    enforced."""
+    """The schema of a tool's arguments; without parameters, an empty object. If the tool is not strict, only what can
+    be enforced is kept."""
     schema = NOTHING if tool.get("parameters") is None else tool["parameters"]
     return with_options({**schema, "type": "object"}, is_strict=bool(tool.get("strict")))
 
 
 def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
-    """As llguidance is to enforce it. Raises InvalidGrammar where it would not."""
+    """The schema with llguidance's options. Raises InvalidGrammar where it cannot be enforced."""
     if is_strict:
         schema = enforceable(schema)
     options = {"whitespace_pattern": "[ ]?"} | ESCAPES | ({} if is_strict else {"lenient": True})
@@ -134,7 +134,7 @@ def with_options(schema: dict[str, Any], *, is_strict: bool) -> dict[str, Any]:
 
 
 def eased_schemas(tool: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A tool whose schema cannot be enforced, with less of it: its shape alone, then its arguments' names alone."""
+    """Weaker versions of a tool whose schema cannot be enforced: its shape only, then its arguments' names only."""
     properties, _ = arguments_of(tool)
     names: dict[str, Any] = {"properties": {name: {} for name in properties}}
     for parameters in (_shape(tool.get("parameters")), names):
@@ -142,7 +142,7 @@ def eased_schemas(tool: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _shape(schema: Any) -> dict[str, Any]:
-    """Types, properties and items of a schema, as far as they are right."""
+    """Types, properties and items of a schema, as far as they are valid."""
     if not isinstance(schema, dict):
         return {}
     properties, required = arguments_of({"parameters": schema})
@@ -161,7 +161,7 @@ def object_of(tool: Mapping[str, Any]) -> str:
 
 
 def arguments_of(tool: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The schemas of a tool's arguments, and which of them are required; what is no schema says nothing."""
+    """The schemas of a tool's arguments, and which are required; an invalid schema allows anything."""
     schema = tool.get("parameters") or {}
     found = schema.get("properties")
     properties = found.items() if isinstance(found, dict) else ()
@@ -170,19 +170,19 @@ def arguments_of(tool: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], li
 
 
 def definitions_of(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """What parts of its schema may refer to."""
+    """The definitions to which its parts may refer."""
     schema = tool.get("parameters") or {}
     return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
 def listed(schema: Any, key: str) -> list[Any]:
-    """What a schema lists under a key, if it does."""
+    """The list under a key of a schema, if there is one."""
     found = schema.get(key) if isinstance(schema, dict) else None
     return found if isinstance(found, list) else []
 
 
 def kinds_of(schema: Any) -> list[str]:
-    """The types that it names."""
+    """The types that a schema names."""
     kind = schema.get("type") if isinstance(schema, dict) else None
     return [kind] if isinstance(kind, str) else [each for each in listed(schema, "type") if isinstance(each, str)]
 
@@ -194,6 +194,6 @@ def constants_of(schema: Any) -> list[Any]:
 
 
 def require_names(tools: Tools, is_name: Callable[[str], bool]) -> None:
-    """Raises InvalidGrammar when one cannot be written in the dialect."""
+    """Raises InvalidGrammar when a name cannot be written in the dialect."""
     if not all(is_name(tool["name"]) for tool in tools):
         raise InvalidGrammar("This model cannot call a tool of such a name: letters, digits, '_' and '-' are safe.")

@@ -1,8 +1,8 @@
 """Reads Qwen3-Coder's calls, elements of elements, as JSON (qwen_coder.py shows one).
 
-Inside a value nothing but its end is a marker, and in JSON's strings not that. A string is what is written, but for
-the line breaks about it; any other value is JSON, or else a string. What does not become a call is text, as it was
-written.
+Inside a value only its end is a marker, and inside a JSON string not even that. A string is the text as written,
+without the line breaks around it; any other value is JSON, or else a string. What turns out not to be a call is text,
+unchanged.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 MARKERS = (CALL, END_CALL, FUNCTION, END_FUNCTION, PARAMETER, END_PARAMETER)
 
-WORDS = {"True": "true", "False": "false", "None": "null"}          # of Python, for JSON's
+WORDS = {"True": "true", "False": "false", "None": "null"}          # Python's, for JSON's
 BRACKET = re.compile(r"[\[{}\]]")
-MAX_DEPTH = 100             # of a value: what is deeper is a string, on every pod
+MAX_DEPTH = 100             # of a value: deeper ones are strings, on every pod
 
 
 def argument(function: str, name: str) -> str:
-    """As the names of typed arguments are kept."""
+    """The key of a typed argument."""
     return f"{function}.{name}"
 
 
 class ElementReader:
-    is_inside = False                       # it knows no thoughts
+    is_inside = False                       # never inside reasoning
 
     def __init__(self, typed_arguments: frozenset[str]) -> None:
         self._typed_arguments = typed_arguments
         self._splitter = Splitter(MARKERS)
         self._read = self._text
-        self._held = ""                     # not yet known what it is: of text, blanks alone
-        self._marker = ""                   # of the call that began, as it was written
+        self._held = ""                     # not yet classified: within text, whitespace only
+        self._marker = ""                   # of the current call, as written
         self._name = self._key = ""
         self._num_arguments = 0
-        self._typed: list[str] | None = None            # a value that is no string, so far
-        self._json: JsonValue | None = None             # the same, where it is JSON that may hold strings
-        self._is_fresh = self._is_blank = False         # nothing of the value was read, or blanks alone
+        self._typed: list[str] | None = None            # a value that is not a string, so far
+        self._json: JsonValue | None = None             # the same, if it is JSON that may contain strings
+        self._is_fresh = self._is_blank = False         # nothing of the value was read yet, or only whitespace
 
     def feed(self, text: str) -> list[Piece]:
         pieces: list[Piece] = []
@@ -56,11 +56,11 @@ class ElementReader:
 
     @property
     def _in_string(self) -> bool:
-        """Of a value that is JSON: there its end is a part of it."""
+        """Inside a JSON string of a value: an end marker there is part of the string."""
         return self._json is not None and self._json.in_string
 
     def finish(self) -> list[Piece]:
-        """What was held back: text, or what closes a call that lacks no more than that."""
+        """The held text, or the end of a call that lacks nothing else."""
         pieces: list[Piece] = []
         for _, run in self._splitter.finish():
             self._read(run, pieces)
@@ -72,7 +72,7 @@ class ElementReader:
         return pieces
 
     def _take(self, marker: str, pieces: list[Piece]) -> None:
-        """What a marker means where it stands; one that means nothing is text."""
+        """Handles a marker in the current state; if it has no meaning there, it is text."""
         if marker == END_PARAMETER and self._read == self._value:
             self._close_value(pieces)
         elif marker == PARAMETER and self._read == self._function:
@@ -91,26 +91,26 @@ class ElementReader:
             self._text(marker, pieces)
 
     def _begin(self, marker: str, pieces: list[Piece]) -> None:
-        """A call, or its name."""
+        """Begins a call, or its name."""
         if self._read in (self._function, self._keyed):
             pieces.append(Piece("arguments", "}"))
         elif self._read == self._named or (self._read == self._call and marker == CALL):
             self._give_up(pieces)
         if self._read != self._call:
-            self._marker = ""               # and blanks before a marker are nobody's
+            self._marker = ""               # whitespace before a marker is dropped
             self._held = ""
         self._marker += self._held + marker
         self._held, self._read = "", self._call if marker == CALL else self._named
 
     def _give_up(self, pieces: list[Piece]) -> None:
-        """What was to become a call is text."""
+        """Turns a call that was not completed into text."""
         if self._read in (self._call, self._named):
             text, self._marker, self._held = self._marker + self._held, "", ""
             self._read = self._text
             self._text(text, pieces)
 
     def _text(self, run: str, pieces: list[Piece]) -> None:
-        """Blanks at its end may come before a marker."""
+        """Text; whitespace at its end is held, as a marker may follow."""
         self._read = self._text
         self._held += run
         cut = trimmed(self._held, len(self._held))
@@ -124,7 +124,7 @@ class ElementReader:
             self._text(rest, pieces)
 
     def _call(self, run: str, pieces: list[Piece]) -> None:
-        """Blanks alone."""
+        """Whitespace only."""
         self._held += run
         if self._held.strip() or len(self._held) > MAX_BLANKS:
             self._give_up(pieces)
@@ -142,7 +142,7 @@ class ElementReader:
             self._give_up(pieces)
 
     def _function(self, run: str, pieces: list[Piece]) -> None:
-        """Blanks; anything else ends the call."""
+        """Whitespace; anything else ends the call."""
         if run.strip():
             pieces.append(Piece("arguments", "}"))
             self._between(run, pieces)
@@ -164,7 +164,7 @@ class ElementReader:
             self._read = self._function
 
     def _value(self, run: str, pieces: list[Piece]) -> None:
-        """As it is written, but for the line breaks about it."""
+        """The value as written, without the line breaks around it."""
         self._held += run
         if self._is_fresh and self._held:
             self._is_fresh, self._held = False, self._held.removeprefix("\n")
@@ -185,7 +185,7 @@ class ElementReader:
 
 
 def _before(text: str) -> str | None:
-    """What stands before '>'. None: more has to come; empty: it is no name."""
+    """The text before '>'. None: incomplete; empty: not a name."""
     place = text.find(">", 0, MAX_NAME_CHARS + 1)
     if place < 0:
         return None if len(text) <= MAX_NAME_CHARS else ""
@@ -193,7 +193,7 @@ def _before(text: str) -> str | None:
 
 
 def _literal(text: str) -> str:
-    """Of JSON, or of Python's words; what is neither is a string."""
+    """A JSON or Python literal; anything else becomes a string."""
     depth = deepest = 0
     for bracket in BRACKET.finditer(text):
         depth += 1 if bracket[0] in "[{" else -1
@@ -208,5 +208,5 @@ def _literal(text: str) -> str:
 
 
 def _refuse(_: str) -> NoReturn:
-    """NaN and infinity are no JSON."""
+    """NaN and infinity are not JSON."""
     raise ValueError

@@ -4,8 +4,8 @@
     <|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{…}<|call|>
     <|start|>assistant to=functions.NAME<|channel|>commentary json<|message|>{…}<|call|>
 
-What is analysed is a thought, what is said to a function is its call, all else is text. The prompt ends where the first
-message has begun. Markers and heads are never text; inside a string of a call's arguments they are a part of it. An
+The analysis channel is reasoning, a message to a function is its call, all else is text. The prompt ends where the
+first message has begun. Markers and heads are never text; inside a string of a call's arguments they are part of it. An
 answer without a head is text.
 """
 
@@ -39,16 +39,16 @@ MARKERS = (START, END, MESSAGE, CHANNEL, CONSTRAIN, CALL, RETURN)
 CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*+(\w+)")
 FUNCTION = re.compile(r"(?<!\S)to=functions\.([^\s<]+)")
 ANY_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
-RECIPIENT = "to="           # the only thing that may follow where the prompt ends, but for a channel
-BETWEEN = "\n"              # two messages of a kind: they are shown as one
-# In a grammar, what a message says: without this marker, also spelled, no other one begins in it.
+RECIPIENT = "to="           # may follow at the prompt's end, as a channel may; nothing else
+BETWEEN = "\n"              # separates two messages of a kind, which are shown as one
+# In a grammar, the body of a message: it never spells this marker, so no other message can begin in it.
 TEXT = f"TEXT: {text_but(f'(?s:.)*{re.escape(MESSAGE)}')}"
 
 
 @dataclass(frozen=True)
 class Harmony(Dialect):
     def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
-        """Of a call, and of a thought before it. The token that ends the answer ends the call."""
+        """One call, after optional reasoning. The token that ends the answer ends the call."""
         tools = list(tools)
         require_names(tools, _is_name)
         channel, message, constrain = (marker(text, added_id) for text in (CHANNEL, MESSAGE, CONSTRAIN))
@@ -58,7 +58,7 @@ class Harmony(Dialect):
         return "\n".join(["start: thought call", _thought(added_id), *rules]) + "\n"
 
     def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
-        """Of messages in its channels, the last of which may be a call; of one where no token tells that others end."""
+        """Messages in its channels, the last of which may be a call; a single one where no token ends the others."""
         channel, message, end, start = (marker(text, added_id) for text in (CHANNEL, MESSAGE, END, START))
         before = "" if added_id(END) is None else f'(said {end} {start} "assistant")*'
         rules = [f"start: {before} (said | @calls)", TEXT,
@@ -66,7 +66,7 @@ class Harmony(Dialect):
         return within("\n".join(rules) + "\n", calls=calls)
 
     def framed(self, form: str, added_id: AddedId) -> str:
-        """In the final channel, perhaps behind a thought."""
+        """In the final channel, after optional reasoning."""
         if added_id(END) is None:
             return form
         channel, message = marker(CHANNEL, added_id), marker(MESSAGE, added_id)
@@ -77,7 +77,7 @@ class Harmony(Dialect):
 
 
 def _thought(added_id: AddedId) -> str:
-    """A rule for one, or for none; always none where no token tells where it ends."""
+    """A rule for optional reasoning; for none where no token ends it."""
     if added_id(END) is None:
         return 'thought: ""'
     channel, message, end, start = (marker(text, added_id) for text in (CHANNEL, MESSAGE, END, START))
@@ -89,12 +89,12 @@ class HarmonyReader:
         self._can_call = can_call
         self._splitter = Splitter(MARKERS)
         self._state: Literal["head", "body", "call", "between"] = "head"
-        self._head = ""                     # with its markers
+        self._head = ""                     # including its markers
         self._kind: Literal["text", "reasoning"] = "text"       # of the body
-        self._name = ""                     # of the function, until its call has begun
+        self._name = ""                     # of the function, until its call was reported
         self._value = JsonValue()
-        self._is_new = True                 # nothing of the message has been said
-        self._said: set[str] = set()        # kinds
+        self._is_new = True                 # nothing of the message was reported
+        self._said: set[str] = set()        # kinds reported so far
 
     @property
     def is_inside(self) -> bool:
@@ -110,7 +110,7 @@ class HarmonyReader:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What stands where a head should, or nothing of a head that was cut off."""
+        """The text where a head should be; nothing for a head that was cut off."""
         pieces: list[Piece] = []
         for _, run in self._splitter.finish():
             self._text(run, pieces)
@@ -130,7 +130,7 @@ class HarmonyReader:
             self._state = "between"
 
     def _open(self) -> None:
-        """A message, as its head says."""
+        """Begins a message, as its head says."""
         channel, function = CHANNEL_NAME.search(self._head), FUNCTION.search(self._head)
         self._state, self._is_new = "body", True
         self._kind = "reasoning" if channel and channel[1] == "analysis" else "text"
@@ -165,7 +165,7 @@ class HarmonyReader:
             self._say(run, pieces)
 
     def _call(self, run: str, pieces: list[Piece]) -> None:
-        """One JSON object; blanks about it are nobody's."""
+        """One JSON object; whitespace around it is dropped."""
         if self._name:
             run = run.lstrip()
             if run and run[0] != "{":
@@ -192,7 +192,7 @@ class HarmonyReader:
 
 
 def _may_be_head(text: str) -> bool:
-    """Of a message that has begun in the prompt, or behind a marker."""
+    """Whether this may become the head of a message begun by the prompt, or after a marker."""
     begun = text.lstrip()[:len(RECIPIENT)]
     return len(text) <= MAX_HEAD_CHARS and (RECIPIENT.startswith(begun) or ANY_MARKER.search(text) is not None)
 

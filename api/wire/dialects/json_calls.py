@@ -1,8 +1,8 @@
 """Calls as JSON, {"name": …, "arguments": {…}}: the dialects of Hermes and Qwen and of Llama, and arrays of such calls.
 
-Hermes' and Qwen's stand between <tool_call> and </tool_call>, anywhere; Llama's (3.1 and on) are bare objects at the
-beginning; arrays stand there too (mistral.py). Arguments are shown as they are written. What does not
-become a call is text, as it was written, markers included.
+Hermes' and Qwen's are between <tool_call> and </tool_call>, anywhere; Llama's (3.1 and later) are bare objects at the
+beginning; arrays are there too (mistral.py). Arguments are passed on as written. What turns out not to be a call is
+text, unchanged, markers included.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from api.wire.markers import MAX_BLANKS, num_begun, trimmed
 
 @dataclass(frozen=True)
 class JsonDialect(Dialect):
-    """Each call between two markers; of one that is leading all of them, and no text comes before."""
+    """Each call is between two markers; if the dialect is leading, all calls together are, and no text comes before."""
 
     fold_version: int = 2
     begin: str = ""
     end: str = ""
     key: str = "arguments"
-    between: str = "\n"                                 # two calls
+    between: str = "\n"                                 # separates two calls
     blank: str = ""                                     # between a marker and the JSON
-    hidden: str = ""                                    # a token before them, which no text shows
-    may_hide: str = ""                                  # one that may be before them, and before text
+    hidden: str = ""                                    # a special token before them, not shown in text
+    may_hide: str = ""                                  # a special token that may precede calls, and text
 
     def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
         heads, bodies = [BLANKS], []
@@ -55,12 +55,12 @@ class JsonDialect(Dialect):
         return "\n".join(rules + heads) + "\n"
 
     def _head(self, name: str) -> str:
-        """Up to the arguments: one word, as `leading` needs it, with blanks where models have some."""
+        """All before the arguments: one terminal, as `leading` needs it, with whitespace where models write some."""
         words = ("{", '"name":', f"{json.dumps(name)},", f"{json.dumps(self.key)}:", "")
         return " BLANKS ".join(map(quoted, words))
 
     def among_text(self, calls: str, *, is_one: bool, may_think: bool, added_id: AddedId) -> str:
-        """Of an array, any text that begins as one is taken to be one."""
+        """For arrays: any text that begins as one is taken for one."""
         if not self.is_leading:
             return super().among_text(calls, is_one=is_one, may_think=may_think, added_id=added_id)
         return leading(calls, called=re.escape(self.begin) or CALLED, goes_on=f"{BLANK}*{self.between.strip()}",
@@ -75,29 +75,29 @@ HERMES = JsonDialect("hermes", (("<tool_call>", "</tool_call>"),), ("<tool_call>
 LLAMA = JsonDialect("llama", (("ipython", '"parameters"'),), key="parameters", between="; ", is_leading=True,
                     may_hide="<|python_tag|>")
 
-OPENING = '{"name"'                                     # what any call begins with, but for blanks
+OPENING = '{"name"'                                     # the beginning of any call, without whitespace
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=[^\s])')
 TAIL = re.compile(r"\s*\}\s*")
-# HEAD as a grammar says it, up to the colon: JSON with other keys is text, also where it begins with a name.
+# HEAD in a grammar, up to the colon: JSON with other keys is text, even if it begins with a name.
 CALLED = rf'\{{{BLANK}*"name"{BLANK}*:{BLANK}*"([^"\\]|\\(?s:.))*"{BLANK}*,{BLANK}*"(arguments|parameters)"{BLANK}*:'
 
 
 class CallReader:
-    """Reads text in pieces, with calls between markers. Blanks about a call belong to nobody."""
+    """Reads text in pieces, with calls between markers. Whitespace around a call is dropped."""
 
-    is_inside = False                       # it knows no thoughts
+    is_inside = False                       # never inside reasoning
 
     def __init__(self, dialect: JsonDialect) -> None:
         self._dialect = dialect
         self._read: Callable[[list[Piece]], bool] = self._text
-        self._held = ""                     # not yet known what it is
-        self._marker = ""                   # of the call that began, as it was written
+        self._held = ""                     # not yet classified
+        self._marker = ""                   # of the current call, as written
         self._value = JsonValue()           # the arguments
-        self._is_behind = False             # a call: blanks that come now are nobody's
+        self._is_behind = False             # a call has just ended: whitespace is dropped
 
     @property
     def in_string(self) -> bool:
-        """Of a call's arguments."""
+        """Inside a string of a call's arguments."""
         return self._read == self._arguments and self._value.in_string
 
     def feed(self, text: str) -> list[Piece]:
@@ -108,12 +108,12 @@ class CallReader:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back: text, or nothing of a call that was cut off."""
+        """The held text; nothing for a call that was cut off."""
         held, self._held = self._marker + self._held, ""
         return [Piece("text", held)] if held and self._read in (self._text, self._head) else []
 
     def _text(self, pieces: list[Piece]) -> bool:
-        """Up to a marker; what may begin one, and the blanks before it, are held back."""
+        """Text up to a marker; the possible beginning of one, and whitespace before it, are held back."""
         if self._is_behind:
             self._held = self._held.lstrip()
             self._is_behind = not self._held
@@ -130,7 +130,7 @@ class CallReader:
         return True
 
     def _head(self, pieces: list[Piece]) -> bool:
-        """Up to the arguments."""
+        """Everything up to the arguments."""
         if match := HEAD.match(self._held):
             name = _name(match[1])
             if name is not None:
@@ -142,12 +142,12 @@ class CallReader:
         elif len(self._held) < MAX_HEAD_CHARS and _may_be_call(self._held):
             return False
         if self._marker:
-            pieces.append(Piece("text", self._marker))  # no call: it reads on behind the marker
+            pieces.append(Piece("text", self._marker))  # not a call: continues after the marker
         self._marker, self._read = "", self._text
         return True
 
     def _arguments(self, pieces: list[Piece]) -> bool:
-        """One JSON value, as it is written."""
+        """One JSON value, as written."""
         size = self._value.feed(self._held)
         if size:
             pieces.append(Piece("arguments", self._held[:size]))
@@ -157,7 +157,7 @@ class CallReader:
         return self._value.is_closed
 
     def _tail(self, _: list[Piece]) -> bool:
-        """What closes a call."""
+        """The end of a call."""
         match = TAIL.match(self._held)
         rest = self._held[match.end():] if match else ""
         if match and rest.startswith(self._dialect.end):
@@ -170,7 +170,7 @@ class CallReader:
 
 
 class LeadingReader(CallReader):
-    """Calls at the beginning, and nothing else before them."""
+    """Reads calls at the beginning of an answer, and nowhere else."""
 
     def __init__(self, dialect: JsonDialect) -> None:
         super().__init__(dialect)
@@ -182,7 +182,7 @@ class LeadingReader(CallReader):
         return [Piece("text", held)] if held and is_text else []
 
     def _first(self, _: list[Piece]) -> bool:
-        """Whether it begins as calls do."""
+        """Whether the answer begins as calls do."""
         opening = self._held.lstrip()
         begin = self._dialect.begin or "{"
         if not opening.startswith(begin) and begin.startswith(opening) and len(self._held) < MAX_BLANKS:
@@ -196,7 +196,7 @@ class LeadingReader(CallReader):
         return True
 
     def _text(self, _: list[Piece]) -> bool:
-        """What turned out to be no call."""
+        """The rest, which is not a call."""
         self._read = self._rest
         return True
 

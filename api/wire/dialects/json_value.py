@@ -1,6 +1,6 @@
-"""Where a JSON value ends, in text that comes in pieces: at the bracket or the quote that closes it.
+"""Finds the end of a JSON value in text that arrives in pieces: the bracket or the quote that closes it.
 
-It takes brackets and strings for what they are, and anything else as it comes: it does not say that a value is valid.
+It parses brackets and strings only, and does not check that a value is valid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class JsonValue:
         self._has_begun = self._is_escaped = False
 
     def feed(self, text: str) -> int:
-        """How many of the characters belong to it: all of them until it is closed."""
+        """How many of the characters belong to the value: all until it is closed."""
         place = self._begin(text) if text and not self._has_begun else 0
         while not self.is_closed and place < len(text):
             if self._is_escaped:

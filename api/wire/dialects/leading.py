@@ -1,7 +1,7 @@
-"""Text that may hold calls, of dialects whose calls need no token: an answer that begins as calls do is calls.
+"""Text that may contain calls, in dialects whose calls need no token: an answer that begins as calls do is calls.
 
-The dialect gives a regular expression of what its reader would take for a call, and no text begins with a match of it.
-The lexer is greedy, so text goes on for as long as it may: it has to become impossible within the first terminal of a
+The dialect gives a regular expression for what its reader takes for a call, and no text may begin with a match of it.
+The lexer is greedy, so text continues for as long as it can: it has to become impossible within the first terminal of a
 call. It knows no dialect.
 """
 
@@ -11,13 +11,13 @@ from api.wire.dialects.dialect import AddedId, marker, text_but
 from api.wire.reasoning import BEGIN, END
 from shared.grammar import within
 
-BLANK = r"[\s\x1C-\x1F]"                                # as Python has it
-BLANKS = r"BLANKS: /[ \t\r\n]{0,16}/"                   # a rule for those within calls, which models write
+BLANK = r"[\s\x1C-\x1F]"                                # Python's whitespace
+BLANKS = r"BLANKS: /[ \t\r\n]{0,16}/"                   # a rule for whitespace within calls, written by the model
 
 
 def leading(calls: str, *, called: str, goes_on: str, is_one: bool, may_think: bool, added_id: AddedId,
             may_hide: str = "") -> str:
-    """A grammar. What is `called` begins no text, and what `goes_on` none behind calls."""
+    """A grammar. No text begins with `called`, and no text after calls with `goes_on`."""
     hidden_id = added_id(may_hide) if may_hide else None
     hidden = "" if hidden_id is None else f"(<[{hidden_id}]> BLANKS?)?"
     thought, rules = ("thought?", _thought(added_id)) if may_think else ("", [])
@@ -29,7 +29,7 @@ def leading(calls: str, *, called: str, goes_on: str, is_one: bool, may_think: b
 
 
 def _thought(added_id: AddedId) -> list[str]:
-    """Rules for one, up to the first words that end it."""
+    """Rules for reasoning, up to the first marker that ends it."""
     begin, end_id = marker(BEGIN, added_id), added_id(END)
     if end_id is None:
         return [f"thought: BLANKS? {begin} inside", "inside[lazy]: TEXT_END", f'TEXT_END: /(?s:.)*/ "{END}"']

@@ -1,10 +1,10 @@
-"""Mistral's calls where [TOOL_CALLS] is a token of the model's: an array of JSON behind it, or name by name.
+"""Mistral's calls if [TOOL_CALLS] is a token: followed by a JSON array, or one marker per call, with its name.
 
     [TOOL_CALLS][{"name": …, "arguments": {…}}, …]                                          up to v7
     [TOOL_CALLS]NAME[ARGS]{…}[TOOL_CALLS]NAME[CALL_ID]…[ARGS]{…}                            from v11
 
-Text may come before; without the token, what looks like calls is text. Markers are never text; inside a string of a
-call's arguments they are a part of it.
+Text may come before; without the token, what looks like a call is text. Markers are never text; inside a string of a
+call's arguments they are part of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MARKERS = (CALLS, CALL_ID, ARGS)
 @dataclass(frozen=True)
 class Mistral(Dialect):
     def grammar(self, tools: Tools, *, is_one: bool, added_id: AddedId) -> str:
-        """In both forms, where the tokenizer has the second: the model knows which one is its own."""
+        """Allows both forms, where the tokenizer has the second: the model knows its own."""
         tools = list(tools)
         if added_id(ARGS) is None:
             return ARRAY.grammar(tools, is_one=is_one, added_id=added_id)
@@ -74,7 +74,7 @@ class MistralReader(TokenReader):
             self._held, self._read = "", self._begin
         else:
             if self._read == self._text:
-                self._held = ""             # blanks
+                self._held = ""             # whitespace
             pieces += self._left()
             self._read = self._head if marker == CALLS else self._between
 
@@ -92,7 +92,7 @@ class MistralReader(TokenReader):
             self._give_up(pieces)
 
     def _id(self, run: str, pieces: list[Piece]) -> None:
-        """It is nobody's: a call has one of ours."""
+        """Dropped: each call has an id of ours."""
         self._held += run
         if len(self._held) > MAX_HEAD_CHARS:
             self._give_up(pieces)
@@ -101,7 +101,7 @@ class MistralReader(TokenReader):
         pieces += self._array.feed(run)
 
     def _begin(self, run: str, pieces: list[Piece]) -> None:
-        """Of the arguments."""
+        """Begins the arguments."""
         rest, name = run.lstrip(), self._name.strip()
         if rest.startswith("{") and 0 < len(name) <= MAX_NAME_CHARS:
             self._begin_call(name, rest, pieces)

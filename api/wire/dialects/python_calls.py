@@ -1,8 +1,8 @@
 """Python's calls with literals for arguments, as JSON, in text that comes in pieces: `f(x=[1, {"a": None}], y='b')`.
 
-Of Python's literals it takes strings in either quote, also in three of them, numbers, True, False and None (and as JSON
-spells them), lists and dicts. It reads token by token; of a token, but for strings, it looks again at a bounded number
-of characters. It knows nothing of what stands about a call.
+It accepts Python strings in either quote, triple quotes included, numbers, True, False and None (and as JSON spells
+them), lists and dicts. It reads token by token; except in strings, it rereads at most a bounded number of characters of
+a token. It knows nothing of what surrounds a call.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ MAX_WORD_CHARS = 256            # of a name or a number
 
 BLANKS = re.compile(r"\s+")
 NAME = re.compile(r"[^\W\d][\w.\-]*")
-WORD = re.compile(r"[\w.+\-]+")                         # a name or a number: up to what is certainly no part of it
+WORD = re.compile(r"[\w.+\-]+")                         # a name or a number: up to what cannot belong to it
 QUOTE = re.compile(r'"""|\'\'\'|"(?!")|\'(?!\')|""(?!")|\'\'(?!\')')
 NUMBER = re.compile(r"([+-]?)(\d+(?:_\d+)*|(?=\.\d))(\.\d*)?([eE][+-]?\d+)?")
 ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|[0-7]{1,2}(?=[^0-7])|[^xuU0-7])",
                     re.DOTALL)
 HALF_ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]?|u[0-9a-fA-F]{0,3}|U[0-9a-fA-F]{0,7}|[0-7]{0,2})")
 SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "\n": "", "\\": "\\", "'": "'",
-          '"': '"', "/": "/"}                           # the last is JSON's
+          '"': '"', "/": "/"}                           # the last is JSON's only
 CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 CLOSED_BY = {"(": ")", "[": "]", "{": "}"}
-MAY_END = (",", "keyword", "element", "key")            # where a bracket may close: a comma at the end is Python's
+MAY_END = (",", "keyword", "element", "key")            # where a bracket may close: Python allows a final comma
 
 
 class NoCall(Exception):
-    """What was read is no call."""
+    """The text read is not a call."""
 
 
 class PythonCall:
@@ -40,11 +40,11 @@ class PythonCall:
     def __init__(self) -> None:
         self.name = ""
         self.is_closed = False
-        self._out: list[str] = []           # the arguments, as JSON
+        self._out: list[str] = []           # the arguments so far, as JSON
         self._stack: list[str] = []         # of open brackets
         self._expected = "name"             # or "(", "keyword", "=", "element", "key", ":", "value", ","
-        self._has_comma = False             # one comes before the next item
-        self._quote = ""                    # of the string that has begun
+        self._has_comma = False             # before the next item
+        self._quote = ""                    # of the string being read
         self._stop = QUOTE                  # where a run of its characters ends
 
     @property
@@ -56,7 +56,7 @@ class PythonCall:
         return bool(self._quote)
 
     def feed(self, text: str) -> int:
-        """How many of the characters were read; the rest has to come again, with more behind it. Raises NoCall."""
+        """How many characters were read; the rest must be fed again, with more after it. Raises NoCall."""
         place = 0
         while place < len(text) and not self.is_closed:
             size = self._read_string(text, place) if self._quote else self._read_token(text, place)
@@ -66,7 +66,7 @@ class PythonCall:
         return place
 
     def _read_token(self, text: str, place: int) -> int:
-        """How long it was; 0: it is not complete."""
+        """The length of the token; 0: it is incomplete."""
         if match := BLANKS.match(text, place):
             return len(match[0])
         if text[place] in "\"'":
@@ -91,7 +91,7 @@ class PythonCall:
             self._value(CONSTANTS.get(word) or _number(word))
 
     def _mark(self, mark: str) -> None:
-        """Of punctuation."""
+        """Handles a punctuation mark."""
         if mark == self._expected and mark in "=:":
             self._out.append(": ")
             self._expected = "value"
@@ -130,7 +130,7 @@ class PythonCall:
     def _open_string(self, text: str, place: int) -> int:
         match = QUOTE.match(text, place)
         if match is None or (match.end() == len(text) and len(match[0]) < 3):
-            return 0                        # two or three quotes may be one mark
+            return 0                        # several quotes may be one mark
         if self._expected not in ("value", "element", "key"):
             raise NoCall
         self._item('"')
@@ -146,7 +146,7 @@ class PythonCall:
         self._quote, self._expected = "", ":" if self._expected == "key" else ","
 
     def _read_string(self, text: str, place: int) -> int:
-        """As much as can be told."""
+        """Reads as much of the string as is certain."""
         match = self._stop.search(text, place)
         if match and match.start() == place:
             if match[0] == "\\":
@@ -158,7 +158,7 @@ class PythonCall:
         return end - place
 
     def _num_held(self, text: str, place: int) -> int:
-        """Quotes at the end that may be a part of three."""
+        """Quotes at the end that may belong to a triple quote."""
         mark = self._quote[0]
         return min(len(text) - len(text.rstrip(mark)), len(text) - place) if len(self._quote) == 3 else 0
 
@@ -169,7 +169,7 @@ class PythonCall:
                 return 0
             raise NoCall
         shown = _unescaped(match[0][1:])
-        self._out.append(json.dumps(shown)[1:-1])       # in ASCII: halves of a pair stay what they are
+        self._out.append(json.dumps(shown)[1:-1])       # in ASCII: unpaired surrogates stay as they are
         return len(match[0])
 
 
@@ -181,7 +181,7 @@ def _unescaped(code: str) -> str:
         if number > 0x10FFFF:
             raise NoCall
         return chr(number)
-    return "\\" + code                      # as Python leaves what it does not know
+    return "\\" + code                      # unknown escapes stay as written, as in Python
 
 
 def _name(word: str) -> str:
@@ -191,7 +191,7 @@ def _name(word: str) -> str:
 
 
 def _number(word: str) -> str:
-    """As JSON writes it: with digits on both sides of a point, and none before the first that counts."""
+    """The number as JSON: with digits on both sides of a point, and no leading zeros."""
     match = NUMBER.fullmatch(word)
     if not match or not word.isascii():
         raise NoCall

@@ -1,8 +1,8 @@
 """Calls as a list of Python's: `[get_weather(city="Paris", days=3), f()]`, of Llama 4, ToolACE, LFM and others.
 
-At the beginning of an answer, or behind a marker. A call is said when it is complete, so that what turns out to be
-none is text as it was written, but for markers. What a grammar makes is Python where it is flat; deeper, true, false
-and null are JSON's words, which the reader takes too.
+At the beginning of an answer, or after a marker. A call is reported when it is complete, so that what turns out not to
+be one is text as written, without markers. A grammar produces Python where values are flat; deeper, true, false and
+null are JSON's words, which the reader accepts too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shared.errors import InvalidGrammar
 
 BEGINS = ("<|python_start|>", "<|tool_call_start|>")
 ENDS = ("<|python_end|>", "<|tool_call_end|>")
-QUOTES = ("'", '"')                                     # held back, one begins a string, whatever follows
+QUOTES = ("'", '"')                                     # held back: a quote begins a string, whatever follows
 KINDS: dict[type, set[str]] = {str: {"string"}, bool: {"boolean"}, type(None): {"null"}, float: {"number"},
                                int: {"integer", "number"}}
 # What no text begins with, as a grammar says it: a marker, also behind other words; and a list up to what opens its
@@ -44,7 +44,7 @@ KINDS: dict[type, set[str]] = {str: {"string"}, bool: {"boolean"}, type(None): {
 MARKED = rf"(?s:.)*({'|'.join(map(re.escape, BEGINS))})"
 CALLED = rf"\[{BLANK}*([a-zA-Z_]|[^\x00-\x7F])([\w.\-]|[^\x00-\x7F])*{BLANK}*\("
 WORDS = {True: '"True"', False: '"False"', None: '"None"'}
-# What may stand beside the properties of a strict tool's arguments: all else is not enforced.
+# What may stand beside the properties of a strict tool's arguments: other keywords are not enforced.
 ENFORCED = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema",
                       "title", "description"})
 
@@ -59,7 +59,7 @@ class Pythonic(Dialect):
         rules = [f'list: first{more} "]"', "first: " + " | ".join(f"FIRST_{i} tool_{i}" for i in numbers),
                  "call: " + " | ".join(f"NAME_{i} tool_{i}" for i in numbers), BLANKS]
         for number, tool in enumerate(tools):
-            # Of the first one the name is one word with what opens the list, as `leading` needs it.
+            # The first call's name is one terminal with the bracket that opens the list, as `leading` needs it.
             rules += [f'FIRST_{number}: "[" BLANKS NAME_{number}', f"NAME_{number}: {quoted(tool['name'] + '(')}",
                       f'tool_{number}: tool_{number}_first_0 ")"', *_arguments(f"tool_{number}", tool)]
         pairs = [(added_id(begin), added_id(end)) for begin, end in zip(BEGINS, ENDS, strict=True)]
@@ -75,7 +75,7 @@ class Pythonic(Dialect):
 
 
 def _arguments(rule: str, tool: Mapping[str, Any]) -> list[str]:
-    """Rules for the properties in their order: `first` where none was said yet, `rest` behind one."""
+    """Rules for the properties in their order: `first` before any was written, `rest` after one."""
     given, is_strict = tool.get("parameters"), bool(tool.get("strict"))
     schema = NOTHING if given is None else given
     if is_strict and not schema.keys() <= ENFORCED:
@@ -116,7 +116,7 @@ def _value(schema: Any, definitions: dict[str, Any], is_strict: bool) -> str:
 
 
 def _constants(schema: dict[str, Any], kinds: list[str]) -> list[str]:
-    """Those that a schema names, of the types that stand beside them."""
+    """The constants of a schema that are of its types."""
     values = [value for value in constants_of(schema)
               if type(value) in KINDS and (not kinds or KINDS[type(value)] & set(kinds))]
     return [WORDS[value] if value is None or isinstance(value, bool) else quoted(json.dumps(value, ensure_ascii=False))
@@ -128,13 +128,13 @@ def _is_name(name: str) -> bool:
 
 
 class PythonicReader:
-    is_inside = False                       # it knows no thoughts
+    is_inside = False                       # never inside reasoning
 
     def __init__(self) -> None:
         self._splitter = Splitter(BEGINS + ENDS)
         self._read = self._begin
-        self._raw: list[str] = []           # what becomes text, should it be no call
-        self._held = ""                     # the end of it, of which more has to come
+        self._raw: list[str] = []           # becomes text if this is not a call
+        self._held = ""                     # its end, which is incomplete
         self._call = PythonCall()
 
     def feed(self, text: str) -> list[Piece]:
@@ -147,7 +147,7 @@ class PythonicReader:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back, a call that was cut off too: half of one is none."""
+        """The held text, also of a call that was cut off: half a call is not a call."""
         pieces: list[Piece] = []
         for _, run in self._splitter.finish():
             self._take(run, pieces)
@@ -175,7 +175,7 @@ class PythonicReader:
         self._read = self._text
 
     def _drop(self) -> None:
-        """What is held is nobody's, or was said."""
+        """Drops the held text: it has no meaning, or was reported."""
         self._raw.clear()
         self._held, self._call = "", PythonCall()
 
@@ -208,7 +208,7 @@ class PythonicReader:
         return True
 
     def _next(self, pieces: list[Piece]) -> bool:
-        """Another one, or the end of them."""
+        """Another call, or the end of the list."""
         rest = self._held = self._held.lstrip()
         if not rest:
             return False
@@ -222,7 +222,7 @@ class PythonicReader:
         return bool(self._held)
 
     def _behind(self, pieces: list[Piece]) -> bool:
-        """Blanks that are nobody's."""
+        """Drops whitespace."""
         rest = self._held.lstrip()
         self._drop()
         if rest:

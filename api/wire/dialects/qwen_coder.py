@@ -2,7 +2,7 @@
 
     <tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>
 
-Text may come before. Which arguments are no strings, the tool's schema says: the header of the log keeps their names.
+Text may come before. The tool's schema says which arguments are not strings: the log's header keeps their names.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _rules(rule: str, tool: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _value(rule: str, schema: dict[str, Any], definitions: dict[str, Any], is_strict: bool) -> Iterator[str]:
-    """A value and what closes it."""
+    """A value and its closing marker."""
     end = quoted(f"\n{END_PARAMETER}\n")
     if not _is_string(schema):
         yield f"{rule}: %json {json.dumps(with_options(schema | definitions, is_strict=is_strict))} {end}"
@@ -97,7 +97,7 @@ def _value(rule: str, schema: dict[str, Any], definitions: dict[str, Any], is_st
 
 
 def _is_string(schema: dict[str, Any]) -> bool:
-    """Whether what is written is the value itself: also where a string is one of several things that it may be."""
+    """Whether the text is the value itself: also if a string is one of several allowed types."""
     if not schema.keys() & TYPING:
         return True
     if kinds := kinds_of(schema):

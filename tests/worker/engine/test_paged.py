@@ -229,7 +229,7 @@ def test_weights_of_eight_bits_say_nearly_the_same(tmp_path: Path, paged: None, 
     logprobs = []
     for model in (plain, quantized):
         engine = Engine(model, max_num_seqs=2, prefill_chunk=16, kv_cache_bytes=1 << 20)
-        outputs = run(engine, {0: [Request("one", tuple(range(10, 39)), greedy(3, num_logprobs=4))]})["one", 0]
+        outputs = run(engine, {0: [Request("one", tuple(range(10, 24)), greedy(2, num_logprobs=4))]})["one", 0]
         logprobs.append(outputs[0].logprobs[0][1])
     assert logprobs[0] != logprobs[1] == pytest.approx(logprobs[0], abs=0.2)
     monkeypatch.setattr(check, "MAX_QUANTIZED_ERROR", 1e-3)
@@ -242,8 +242,8 @@ def test_weights_of_eight_bits_say_nearly_the_same(tmp_path: Path, paged: None, 
 
 def test_bits_do_not_depend_on_what_runs_beside(tmp_path: Path, paged: None) -> None:
     """Alone, together, and short of memory, where the younger one gives way and replays."""
-    requests = [Request("greedy", tuple(range(10, 39)), greedy(5, num_logprobs=2)),
-                Request("seeded", tuple(range(40, 69)), seeded(5, num_logprobs=1))]
+    requests = [Request("greedy", tuple(range(10, 41)), greedy(3, num_logprobs=2)),
+                Request("seeded", tuple(range(40, 71)), seeded(3, num_logprobs=1))]
     folder = save("llama", tmp_path)
     roomy = make_engine(folder, num_speculative_tokens=0)
     num_bytes = 4 * PAGE_LEN * roomy.model.kv_bytes_per_token       # two pages each, and both want a third

@@ -1,4 +1,4 @@
-"""What a CPU computes by kernels of ours: products, attention of decode rows, and what stands between them.
+"""What our own kernels compute on a CPU: products, attention of decode rows, and what is between them.
 
 They are compiled for the processor at hand by LLVM, which `llvmlite` brings; where it is missing, torch's own
 operators compute the same.
@@ -13,14 +13,14 @@ from importlib.util import find_spec
 
 import torch
 
-LANES = 16                  # numbers of a vector; a processor with shorter ones takes several
-WORD_BYTES = 4              # of a lane: a number, or two that are multiplied together
-LOWEST = -1e30              # below all logits, and a number: what is not met yet weighs nothing
+LANES = 16                  # numbers per vector; a processor with shorter vectors uses several
+WORD_BYTES = 4              # of a lane: one number, or two that are multiplied together
+LOWEST = -1e30              # below all logits, and finite: the initial maximum
 
 
 @cache
 def computes(dtype: torch.dtype) -> bool:
-    """Whether kernels of ours do: an x86 with vectors."""
+    """Whether our kernels run: an x86 with vector instructions."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or find_spec("llvmlite") is None:
         return False
     from worker.model.cpu.kernel import has_threads, processor
@@ -46,7 +46,7 @@ def attends(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def arithmetic(dtype: torch.dtype) -> list[str]:
-    """What its results depend on, beside the processor."""
+    """What its results depend on, besides the processor."""
     if not computes(dtype):
         return []
     from worker.model.cpu.kernel import COMPILER

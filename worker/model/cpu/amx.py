@@ -1,7 +1,7 @@
-"""Matrix registers (AMX): 16 rows of 64 bytes, of which two by two are multiplied into four of sums.
+"""Matrix registers (AMX): 16 rows of 64 bytes; two pairs of them are multiplied into four of sums.
 
-What one instruction adds to a sum is of 32 columns and of one row alone, so no row's bits depend on another's. It knows
-registers and addresses. It knows nothing of what is multiplied.
+One instruction adds products of 32 columns to a sum, and of one row only, so no row's bits depend on another's. It
+knows registers and addresses. It knows nothing of what is multiplied.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from worker.model.cpu.code import BFLOAT16, FLOAT32, INT8, INTEGER, SIZES, Code,
 from worker.model.cpu.kernel import processor
 
 ROWS, ROW_BYTES = 16, 64                # of a register
-COLUMNS = ROW_BYTES // SIZES[BFLOAT16]  # of numbers that are multiplied
-FOR_ONCE = "tileloaddt164"              # a load that pushes nothing out of the first cache
+COLUMNS = ROW_BYTES // SIZES[BFLOAT16]  # of the numbers that are multiplied
+FOR_ONCE = "tileloaddt164"              # a load that does not evict the first-level cache
 SUMS, OF_ROWS, OF_WEIGHTS = ((0, 1), (2, 3)), (4, 5), (6, 7)            # registers; of sums by rows and outputs
 
-# What shapes registers: its name, then bytes of a row of each, and rows of each.
+# The register configuration: its palette, then the row bytes and the rows of each register.
 PALETTE, PALETTE_PLACE, BYTES_PLACE, ROWS_PLACE = 1, 0, 16, 48
 ROW_BYTES_OF_FOUR = ROW_BYTES * 0x0001_0001_0001_0001
 ROWS_OF_FIRST, ROWS_OF_SECOND, ROWS_OF_WEIGHTS = 0x01_00_00_01_01, 0x01_00_01_01_00_00, ROWS * 0x0101 << 48
@@ -34,7 +34,7 @@ ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
 
 def computes(dtype: torch.dtype, num_columns: int) -> bool:
-    """Whether sums over so many columns are for matrix registers."""
+    """Whether matrix registers compute sums over so many columns."""
     return dtype == torch.bfloat16 and num_columns % COLUMNS == 0 and is_there()
 
 
@@ -46,7 +46,7 @@ def is_there() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """In memory: where the first one lies, and how many bytes behind it the next one."""
+    """Rows in memory: the address of the first one, and the bytes from each to the next."""
 
     at: Value
     stride: Value
@@ -64,11 +64,11 @@ class Rows:
 def add_up(code: Code, start: Rows | None, x: Rows, weights: Rows, sums: Rows, num_steps: Value | int, num_halves: int,
            *, next_outputs: int, next_step: int, ahead: Operand | None = None, num_shares: int = 1,
            load: str = "tileloadd64") -> None:
-    """start + x · weights, into `sums`: of up to 16 rows, or of more in two halves, and of 32 outputs.
+    """Stores start + x · weights into `sums`: for up to 16 rows, or more in two halves, and for 32 outputs.
 
-    A step takes 32 columns of x. A row of weights is two of them, of 16 outputs; the next 16 outputs lie so many bytes
-    further, and the next step's. On the way weights are asked for that lie `ahead`, of each step one of so many shares.
-    `load` is how weights are loaded.
+    A step takes 32 columns of x. A row of weights is two of them, for 16 outputs; `next_outputs` and `next_step` are
+    the bytes to the next 16 outputs and to the next step. Meanwhile weights at `ahead` are prefetched, one of
+    `num_shares` parts of each step. `load` is the instruction that loads weights.
     """
     halves = range(num_halves)
     for half in halves:
@@ -81,7 +81,7 @@ def add_up(code: Code, start: Rows | None, x: Rows, weights: Rows, sums: Rows, n
         columns, panel = x + step * ROW_BYTES, weights + step * next_step
         if ahead is not None:
             code.prefetch(panel.at + ahead, next_step // num_shares)
-        for half in halves:                             # what is multiplied first is loaded first: loads take as long
+        for half in halves:                             # operands are loaded in the order of use: loads take as long
             _move(code, "tileloadd64", OF_ROWS[half], columns.half(half))
             for j in (range(2) if half == 0 else reversed(range(2))):
                 if half == 0:
@@ -94,7 +94,7 @@ def add_up(code: Code, start: Rows | None, x: Rows, weights: Rows, sums: Rows, n
 
 @contextmanager
 def registers(code: Code, tile_rows: Value) -> Iterator[None]:
-    """Shaped for so many rows of x, and afterwards as they were: they are oneDNN's too, on the same threads."""
+    """Configures the registers for so many rows of x, and restores them: oneDNN uses them on the same threads."""
     before, shape = code.scratch(), code.scratch()
     _call(code, "sttilecfg", code.pointer(before))
     code.store(code.zeros(), shape, FLOAT32)

@@ -1,7 +1,7 @@
-"""Attention in matrix registers (AMX), for keys and values in bfloat16 as attention.py has them.
+"""Attention in matrix registers (AMX), for keys and values in bfloat16, laid out as in attention.py.
 
-Up to 32 queries meet 32 keys at a time, those of a page that begin at a multiple of 32: a key that a query does not see
-weighs nothing and adds nothing, so a query's bits depend on it alone, in a chunk of a prompt as in a decode row.
+Up to 32 queries take 32 keys at a time, those of a page from a multiple of 32 on: a key that a query does not see has
+weight zero and adds nothing, so a query's bits depend on it alone, in a chunk as in a decode row.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, LINE_BYTES, SIZES,
 from worker.model.cpu.kernel import Kernel
 
 MOST_QUERIES = 2 * ROWS
-KEYS = COLUMNS              # that are met at a time: as many weights as a register's rows hold
-LOG2_E = 1 / math.log(2)    # logits are those of powers of two
+KEYS = COLUMNS              # processed at a time: as many weights as a register's rows hold
+LOG2_E = 1 / math.log(2)    # logits are exponents of two
 SIZE, WIDE = SIZES[BFLOAT16], SIZES[FLOAT32]
-FACT_BYTES, POSITION, PLACE, LARGEST = 128, 64, 72, 80  # of a query: its weight, a vector, then where these lie
+FACT_BYTES, POSITION, PLACE, LARGEST = 128, 64, 72, 80  # of a query: a vector of its weight, then the offsets of these
 
 
 @Kernel
@@ -25,7 +25,7 @@ def attend(code: Code, query: Value, keys: Value, values: Value, table: Value, s
            begins: Value, out: Value, sinks: Value, num_tiles: Value, width: Value, num_kv_heads: Value, group: Value,
            row_stride: Value, head_stride: Value, window: Value, scaling: Value, softcap: Value, *, head_dim: int,
            page_len: int, tile: int, is_single: bool, has_softcap: bool, has_sinks: bool) -> None:
-    """As attention.py's, whose arguments these are."""
+    """As attention.py's, with the same arguments."""
     met = _Queries(code, tile, head_dim)
     if has_softcap:
         scaling, softcap = scaling / softcap, softcap * LOG2_E
@@ -34,7 +34,7 @@ def attend(code: Code, query: Value, keys: Value, values: Value, table: Value, s
     num_units = num_tiles * num_kv_heads
 
     def start_of(unit: Value) -> tuple[Value, Value, Value, Value]:
-        """Its head of keys, and its tile's first row, first query and slot."""
+        """Its key head, and its tile's first row, first query and slot."""
         kv_head, index = (unit % num_kv_heads, unit // num_kv_heads) if is_single else (
             unit // num_tiles, unit % num_tiles)        # heads of a row are neighbours; tiles of a run share their keys
         place = begins + index * (2 * SIZES[INTEGER])
@@ -50,7 +50,7 @@ def attend(code: Code, query: Value, keys: Value, values: Value, table: Value, s
         return (page * page_len + token % page_len) * (head_dim * SIZE)
 
     def begin_of(unit: Value) -> Value:
-        """Where the first keys lie that it meets, if it is a row's."""
+        """The address of its first keys, if the tile is a single row."""
         kv_head, row, _, slot = start_of(code.smaller(unit, num_units - 1))
         return offset_of(slot, kv_head, first_token(code.load(positions + row * SIZES[INTEGER], INTEGER, 1)))
 
@@ -65,16 +65,16 @@ def attend(code: Code, query: Value, keys: Value, values: Value, table: Value, s
             met.begin(i, query + (row * row_stride + head * head_stride) * SIZE, position,
                       out + (row * num_kv_heads * group + head) * (head_dim * SIZE), sink)
         first, last = met.position(code.integer(0)), met.position(code.integer(tile - 1))
-        lowest = code.larger(last - window + 1, code.integer(0))        # that all of them see
+        lowest = code.larger(last - window + 1, code.integer(0))        # the first key that all of them see
         after = begin_of(unit + 1) if is_single else None
         with code.loop(first_token(first), last + 1, KEYS) as token:
             offset = offset_of(slot, kv_head, token)
             met.multiply(keys + offset)
             ahead = offset_of(slot, kv_head, code.smaller(token + KEYS, last))
-            if after is not None:                       # on its way from memory while what was read is computed
+            if after is not None:                       # prefetched while the present keys are computed
                 ahead = code.select(token + KEYS <= last, ahead, after)
                 code.prefetch(keys + ahead, KEYS * head_dim * SIZE)
-            else:                                       # the later tiles of a run find it in a cache
+            else:                                       # later tiles of a run find it in a cache
                 with code.when(begin.equals(0)):
                     for cache in (keys, values):
                         code.prefetch(cache + ahead, KEYS * head_dim * SIZE)
@@ -87,20 +87,20 @@ def attend(code: Code, query: Value, keys: Value, values: Value, table: Value, s
 
 
 class _Queries:
-    """Of a tile, and what the keys so far have told them. In memory: registers come by when they are multiplied."""
+    """The queries of a tile, and their sums over the keys so far, in memory: registers are loaded for each product."""
 
     def __init__(self, code: Code, count: int, head_dim: int):
         self.code, self.head_dim, self.num_halves = code, head_dim, -(-count // ROWS)
         self.facts = self._room(count, FACT_BYTES)
         self.queries, self.weights = self._room(count, head_dim * SIZE), self._room(count, KEYS * SIZE)
         self.logits, self.sums = self._room(count, KEYS * WIDE), self._room(count, head_dim * WIDE)
-        self.pairs = self._room(KEYS // 2, 2 * head_dim * SIZE)         # of values, number by number
+        self.pairs = self._room(KEYS // 2, 2 * head_dim * SIZE)         # of values, element by element
 
     def _room(self, num_rows: int, row_bytes: int) -> Rows:
         return Rows(self.code.scratch(num_rows * row_bytes // LINE_BYTES), self.code.integer(row_bytes))
 
     def begin(self, i: Value, query: Value, position: Value, place: Value, sink: Value | None) -> None:
-        """With nothing met but the sink. `place` is where the outcome goes."""
+        """Initial state: only the sink counts. `place` is the output's address."""
         code, facts = self.code, self.facts.row(i)
         for j in range(0, self.head_dim, COLUMNS):
             code.store(code.load(query + j * SIZE, BFLOAT16, COLUMNS), self.queries.row(i) + j * SIZE, BFLOAT16)
@@ -116,14 +116,14 @@ class _Queries:
         return self.code.load(self.facts.row(i) + POSITION, INTEGER, 1)
 
     def multiply(self, keys: Value) -> None:
-        """Into logits."""
+        """Multiplies with keys, into logits."""
         lanes = Rows(keys, self.code.integer(LANES * WORD_BYTES))
         add_up(self.code, None, self.queries, lanes, self.logits, self.head_dim // COLUMNS, self.num_halves,
                next_outputs=LANES * self.head_dim * SIZE, next_step=ROWS * ROW_BYTES)
 
     def weigh(self, i: Value, token: Value, window: Value, scaling: Value, softcap: Value | None, is_inside: Value
               ) -> None:
-        """The keys from `token` on, as query i sees them; `softcap` of tanh, where it has one."""
+        """Weighs the keys from `token` on for query i; `softcap` scales tanh, where there is one."""
         code, facts, position = self.code, self.facts.row(i), self.position(i)
         logits = []
         for j in range(2):
@@ -150,10 +150,10 @@ class _Queries:
         code.store(weight, facts, FLOAT32)
 
     def add(self, values: Value, count: Value, ahead: Value | None) -> None:
-        """So many values, as every query weighs them; on the way those are asked for that lie ahead."""
+        """Adds `count` values by every query's weights, and prefetches those at `ahead`."""
         code, pair_bytes = self.code, 2 * self.head_dim * SIZE
         with code.loop(0, KEYS // 2) as pair:
-            # behind the last value stands what may be no number: its own twin, of weight zero, takes that place
+            # after the last value memory may hold NaN: the last value, with weight zero, is read in its place
             rows = [values + code.smaller(pair * 2 + i, count - 1) * (self.head_dim * SIZE) for i in range(2)]
             if ahead is not None:
                 code.prefetch(ahead + pair * pair_bytes, pair_bytes)

@@ -1,7 +1,7 @@
 """Products in matrix registers (AMX): x · weightᵀ + bias in bfloat16, summed in float32 over 32 columns at a time.
 
-Of a panel of 32 outputs, as linear.py packs it, two registers of weights meet two of rows. A row has the same bits
-among any others; kernels without such registers add in another order.
+Two registers of weights, of a panel of 32 outputs as packed by linear.py, are multiplied by two of rows. A row has the
+same bits among any others; kernels without such registers add in another order.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from worker.model.cpu.pointwise import silu_times
 TILE_ROWS = 2 * amx.ROWS                # of x that are multiplied at once
 WIDTH = 2 * LANES                       # outputs of a panel
 SIZE, WIDE = SIZES[BFLOAT16], SIZES[FLOAT32]
-STEP_BYTES = amx.COLUMNS * WIDTH * SIZE # of a panel: what is multiplied at once
-SUMS_BYTES = WIDTH * WIDE               # of a row
+STEP_BYTES = amx.COLUMNS * WIDTH * SIZE # of a panel, multiplied at once
+SUMS_BYTES = WIDTH * WIDE               # per row
 
-BLOCK_TILES = 8                         # that meet a panel together: it is read from memory once for all of them
-BLOCK_BYTES = 1 << 20                   # of their rows, at most: they stay in a core's cache
-BLOCK_STEPS = 8                         # of the panel, which stay in the first cache until all tiles have met them
-AHEAD_BYTES = 1 << 14                   # of weights that are on their way from memory where there is one tile
+BLOCK_TILES = 8                         # multiplied by a panel in turn: it is read from memory once for all of them
+BLOCK_BYTES = 1 << 20                   # of their rows, at most, so that they stay in a core's cache
+BLOCK_STEPS = 8                         # of the panel: they stay in the first-level cache for all tiles
+AHEAD_BYTES = 1 << 14                   # of weights prefetched from memory when there is one tile
 
 
 def block_tiles(num_columns: int) -> int:
@@ -33,10 +33,10 @@ def block_tiles(num_columns: int) -> int:
 @Kernel
 def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_rows: Value, row_stride: Value,
              out_stride: Value, num_steps: Value, num_panels: Value, block_tiles: Value, is_gated: Value) -> None:
-    """x of [num_rows, columns], weight as packed, bias of [outputs], out of [num_rows, outputs], or half as many: of
-    panels whose first half are gates.
+    """x of [num_rows, columns], weight as packed, bias of [outputs], out of [num_rows, outputs], or half as many, if
+    the first half of each panel are gates.
 
-    A tile has 32 rows, or all that there are: the last one says some of the one before it again.
+    A tile has 32 rows, or all if there are fewer; the last tile may overlap the one before.
     """
     x_bytes, out_bytes = row_stride * SIZE, out_stride * SIZE
     panel_bytes = code.select(is_gated.equals(1), LANES * SIZE, code.integer(WIDTH * SIZE))
@@ -54,7 +54,7 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
         return out + (first_row(tile) + i) * out_bytes + panel * panel_bytes
 
     def ask_for(panel: Value, tile: Value, begin: Value, end: Value) -> None:
-        """Where outputs of these rows of a tile will go; of all at once, it would take as long as to wait for them."""
+        """Prefetches the outputs of these rows of a tile; all at once would take as long as waiting for them."""
         with code.loop(begin, end) as i:
             code.prefetch(place_of(panel, tile, i), LINE_BYTES, is_written=True)
 
@@ -76,7 +76,7 @@ def multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_r
                 rows = Rows(x + first_row(tile) * x_bytes, x_bytes) + step * amx.ROW_BYTES
                 so_far = sums + (tile - begin) * (TILE_ROWS * SUMS_BYTES)
                 start = Rows(code.select(is_first, biases, so_far.at), code.select(is_first, 0, sums_bytes))
-                share = tile % BLOCK_TILES * (STEP_BYTES // BLOCK_TILES)        # each tile asks for another
+                share = tile % BLOCK_TILES * (STEP_BYTES // BLOCK_TILES)        # each tile prefetches another share
                 add_up(start, rows, weights + step * STEP_BYTES, so_far, num_left, 2,
                        ahead=share + BLOCK_STEPS * STEP_BYTES, num_shares=BLOCK_TILES)
         with code.loop(begin, end) as tile, code.loop(0, tile_rows) as i:

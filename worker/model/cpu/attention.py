@@ -1,10 +1,9 @@
 """Attention over the pages of slots, for a CPU.
 
-A query meets its keys 16 at a time, one in each lane, whatever stands beside it: its bits depend on it alone, and are
-the same in a chunk of a prompt and in a decode row. What it has met is kept relative to its largest logit so far
-(Milakov and Gimelshein, arXiv:1805.02867). In bfloat16 weights are rounded as values are, and two of each are
-multiplied at a time. Keys and values are read where they lie, by one core for some queries at a time.
-"""
+A query takes its keys 16 at a time, one in each lane, whatever other queries there are: its bits depend on it alone,
+and are the same in a chunk of a prompt and in a decode row. Its sums are kept relative to the largest logit so far
+(Milakov and Gimelshein, arXiv:1805.02867). In bfloat16 weights are rounded as values are, and multiplied in pairs. Keys
+and values are read in place, by one core for some queries at a time."""
 
 from __future__ import annotations
 
@@ -23,18 +22,18 @@ from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, threads_for
 from worker.model.cpu.pointwise import angles_at, turn
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
-NUM_SUMS = 24               # vectors in registers: what the queries of a tile have met, of all their dimensions
-MAX_TILINGS = 128           # of runs of a forward, that are remembered
-MAX_CHAINS = 4              # of additions to one product, side by side: one waits for what came before it
+NUM_SUMS = 24               # vectors in registers: the sums of a tile's queries, over all dimensions
+MAX_TILINGS = 128           # of a forward's runs, to be cached
+MAX_CHAINS = 4              # of additions to one product, in parallel: each addition waits for the one before
 
 Angles = tuple[Tensor, Tensor]      # cosines and sines, [rows, head_dim] each
 
 
 class Rows(NamedTuple):
-    """Where the rows of a forward stand, and which of their queries are met at once.
+    """The slots and positions of a forward's rows, and which of their queries share a tile.
 
-    Tiles are [tiles, 2]: of each the first row, and the first query of that row's run. Runs of consecutive tokens of
-    one slot share tiles, which read a key once for many queries; other rows have tiles of their own.
+    Tiles are [tiles, 2]: the first row of each, and the first query, counted within that row's run. Runs of consecutive
+    tokens of one slot share tiles, which read a key once for many queries; other rows have tiles of their own.
     """
 
     slots: Tensor           # [rows]
@@ -54,38 +53,38 @@ class Runs:
 
     @classmethod
     def placed(cls, rows: Rows, group: int, most: int) -> Runs:
-        """Of rows as they are."""
+        """Wraps rows whose tiles are already known."""
         runs = cls(rows.slots, rows.positions, [])
         runs._rows[group, most] = rows
         return runs
 
     def rows(self, group: int, most: int) -> Rows:
-        """For layers where so many query heads share a head of keys, and a tile has room for so many queries."""
+        """Rows for layers where `group` query heads share a key head, and a tile has room for `most` queries."""
         if (group, most) not in self._rows:
             self._rows[group, most] = Rows(self.slots, self.positions, *in_tiles(tuple(self.lens), group, most))
         return self._rows[group, most]
 
 
 def most_queries(dtype: torch.dtype, head_dim: int) -> int:
-    """That a tile has room for."""
+    """The queries that a tile has room for."""
     return amx_attention.MOST_QUERIES if amx.computes(dtype, head_dim) else max(1, NUM_SUMS * LANES // head_dim)
 
 
 def queries_of_single(group: int, most: int) -> int:
-    """That a tile of one row has: a group of heads in as few parts as have room, all alike."""
+    """The queries in a tile of one row: a group of heads in as few equal parts as fit."""
     return -(-group // -(-group // most))
 
 
 @lru_cache(maxsize=MAX_TILINGS)
 def in_tiles(lens: tuple[int, ...], group: int, most: int) -> tuple[Tensor, Tensor]:
-    """Of single rows and of runs that fill a tile, as in `Rows`; `group` query heads share a head of keys.
+    """Tiles of single rows, and of runs that fill a tile, as in `Rows`; `group` query heads share a key head.
 
-    Most steps have the runs that the step before had.
+    Cached, since most steps have the same runs as the step before.
     """
     single = queries_of_single(group, most)
     of_singles, of_runs, row = [], [], 0
     for run_len in lens:
-        if run_len > 1 and run_len * group >= most:     # the last tile may say some twice
+        if run_len > 1 and run_len * group >= most:     # the last tile may overlap
             of_runs += [(row, min(begin, run_len * group - most)) for begin in range(0, run_len * group, most)]
         else:
             of_singles += [(each, min(begin, group - single)) for each in range(row, row + run_len)
@@ -100,10 +99,10 @@ def _table(tiles: list[tuple[int, int]]) -> Tensor:
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Rows, *, scaling: float,
            window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Queries of [rows, heads, head_dim] over pages as in `KVLayer`, of keys in lanes, where a table of [slots, any]
-    says that each slot has them.
+    """Attention of queries [rows, heads, head_dim] over pages as in `KVLayer`, with keys in lanes; a table of [slots,
+    any] lists the pages of each slot.
 
-    Of every row the keys up to its position, which stand there already.
+    Each row sees the keys up to its position, which must be in the pages already.
     """
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, page_len = values.shape[2:4]
@@ -125,9 +124,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Row
 
 def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, table: Tensor, slots: Tensor, positions: Tensor,
           query: Tensor, angles: Angles | None = None) -> None:
-    """One token of each row, [rows, num_kv_heads, head_dim] each, into pages as above.
+    """Writes one token of each row, [rows, num_kv_heads, head_dim] each, into pages as above.
 
-    By angles of [rows, head_dim] keys are turned on their way, and queries where they are.
+    With angles of [rows, head_dim] keys are rotated as they are written, and queries in place.
     """
     num_rows, num_kv_heads, head_dim = key.shape
     if angles and any(each.shape != (num_rows, head_dim) for each in angles):
@@ -201,7 +200,7 @@ def _attend(code: Code, query: Value, keys: Value, values: Value, table: Value, 
             place = table + (slot * width + token // page_len) * SIZES[INTEGER]
             page = code.load(place, INTEGER, 1) * num_kv_heads + kv_head
             offset = (page * page_len + token % page_len) * (head_dim * size)
-            for cache in (keys, values):                # what comes next, while these are multiplied
+            for cache in (keys, values):                # prefetches the next block while this one is multiplied
                 code.prefetch(cache + offset + LANES * head_dim * size, LANES * head_dim * size)
             logits = [code.variable(scaling * product) for product in _products(queries, keys + offset)]
             if has_softcap:
@@ -219,7 +218,7 @@ def _attend(code: Code, query: Value, keys: Value, values: Value, table: Value, 
 
 
 class _Query:
-    """One, and what the keys so far have told it."""
+    """One query, and its sums over the keys so far."""
 
     def __init__(self, code: Code, place: Value, element: Any, head_dim: int, position: Value, window: Value,
                  sink: Value | None):
@@ -230,17 +229,17 @@ class _Query:
         self.largest = code.variable(code.number(LOWEST) if sink is None else sink)
         self.weight = code.variable(code.zeros() if sink is None else code.select(is_first, 1.0, code.zeros()))
         self.sums = [code.variable(code.zeros()) for _ in range(0, head_dim, LANES)]
-        self.weights = code.scratch()                   # of the keys at hand
+        self.weights = code.scratch()                   # of the present keys
 
     def word(self, i: Value) -> Value:
-        """What is multiplied in one lane, in all of them."""
+        """One word of the query, broadcast to all lanes."""
         code, place = self.code, self.place + i * WORD_BYTES
         if self.element is FLOAT32:
             return code.splat(code.load(place, FLOAT32, 1))
         return code.cast(code.splat(code.load(place, INT32, 1)), vector(BFLOAT16, 2 * LANES))
 
     def seen(self, logits: Value, token: Value) -> Value:
-        """Of keys from `token` on: those that it does not see count nothing."""
+        """Logits of keys from `token` on: -inf for those that the query does not see."""
         code, tokens = self.code, self.code.indices() + token
         is_seen = (tokens <= self.position) & (tokens > self.first - 1)
         return code.select(is_seen, logits, code.splat(code.number(-math.inf)))
@@ -258,7 +257,7 @@ class _Query:
         code.store(weights, self.weights, self.element if self.is_paired else FLOAT32)
 
     def weight_of(self, token: Value) -> Value:
-        """As often as a vector has numbers: of one key at hand, or of a pair of them."""
+        """The weight of one of the present keys, or of a pair of them, broadcast to a vector."""
         code = self.code
         if not self.is_paired:
             return code.splat(code.load(self.weights + token * SIZES[FLOAT32], FLOAT32, 1))
@@ -272,7 +271,7 @@ class _Query:
 
 
 def _products(queries: list[_Query], keys: Value) -> list[Value]:
-    """Each query's with 16 keys, one in each lane."""
+    """The products of each query with 16 keys, one in each lane."""
     code, element, head_dim = queries[0].code, queries[0].element, queries[0].head_dim
     together = WORD_BYTES // SIZES[element]
     multiply = code.pairs if together > 1 else code.fused
@@ -288,12 +287,12 @@ def _products(queries: list[_Query], keys: Value) -> list[Value]:
 
 
 def _add(queries: list[_Query], values: Value, count: Value) -> None:
-    """So many values, as every query weighs them."""
+    """Adds `count` values by every query's weights."""
     code, element, head_dim = queries[0].code, queries[0].element, queries[0].head_dim
     is_paired = queries[0].is_paired
     multiply, width = (code.pairs, 2 * LANES) if is_paired else (code.fused, LANES)
     with code.loop(0, count, 2 if is_paired else 1) as i:
-        # behind the last value stands what may be no number: its own twin, of weight zero, takes that place
+        # after the last value memory may hold NaN: the last value, with weight zero, is read in its place
         tokens = [i, code.smaller(i + 1, count - 1)] if is_paired else [i]
         rows = [values + token * (head_dim * SIZES[element]) for token in tokens]
         columns: list[Value] = []

@@ -1,8 +1,8 @@
-"""Kernels for a CPU written down in Python: loops over vectors of numbers, which LLVM compiles.
+"""Kernels for a CPU, written in Python: loops over vectors of numbers, compiled by LLVM.
 
-A kernel is a function that writes code: Python's own loops are unrolled, `Code.loop` loops where it runs. Numbers are
-float32 whatever they are stored as, and nothing is reordered: what is added first in a kernel is added first. It knows
-vectors and addresses. It knows nothing of models.
+A kernel is a function that generates code: Python's own loops are unrolled, `Code.loop` loops at run time. Numbers are
+computed in float32 however they are stored, and operations are never reordered. It knows vectors and addresses. It
+knows nothing of models.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from llvmlite import ir
 
 from worker.model.cpu import LANES
 
-NUM_TERMS = 8               # of the series of exp2, beyond which float32 sees no more
-NUM_EXP2_TERMS = 6          # of it, where bfloat16 sees no more: an error of 4e-6
-NUM_LOG_TERMS = 6           # of the series of log, alike
+NUM_TERMS = 8               # of the series of exp2; further ones are below float32's precision
+NUM_EXP2_TERMS = 6          # the same for bfloat16: an error of 4e-6
+NUM_LOG_TERMS = 6           # of the series of log, likewise
 HALF_ROOT = 0x3F3504F3 - (127 << 23)        # bits of √½, counted from those of the smallest number
-ROUNDING = 1.5 * 2.0**23    # what is added to it is rounded to an integer, which its lowest bits are then
+ROUNDING = 1.5 * 2.0**23    # added to a number, rounds it to an integer, which is then in its lowest bits
 LINE_BYTES = 64             # of a cache
-EXPONENTS = -126.0, 127.0   # of two, that float32 has
+EXPONENTS = -126.0, 127.0   # of two, in float32's range
 
 
 class _BFloat(ir.Type):
@@ -48,7 +48,7 @@ def vector(element: Any, length: int = LANES) -> Any:
 
 
 class Value:
-    """An integer, which an address is too, a number, a truth, or a vector of them. Operators write code."""
+    """An integer (or address), a number, a boolean, or a vector of these. Operators generate code."""
 
     __slots__ = "code", "ir"
 
@@ -74,7 +74,7 @@ class Value:
         return self.code.combine("srem", self, other)
 
     def __rshift__(self, other: Operand) -> Value:
-        """Zeros shift in."""
+        """Logical shift: zeros shift in."""
         return self.code.combine("lshr", self, other)
 
     def __xor__(self, other: Operand) -> Value:
@@ -104,7 +104,7 @@ Operand = Value | int | float
 
 
 class Variable:
-    """What a loop of a kernel changes."""
+    """A variable that a kernel's loop changes."""
 
     __slots__ = "_code", "_place", "_type"
 
@@ -122,7 +122,7 @@ class Variable:
 
 
 class Code:
-    """Of one function, whose argument is the address of all others: where its threads count, then `kinds`."""
+    """The code of one function, whose argument is the address of all others: the threads' counters, then `kinds`."""
 
     def __init__(self, module: Any, name: str, kinds: Sequence[Any]):
         self._module = module
@@ -135,7 +135,7 @@ class Code:
         address = self.builder.gep(self._all, [INTEGER(place)], source_etype=INTEGER)
         return Value(self, self.builder.load(address, typ=kind))
 
-    # what is known when it is written
+    # known when the code is generated
 
     def integer(self, value: int) -> Value:
         return Value(self, INTEGER(value))
@@ -150,7 +150,7 @@ class Code:
         """0, 1, 2 …"""
         return Value(self, ir.Constant(vector(INTEGER), list(range(LANES))))
 
-    # what runs how often
+    # control flow
 
     @contextmanager
     def loop(self, begin: Operand, end: Operand, step: Operand = 1) -> Iterator[Value]:
@@ -168,8 +168,8 @@ class Code:
 
     @contextmanager
     def shares(self, count: Operand) -> Iterator[Value]:
-        """Each of so many units once. A thread has neighbouring ones, so that it reads on where it has read, and when
-        it is through with them takes what is left of others'. `count` may be nothing."""
+        """Loops over each of `count` units once. A thread has neighbouring units, so that it reads consecutive memory,
+        and then takes units left of other threads. `count` may be 0."""
         b, stop = self.builder, self._lifted(count)
         me, num_threads = (Value(self, b.sext(self.call(f"omp_get_{what}", INT32), INTEGER))
                            for what in ("thread_num", "num_threads"))
@@ -196,23 +196,23 @@ class Code:
         return Variable(self, initial)
 
     def reserve(self, kind: Any) -> Any:
-        """Room for it on the stack."""
+        """Stack memory for one `kind`."""
         with self.builder.goto_entry_block():
             return self.builder.alloca(kind)
 
     def scratch(self, num_vectors: int = 1) -> Value:
-        """The address of room for vectors."""
+        """The address of stack memory for vectors."""
         return Value(self, self.builder.ptrtoint(self.reserve(ir.ArrayType(vector(FLOAT32), num_vectors)), INTEGER))
 
     # memory
 
     def load(self, address: Value, stored: Any, length: int = LANES) -> Value:
-        """As it is stored; a single one where the length is 1."""
+        """The stored values as a vector; a scalar if the length is 1."""
         kind = stored if length == 1 else vector(stored, length)
         return Value(self, self.builder.load(self.pointer(address), typ=kind, align=SIZES[stored]))
 
     def bits(self, address: Value) -> Value:
-        """A truth for each bit, the lowest first."""
+        """One boolean per bit, the lowest first."""
         loaded = self.builder.load(self.pointer(address), typ=ir.IntType(LANES), align=1)
         return Value(self, self.builder.bitcast(loaded, vector(ir.IntType(1))))
 
@@ -223,19 +223,19 @@ class Code:
         return Value(self, self.builder.fpext(loaded.ir, FLOAT32 if length == 1 else vector(FLOAT32, length)))
 
     def store(self, value: Value, address: Value, stored: Any) -> None:
-        """Numbers, rounded to how they are stored."""
+        """Stores numbers, rounded to the stored type."""
         kept = value.ir
         if stored is not value.element:
             kept = self.builder.fptrunc(kept, vector(stored) if isinstance(kept.type, ir.VectorType) else stored)
         self.builder.store(kept, self.pointer(address), align=SIZES[stored])
 
     def pack(self, value: Value, condition: Value, address: Value) -> None:
-        """Of a vector of 32 bits each those where the condition holds, side by side."""
+        """Stores the elements of a vector of 32 bits each for which the condition holds, side by side."""
         self.call(f"llvm.masked.compressstore.v{LANES}i32", ir.VoidType(), value.ir, self.pointer(address),
                   condition.ir)
 
     def prefetch(self, address: Value, num_bytes: int, *, is_written: bool = False) -> None:
-        """Into the caches, ahead of being read, or of being written; what is not there does no harm."""
+        """Prefetches memory to be read, or written; addresses that are not mapped do no harm."""
         how = [INT32(1), INT32(3), INT32(1)] if is_written else [INT32(0), INT32(2), INT32(1)]
         for begin in range(0, num_bytes, LINE_BYTES):
             self.call("llvm.prefetch.p0", ir.VoidType(), self.pointer(address + begin), *how)
@@ -246,18 +246,18 @@ class Code:
     # arithmetic
 
     def splat(self, value: Value, length: int = LANES) -> Value:
-        """A vector of it alone."""
+        """A vector with the value in every lane."""
         kind = vector(value.ir.type, length)
         first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), value.ir, INT32(0))
         return Value(self, self.builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined),
                                                        ir.Constant(vector(INT32, length), [0] * length)))
 
     def cast(self, value: Value, kind: Any) -> Value:
-        """Other words for the same bits."""
+        """Reinterprets the bits as another type."""
         return Value(self, self.builder.bitcast(value.ir, kind))
 
     def select(self, condition: Value, value: Operand, other: Value) -> Value:
-        """`value` where the condition holds."""
+        """`value` where the condition holds, else `other`."""
         lifted, other = self._alike(self._lifted(value, other), other)
         return Value(self, self.builder.select(condition.ir, lifted.ir, other.ir))
 
@@ -266,7 +266,7 @@ class Code:
         return Value(self, self.call(f"llvm.fma.v{LANES}f32", vector(FLOAT32), left.ir, right.ir, added.ir))
 
     def pairs(self, left: Value, right: Value, added: Value) -> Value:
-        """added + left · right of twice as many numbers in bfloat16, two products to each (vdpbf16ps)."""
+        """added + left · right for twice as many numbers in bfloat16, two products to each (vdpbf16ps)."""
         return Value(self, self.call("llvm.x86.avx512bf16.dpbf16ps.512", vector(FLOAT32), added.ir, left.ir, right.ir))
 
     def as_number(self, value: Value) -> Value:
@@ -274,7 +274,7 @@ class Code:
         return Value(self, self.builder.sitofp(value.ir, vector(FLOAT32) if is_vector else FLOAT32))
 
     def log(self, value: Value) -> Value:
-        """Of a vector of positive normal numbers: 2 · atanh of its mantissa's (m - 1) / (m + 1), m near one."""
+        """The logarithm of positive normal numbers: 2 · atanh of (m - 1) / (m + 1), for a mantissa m near one."""
         bits = self.cast(value, vector(INT32))
         exponent = (bits - HALF_ROOT) >> 23             # counted from -127, for mantissas from √½ to √2
         number = self.as_number(exponent) - 127.0
@@ -286,7 +286,7 @@ class Code:
         return self.fused(number, self.splat(self.number(math.log(2))), series * ratio)
 
     def shifted(self, value: Value, num_bits: int) -> Value:
-        """To the left."""
+        """Shifted to the left."""
         kind = value.ir.type
         return Value(self, self.builder.shl(value.ir, ir.Constant(kind, [num_bits] * LANES)))
 
@@ -298,11 +298,11 @@ class Code:
         return self.select(left < other, left, other)
 
     def larger(self, left: Value, right: Value) -> Value:
-        """Not a number, if `left` is none."""
+        """The larger one; NaN if `left` is NaN."""
         return self.select(left < right, right, left)
 
     def exp(self, value: Value) -> Value:
-        """Of a vector; not a number, where that is none."""
+        """exp of a vector; NaN stays NaN."""
         lowest, highest = (self.splat(self.number(exponent)) for exponent in EXPONENTS)
         x = value * (1 / math.log(2))
         is_nothing, x = x < lowest, self.select(x > highest, highest, x)
@@ -317,7 +317,7 @@ class Code:
         return self.select(is_nothing, self.zeros(), series * power)
 
     def exp2(self, value: Value) -> Value:
-        """Of a vector, as precise as bfloat16 needs it; with AVX512."""
+        """2 to the power of a vector, in bfloat16's precision; with AVX512."""
         no, all_lanes, as_usual = self.zeros().ir, ir.IntType(LANES)(-1), INT32(4)
         rest = self._masked("reduce", value.ir, INT32(0), no, all_lanes, as_usual)
         series = self.splat(self.number(0.0))
@@ -329,11 +329,11 @@ class Code:
         return Value(self, self.call(f"llvm.x86.avx512.mask.{what}.ps.512", vector(FLOAT32), *args))
 
     def tanh(self, value: Value) -> Value:
-        """Of a vector."""
+        """tanh of a vector."""
         return self.splat(self.number(1.0)) - self.splat(self.number(2.0)) / (self.exp(value * 2.0) + 1.0)
 
     def total(self, value: Value) -> Value:
-        """Of a vector's numbers, halves added to each other."""
+        """The sum of a vector's numbers, halves added to each other."""
         return self._folded(value, lambda left, right: left + right)
 
     def largest(self, value: Value) -> Value:
@@ -343,20 +343,20 @@ class Code:
         return self._folded(value, self.smaller)
 
     def some(self, condition: Value) -> Value:
-        """Whether one of a vector of truths is true."""
+        """Whether any of a vector of booleans is true."""
         return self.cast(condition, ir.IntType(LANES)).equals(0) ^ 1
 
     def how_many(self, condition: Value) -> Value:
-        """Of a vector of truths are true."""
+        """How many of a vector of booleans are true."""
         bits = self.cast(condition, ir.IntType(LANES)).ir
         return Value(self, self.builder.zext(self.call(f"llvm.ctpop.i{LANES}", bits.type, bits), INTEGER))
 
     def narrowed(self, value: Value) -> Value:
-        """Integers in 32 bits."""
+        """Truncates integers to 32 bits."""
         return Value(self, self.builder.trunc(value.ir, vector(INT32)))
 
     def interleaved(self, left: Value, right: Value) -> list[Value]:
-        """The numbers of two vectors in turn, as two vectors."""
+        """The numbers of two vectors alternating, as two vectors."""
         length = left.ir.type.count
         places = [place for lane in range(length) for place in (lane, length + lane)]
         return [Value(self, self.builder.shuffle_vector(left.ir, right.ir, ir.Constant(vector(INT32, length), half)))
@@ -371,7 +371,7 @@ class Code:
         return Value(self, self.builder.extract_element(value.ir, INT32(0)))
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
-        """One of LLVM's own functions."""
+        """Calls a function of LLVM's own."""
         kind = ir.FunctionType(result, [arg.type for arg in args])
         function = self._module.globals.get(name) or ir.Function(self._module, kind, name)
         return self.builder.call(function, args)
@@ -387,13 +387,13 @@ class Code:
         return Value(self, build(operator, left.ir, other.ir))
 
     def _lifted(self, operand: Operand, like: Value | None = None) -> Value:
-        """What Python knows already, as the kernel has it."""
+        """A Python constant, as a value of the kernel."""
         if isinstance(operand, Value):
             return operand
         return Value(self, (INTEGER if like is None else like.element)(operand))
 
     def _alike(self, *values: Value) -> tuple[Value, ...]:
-        """All as vectors, if one is."""
+        """Broadcasts all to vectors, if one is a vector."""
         if not any(isinstance(value.ir.type, ir.VectorType) for value in values):
             return values
         return tuple(value if isinstance(value.ir.type, ir.VectorType) else self.splat(value) for value in values)

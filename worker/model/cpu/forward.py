@@ -1,8 +1,8 @@
-"""A whole forward as one program, from token ids to what the head multiplies: for models that do nothing beside.
+"""A whole forward as one program, from token ids to the input of the head: for models with no other computations.
 
-Rows of any number of sequences, and runs of prompts, are computed by the same calls; how many there are, and where
-keys and values lie, is all that differs. It is recorded when a model is loaded, and taken if it says what the model
-says. It knows a model's parts. It knows nothing of engines.
+Rows of any number of sequences, and runs of prompts, take the same calls; only their numbers, and the addresses of keys
+and values, differ. The program is recorded when a model is loaded, and used if it computes what the model does. It
+knows a model's parts. It knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from worker.model.slots import DecodeRows, InSlots, PrefillChunk, Together, allo
 
 log = logging.getLogger(__name__)
 
-ROOM = 2                    # for what a layer writes, times what its products read and write
-ANGLES_STEP = 1024          # positions whose angles are found at once
-FIXED_ROPES = "default", "linear", "llama3", "yarn"     # whose angles depend on the position alone
-PART_NAMES = "embed_tokens", "rotary_emb", "layers", "norm"     # as families of llama's shape call them
+ROOM = 2                    # for what a layer writes, as a multiple of what its products read and write
+ANGLES_STEP = 1024          # positions whose angles are computed at once
+FIXED_ROPES = "default", "linear", "llama3", "yarn"     # whose angles depend on the position only
+PART_NAMES = "embed_tokens", "rotary_emb", "layers", "norm"     # as in llama-shaped families
 KV_NAMES = "keys", "values"
 
 
 class Parts(NamedTuple):
-    """Of a model, in the order in which a forward meets them."""
+    """The parts of a model, in the order in which a forward uses them."""
 
     embedding: Tensor       # [vocab_size, hidden_size]
     rotary: nn.Module
@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> Parts | None:
-        """None where a part is missing, or of another kind: what a family does beside them is seen when it is tried."""
+        """None where a part is missing or of another kind; other computations of a family show in the later check."""
         base = getattr(module, module.base_model_prefix, None)
         parts: list[Any] = [*(getattr(base, name, None) for name in PART_NAMES), getattr(module, "lm_head", None)]
         embed, rotary, layers, norm, head = parts
@@ -61,12 +61,12 @@ def _is_by_kernels(layer: nn.Module) -> bool:
 
 
 def _width(layer: FusedLayer) -> int:
-    """Numbers of a row that its products read and write."""
+    """How many numbers its products read and write per row."""
     return sum(product.num_columns + product.width for product in packed_linears(layer))
 
 
 class AngleTable:
-    """Cosines and sines of all positions, [positions, head_dim] each, as the model's own module finds them."""
+    """Cosines and sines of all positions, [positions, head_dim] each, computed by the model's own module."""
 
     def __init__(self, rotary: nn.Module, width: int, max_model_len: int, dtype: torch.dtype):
         self._rotary, num_steps = rotary, -(-max_model_len // ANGLES_STEP)
@@ -83,7 +83,7 @@ class AngleTable:
 
 @dataclass(slots=True)
 class Inputs:
-    """What a run reads, where it was when it was recorded."""
+    """The inputs of a run, at the addresses of the recording."""
 
     token_ids: Tensor
     kept: Tensor
@@ -96,16 +96,16 @@ class Inputs:
         return cls(token_ids, kept, Rows(slots, positions, *tiles))
 
     def fill(self, token_ids: Sequence[int] | Tensor, kept: Sequence[int], rows: Rows) -> dict[str, int]:
-        """How many there are of each."""
+        """Copies the inputs; returns how many there are of each."""
         for place, values in zip((self.token_ids, self.kept, *self.rows), (token_ids, kept, *rows), strict=True):
-            place.numpy()[:len(values)] = values        # torch takes twice as long for so few
+            place.numpy()[:len(values)] = values        # for so few, torch takes twice as long
         return {"rows": len(token_ids), "kept": len(kept), "single_tiles": len(rows.single_tiles),
                 "shared_tiles": len(rows.shared_tiles)}
 
 
 @dataclass(slots=True)
 class Placed:
-    """The context of a recording."""
+    """The context while recording."""
 
     layers: list[KVLayer]
     table: Tensor
@@ -118,7 +118,7 @@ class Placed:
 
 
 class Forwards:
-    """Of up to `max_rows` rows."""
+    """Programs for up to `max_rows` rows."""
 
     def __init__(self, parts: Parts, shape: KVShape, max_rows: int, max_model_len: int):
         self._parts, self._shape, self.max_rows = parts, shape, max_rows
@@ -149,12 +149,12 @@ class Forwards:
             return None
 
     def _trial_sizes(self) -> tuple[tuple[list[int], int, int], ...]:
-        """Of runs, kept rows and pages of a slot: no two counts are the same in both, whatever heads a model has."""
+        """Runs, kept rows and pages per slot: no two counts are equal in both, whatever heads a model has."""
         run_len = 2 * self._most
         return ([1] * 3 + [run_len], 2, 4), ([1] * 7 + [run_len + 1], 9, 11)
 
     def _record(self, lens: list[int], num_kept: int, num_pages: int) -> Recording:
-        """Of rows that all say the first token of a slot again: the calls are the same."""
+        """Records with rows that all repeat the first token of a slot: the calls are the same."""
         group, num_rows = self._group, sum(lens)
         layers = allocate([self._shape] * len(self._parts.layers), 1, 1, self._parts.embedding.dtype)
         table = torch.zeros(1, num_pages, dtype=torch.int64)
@@ -170,7 +170,7 @@ class Forwards:
         return Recording(calls, numbers)
 
     def _computed(self, num_rows: int, num_kept: int, context: Placed) -> Tensor:
-        """What the head multiplies of the kept rows, [num_kept, hidden_size]."""
+        """The head's input for the kept rows, [num_kept, hidden_size]."""
         parts, inputs = self._parts, self._inputs
         x = gather(parts.embedding, inputs.token_ids[:num_rows], self._embedded[:num_rows])
         cos, sin = (gather(table, context.runs.positions, place[:num_rows])[None] for table, place in zip(
@@ -188,7 +188,7 @@ class Forwards:
         return out
 
     def fits(self, num_rows: int, context: Any) -> bool:
-        """Rows that only fill a forward up are nobody's, and not computed here."""
+        """Whether it can run: padding rows are not computed here."""
         return (isinstance(context, DecodeRows | PrefillChunk | Together) and num_rows <= self.max_rows
                 and num_rows == len(context.runs.slots))
 
@@ -209,7 +209,7 @@ class Forwards:
 
 
 def _places(layers: Sequence[KVLayer], table: Tensor) -> dict[str, int]:
-    """Of keys and values and the table of their pages, by name."""
+    """Addresses of keys and values and of the table of their pages, by name."""
     places = {f"{name} {layer}": cache.data_ptr()
               for layer, caches in enumerate(layers) for name, cache in zip(KV_NAMES, caches, strict=True)}
     return places | {"table": table.data_ptr(), "width": table.stride(0)}

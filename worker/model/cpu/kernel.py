@@ -1,6 +1,6 @@
-"""Kernels as functions of tensors: compiled for this very processor when they are first called, run by torch's threads.
+"""Kernels as functions of tensors: compiled for this processor when first called, run by torch's threads.
 
-A second pool of threads would fight with torch's for the cores, so its OpenMP runs ours too. It knows functions and
+A second thread pool would compete with torch's for the cores, so its OpenMP runs ours too. It knows functions and
 threads. It knows nothing of models.
 """
 
@@ -21,11 +21,11 @@ from torch import Tensor
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INTEGER, LINE_BYTES, Code
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-MIN_SHARED_WORK = 1 << 15   # numbers to go through: fewer are done before another thread is awake
-MIN_SHARED_PRODUCTS = 1 << 20       # or to multiply and add: ten microseconds
-ALIASED_BYTES = 2048        # rows at such distances fight for the same few lines of a core's cache
+MIN_SHARED_WORK = 1 << 15   # numbers processed: fewer are done before another thread wakes up
+MIN_SHARED_PRODUCTS = 1 << 20       # numbers multiplied and added: ten microseconds
+ALIASED_BYTES = 2048        # rows at multiples of this distance compete for the same few cache lines
 OPENMP = "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"      # what compiled functions call
-OPTIMIZATION = 2            # of 3: the third level takes longer and finds nothing more
+OPTIMIZATION = 2            # of 3: level 3 takes longer and gains nothing
 
 COMPILER = f"LLVM {'.'.join(map(str, llvm.llvm_version_info))}"
 
@@ -34,12 +34,12 @@ Argument = Tensor | int | float
 
 class Call(NamedTuple):
     address: int                # of the function
-    values: list[int]           # its arguments, behind where its threads count their shares
-    args: tuple[Argument, ...]  # what they lie in: while it is kept, nothing else gets these addresses
+    values: list[int]           # its arguments, after the address of the threads' counters
+    args: tuple[Argument, ...]  # the tensors behind them: keeps their addresses in use
 
 
 class Recorder(NamedTuple):
-    """Where calls are noted that are to be made again, and what they are to write is taken from."""
+    """The list to which calls are recorded, and the function that allocates their outputs."""
 
     calls: list[Call]
     take: Callable[[int, int, torch.dtype], Tensor]
@@ -49,7 +49,7 @@ recorder: Recorder | None = None
 
 
 class Kernel:
-    """Called with tensors and numbers, and by name with what is known before: that is compiled in."""
+    """Called with tensors and numbers; keyword arguments are constants that are compiled in."""
 
     def __init__(self, write: Callable[..., None]):
         self._write = write
@@ -83,7 +83,7 @@ def _bits(number: float) -> int:
 
 
 def runner(address: int) -> Callable[..., None]:
-    """Starts a function, on so many threads at once."""
+    """A function that runs a kernel on a number of threads."""
     run, parallel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), _openmp().GOMP_parallel
 
     def start(args: Any, num_threads: int) -> None:
@@ -101,7 +101,7 @@ def has_threads() -> bool:
 
 @cache
 def _openmp() -> Any:
-    """The library that torch itself has loaded; none where it brings another kind."""
+    """The OpenMP library that torch has loaded; None if it is of another kind."""
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     found = [path for path in mapped if "/torch" in path]
     if len(found) != 1:
@@ -112,11 +112,11 @@ def _openmp() -> Any:
     return library
 
 
-_engines: list[Any] = []                                # own what they compiled
+_engines: list[Any] = []                                # own the compiled code
 
 
 def machine_code(text: str, name: str) -> int:
-    """The address of a function, in memory that is never given back."""
+    """The address of a function, in memory that is never freed."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     for function in OPENMP:
@@ -136,7 +136,7 @@ def machine_code(text: str, name: str) -> int:
 
 
 class Processor(NamedTuple):
-    """In LLVM's words."""
+    """As LLVM names it."""
 
     name: str
     features: Mapping[str, bool]
@@ -155,16 +155,16 @@ def processor() -> Processor:
 
 
 def threads_for(num_numbers: int, least: int = MIN_SHARED_WORK) -> int:
-    """Threads that so much work is worth."""
+    """The number of threads for so much work."""
     return torch.get_num_threads() if num_numbers >= least else 1
 
 
 def empty(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[num_rows, width], for a kernel to write."""
+    """An uninitialized tensor [num_rows, width], for a kernel to write."""
     return recorder.take(num_rows, width, dtype) if recorder else torch.empty(num_rows, width, dtype=dtype)
 
 
 def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The same, for a product that reads a number of each row at a time."""
+    """The same, for a product that reads one number of each row at a time."""
     padding = 64 // dtype.itemsize if width * dtype.itemsize % ALIASED_BYTES == 0 else 0
     return empty(num_rows, width + padding, dtype)[:, :width]

@@ -1,8 +1,8 @@
-"""x · weightᵀ + bias with weights packed once, at the pace of reading them for few rows, and of multiplying for many.
+"""x · weightᵀ + bias with weights packed once: as fast as memory for few rows, as fast as arithmetic for many.
 
-Each number of the result is one sum in the order of the columns, whatever else is computed beside it: a row has the
-same bits alone and among any others. Packed weights lie in panels of neighbouring outputs, and in a panel column by
-column, so that a panel is read once from its begin to its end; rows are taken a few at a time, as many as registers
+Each number of the result is one sum in the order of the columns, whatever else is computed: a row has the same bits
+alone and among any others. Packed weights are panels of neighbouring outputs, stored column by column, so that a panel
+is read once from start to end; rows are taken a few at a time, as many as registers
 hold. In bfloat16 a step multiplies pairs of columns (vdpbf16ps), or 32 of them in matrix registers (amx_linear.py).
 Weights that bfloat16 holds exactly are kept so for float32 too.
 """
@@ -22,8 +22,8 @@ from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, 
 from worker.model.cpu.kernel import ELEMENTS, MIN_SHARED_PRODUCTS, Kernel, empty, empty_rows, processor, threads_for
 from worker.model.cpu.pointwise import silu_times
 
-BLOCK_BYTES = 1 << 18       # of rows that stay in a core's cache while panel after panel passes
-AHEAD_BYTES = 1 << 12       # of weights that are on their way from memory: the processor itself looks less far ahead
+BLOCK_BYTES = 1 << 18       # of rows that stay in a core's cache while the panels are read
+AHEAD_BYTES = 1 << 12       # of weights that are prefetched: the processor itself looks less far ahead
 
 
 class Tile(NamedTuple):
@@ -43,17 +43,17 @@ def tile() -> Tile:
 
 
 def holds(weight: Tensor) -> bool:
-    """Whether panels can: in bfloat16 columns come in pairs."""
+    """Whether panels can hold a weight: in bfloat16 columns come in pairs."""
     return weight.dtype == torch.float32 or weight.shape[1] % 2 == 0
 
 
 class PanelLinear(torch.nn.Module):
-    """Of a weight of [num_outputs, num_columns]: x of [..., num_columns] to [..., num_outputs]."""
+    """A layer with a weight of [num_outputs, num_columns]: x of [..., num_columns] to [..., num_outputs]."""
 
     is_uniform = True       # a row has the same bits among any number of others
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, is_gated: bool = False):
-        """`is_gated`: the first half of the outputs are gates of the second one, and go beside them in each panel."""
+        """`is_gated`: the first half of the outputs are gates of the second half, stored beside them in each panel."""
         super().__init__()
         self.num_outputs, self.num_columns = weight.shape
         self.dtype, self.tile = weight.dtype, tile()
@@ -63,7 +63,7 @@ class PanelLinear(torch.nn.Module):
         kept = weight.bfloat16() if _is_kept_by_bfloat16(weight) else weight
         self.packed = _packed(kept, self.tile.width, 2 if weight.dtype == torch.bfloat16 else 1)
         self.num_panels, self.num_steps = self.packed.shape[:2]
-        self.width = self.num_panels * self.tile.width              # what fills the last panel up is an output too
+        self.width = self.num_panels * self.tile.width              # the padding of the last panel counts as outputs
         self.bias = weight.new_zeros(self.width, dtype=torch.float32)
         if bias is not None:
             self.bias[:self.num_outputs] = bias
@@ -107,7 +107,7 @@ class PanelLinear(torch.nn.Module):
 
 
 def _beside(outputs: Tensor) -> Tensor:
-    """Of [2 · n, ...], gates first: 16 gates, the 16 that they are of, and so on."""
+    """Reorders [2 · n, ...], gates first, to 16 gates, their 16 outputs, and so on."""
     return outputs.view(2, -1, LANES, *outputs.shape[1:]).transpose(0, 1).flatten(0, 2)
 
 
@@ -129,12 +129,12 @@ def _packed(weight: Tensor, width: int, per_step: int) -> Tensor:
 def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_rows: Value, row_stride: Value,
               out_stride: Value, num_steps: Value, num_panels: Value, block_rows: Value, is_gated: Value, *,
               dtype: torch.dtype, stored: torch.dtype, tile: Tile) -> None:
-    """x of [num_rows, columns], weight as `_packed`, bias of [outputs], out of [num_rows, outputs], or half as many: of
-    panels whose first half are gates."""
+    """x of [num_rows, columns], weight as `_packed`, bias of [outputs], out of [num_rows, outputs], or half as many, if
+    the first half of each panel are gates."""
     element, kept, width = ELEMENTS[dtype], ELEMENTS[stored], tile.width
     step_bytes = width * (4 // SIZES[element]) * SIZES[kept]
     num_blocks = (num_rows + block_rows - 1) // block_rows
-    gated = code.scratch(tile.rows * tile.vectors)      # sums of a tile with their gates: to multiply those is long
+    gated = code.scratch(tile.rows * tile.vectors)      # sums of a tile with their gates: unrolled products are long
     with code.shares(num_blocks * num_panels) as unit:
         panel, begin = unit % num_panels, unit // num_panels * block_rows
         end = code.smaller(begin + block_rows, num_rows)
@@ -165,7 +165,7 @@ def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_
 
 def _sums(code: Code, rows: list[Value], weights: Value, ahead: Value, starts: list[Value], num_steps: Value,
           element: Any, kept: Any) -> list[list[Value]]:
-    """Of each row those of as many outputs as there are numbers in `starts`. A step takes 4 bytes of a row."""
+    """The sums of each row for as many outputs as `starts` has numbers. A step takes 4 bytes of a row."""
     sums = [[code.variable(start) for start in starts] for _ in rows]
     is_paired = element is BFLOAT16
     multiply, length = (code.pairs, 2 * LANES) if is_paired else (code.fused, LANES)

@@ -1,4 +1,4 @@
-"""What stands between a layer's products, for a CPU: each kernel reads and writes its rows once, in one call.
+"""The operations between a layer's products, on a CPU: each kernel reads and writes its rows once, in one call.
 
 The counterpart of worker/model/pointwise.py on a GPU. Sums and products are float32 and rounded once; a row's bits
 depend on that row alone.
@@ -17,7 +17,7 @@ from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, empty_rows, threads
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[rows, heads, head_dim] in place, by the angles of [rows, head_dim]: halves turn against each other."""
+    """Rotates [rows, heads, head_dim] in place, by the angles of [rows, head_dim]: each half with the other."""
     num_rows, num_heads, head_dim = x.shape
     if cos.shape != (num_rows, head_dim) or cos.dtype != x.dtype:
         raise RuntimeError(f"angles of {tuple(cos.shape)} do not turn heads of {tuple(x.shape)}")
@@ -27,7 +27,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gather(table: Tensor, places: Tensor, out: Tensor) -> Tensor:
-    """Rows of a dense table of [any, n], into `out` of [rows, n]."""
+    """Copies rows of a dense table of [any, n] into `out` of [rows, n]."""
     _gather(table, places, out, len(places), table.shape[1], num_threads=threads_for(out.numel()), dtype=table.dtype)
     return out
 
@@ -86,14 +86,14 @@ def _rotate(code: Code, x: Value, cos: Value, sin: Value, num_rows: Value, num_h
 
 
 def angles_at(code: Code, cos: Value, sin: Value, element: Any, head_dim: int) -> list[list[Value]]:
-    """Of one row: for each 16 numbers of a half their cosines and sines, and those of their counterparts."""
+    """For one row: cosines and sines for each 16 numbers of a half, and for their counterparts in the other half."""
     half = head_dim // 2 * SIZES[element]
     return [[code.numbers(table + (begin + offset), element) for offset in (0, half) for table in (cos, sin)]
             for begin in range(0, half, LANES * SIZES[element])]
 
 
 def turn(code: Code, head: Value, out: Value, angles: list[list[Value]], element: Any) -> None:
-    """One head, whose halves turn against each other, from its place to another."""
+    """Rotates one head, each half with the other, from one address to another."""
     num_bytes = LANES * SIZES[element]
     half = len(angles) * num_bytes
     for begin, (cos, sin, other_cos, other_sin) in zip(range(0, half, num_bytes), angles, strict=True):
@@ -126,7 +126,7 @@ def _silu_and_multiply(code: Code, gate_up: Value, out: Value, num_rows: Value, 
 
 
 def silu_times(code: Code, gate: Value, up: Value) -> Value:
-    """silu(gate) · up of two vectors."""
+    """silu(gate) · up for two vectors."""
     return gate / (code.exp(code.zeros() - gate) + 1.0) * up
 
 
@@ -145,7 +145,7 @@ def _add(code: Code, x: Value, added: Value, out: Value, num_rows: Value, width:
 def _add_and_norm(code: Code, x: Value, added: Value, weight: Value, total: Value, out: Value, num_rows: Value,
                   width: Value, row_stride: Value, added_stride: Value, out_stride: Value, eps: Value, *,
                   dtype: torch.dtype, has_added: bool) -> None:
-    """`total` is dense; without anything added it is x itself."""
+    """`total` is dense; it is x itself if nothing is added."""
     element = ELEMENTS[dtype]
     size = SIZES[element]
     with code.shares(num_rows) as row:

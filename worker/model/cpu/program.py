@@ -1,9 +1,9 @@
-"""Kernel calls that were made once and are made again as one: what a CUDA graph is on a GPU.
+"""Recorded kernel calls that are replayed as one: the counterpart of a CUDA graph.
 
-To call a kernel from Python takes microseconds, and a small model's step is some hundred calls. A program runs them in
-one, with nothing but a barrier from each to the next. What differs between two recordings of the same calls, counts of
-rows and addresses, is given a name and may be another at every run; all else stays as it was. It knows calls and
-memory. It knows nothing of models.
+Calling a kernel from Python takes microseconds, and a small model's step has some hundred calls. A program makes them
+in one call, with only a barrier between them. What differs between two recordings of the same calls, numbers of rows
+and addresses, is given a name and can be set before each run; all else is fixed. It knows calls and memory. It knows
+nothing of models.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from worker.model.cpu import kernel
 from worker.model.cpu.code import LINE_BYTES
 
-ALIGNMENT = 64              # bytes: what two threads write never shares a line
+ALIGNMENT = 64              # bytes: two threads never write to the same cache line
 
-# The argument is the address of: how many calls, then of each the function and its arguments.
+# The argument points to: the number of calls, then the function and the arguments of each.
 RUN = """
 declare void @GOMP_barrier()
 define void @run(ptr %program) {
@@ -52,18 +52,18 @@ end:
 
 
 class Unexplained(Exception):
-    """Two recordings differ in what has no name, or has two."""
+    """Two recordings differ where no name explains it, or two do."""
 
 
 @dataclass(slots=True)
 class Arena:
-    """Memory for what kernels write while they are recorded, and nobody needs after the next turn.
+    """Memory for what kernels write while they are recorded; it is reused after the next turn.
 
-    Everything has room for `max_rows`, so that it lies in the same place however many rows there are.
+    Everything is allocated for `max_rows`, so that addresses do not depend on the number of rows.
     """
 
     max_rows: int
-    row_bytes: int              # of a turn
+    row_bytes: int              # per turn
     _halves: list[Tensor] = field(init=False)
     _turn: int = field(init=False, default=0)
     _used: int = field(init=False, default=0)
@@ -75,7 +75,7 @@ class Arena:
         self._turn, self._used = 0, 0
 
     def turn(self) -> None:
-        """What the turn before the last one wrote may be written over."""
+        """Starts a turn: what the turn before the last one wrote may be overwritten."""
         self._turn, self._used = 1 - self._turn, 0
 
     def take(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -89,13 +89,13 @@ class Arena:
 
 class Recording(NamedTuple):
     calls: list[kernel.Call]
-    numbers: Mapping[str, int]      # by name what was so in this one alone
+    numbers: Mapping[str, int]      # by name, the values in this recording
 
 
 class Program:
-    """Of two recordings, each with a number of its own for every name. Raises Unexplained.
+    """Made from two recordings in which every named number differs. Raises Unexplained.
 
-    What it reads and writes must be kept by others.
+    The caller must keep what it reads and writes.
     """
 
     def __init__(self, first: Recording, second: Recording):
@@ -115,7 +115,7 @@ class Program:
         if differing.any():
             raise Unexplained("they differ in what has no name")
         self._flat = self._arguments.reshape(-1)
-        self._counters = np.empty((len(functions), 0, LINE_BYTES), dtype=np.uint8)      # a line of each thread's
+        self._counters = np.empty((len(functions), 0, LINE_BYTES), dtype=np.uint8)      # one cache line per thread
         functions_and_arguments = np.stack([functions, _addresses(self._arguments)], axis=1)
         self._code = np.concatenate([[len(functions)], functions_and_arguments.flatten()])
         self._run = _runner()
@@ -132,19 +132,19 @@ class Program:
 
 
 def _table(calls: list[kernel.Call]) -> npt.NDArray[np.int64]:
-    """[calls, 1 + arguments], filled up with zeros: before them goes where threads count."""
+    """[calls, 1 + arguments], padded with zeros; column 0 is for the address of the threads' counters."""
     width = max(len(call.values) for call in calls)
     return np.array([[0, *call.values] + [0] * (width - len(call.values)) for call in calls], dtype=np.int64)
 
 
 def _addresses(table: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Of its rows."""
+    """The addresses of its rows."""
     return table.ctypes.data + np.arange(len(table)) * table.strides[0]
 
 
 @contextmanager
 def recorded(arena: Arena) -> Iterator[list[kernel.Call]]:
-    """The calls of kernels in it, which are made as well."""
+    """The kernel calls made in its context, which are executed too."""
     calls: list[kernel.Call] = []
     kernel.recorder = kernel.Recorder(calls, arena.take)
     try:
