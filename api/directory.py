@@ -22,6 +22,7 @@ from shared.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+MAX_SILENCE_S = 5.0                                     # of a shard, while the directory is refreshed
 MIN_REFRESH_S = 0.2                                     # an unknown name triggers a refresh, at most this often
 
 
@@ -112,9 +113,9 @@ class Directory:
         there = {word.shard for word in announcements}
         words = [*announcements, *(word for word in self._heard if word.shard not in there)]
         self._heard = [word for word in words if word.expires_ms > now_ms]
-        for announcement in self._heard:
-            if served := await self._served(announcement):
-                for name in announcement.names:
+        for served in await asyncio.gather(*map(self._served, self._heard)):
+            if served:
+                for name in served.announcement.names:
                     names.setdefault(name, []).append(served)
         self._names = names
         self._known |= {name for announcement in announcements for name in announcement.names}
@@ -125,8 +126,9 @@ class Directory:
         """The shard as served now; as before where it does not respond, so that it holds up no other."""
         shard = Shard(announcement.shard)
         try:
-            tokenizer = await self._tokenizer(announcement)
-            await self._hear(shard)
+            async with asyncio.timeout(MAX_SILENCE_S):
+                tokenizer = await self._tokenizer(announcement)
+                await self._hear(shard)
         except (*connection.TROUBLE, Unavailable) as error:
             log.warning("shard %s does not respond: %s", shard.id, type(error).__name__)
             known = (served for each in self._names.values() for served in each)

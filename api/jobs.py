@@ -30,9 +30,11 @@ from shared.job import Header, Job, Language, Sampling
 from shared.prefix import prefix_names, some
 from shared.settings import Settings
 from shared.tokenizer import Tokenizer
+from shared.trial import TOO_MUCH
 
 FORMS = ThreadPoolExecutor(32, "form")                  # threads that only wait for trials of grammars
 PLACES = asyncio.Semaphore(256)                         # requests that wait for these threads; more are refused
+EASING_S = 2.0                                          # to find which of a request's tools cannot be enforced
 INLINE_BYTES = 16_384                                   # longer requests are rendered in a thread, not in the loop
 
 
@@ -158,7 +160,11 @@ def _calls(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) 
             raise InvalidGrammar(TOO_LONG, param="tools")
         return tokenizer.make_grammar("made", known.grammar(functions, is_one=is_one, added_id=tokenizer.added_id))
 
+    deadline_s = time.monotonic() + EASING_S
+
     def eased(function: Mapping[str, Any]) -> Mapping[str, Any]:
+        if time.monotonic() > deadline_s:
+            raise InvalidGrammar(TOO_MUCH, param="tools")
         candidates = [function] if function.get("strict") else [function, *eased_schemas(function)]
         for candidate in candidates:
             try:

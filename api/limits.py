@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from typing import Any
 
 from redis.asyncio import Redis
 
@@ -17,6 +18,7 @@ from shared.settings import Settings
 log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
+LOOK_S = 0.9                                            # with WATCH_S less than READY_WITHIN_S (api/pod.py)
 SMOOTHING = 0.3                                         # weight of the newest second in the measured rate
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 PRESSED_FRACTION = 0.75                                 # of max_redis_fraction: from here finished logs go sooner
@@ -72,16 +74,25 @@ class Limits:
         """Measures until cancelled."""
         while True:
             try:
-                await self._watch()
-                self.answered_s = asyncio.get_running_loop().time()
+                await asyncio.gather(self._measure_memory(), self._measure_queues())
             except connection.TROUBLE as error:         # Redis is away: readiness says so
                 log.warning("Redis could not be measured: %s", type(error).__name__)
             await asyncio.sleep(WATCH_S)
 
-    async def _watch(self) -> None:
-        self.redis_fraction = max(memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
-                                  for memory in await connection.infos(self._redis, "memory"))
-        for queue, error in await connection.for_each(self._directory.queues(), self._measure, WATCH_S):
+    async def _measure_memory(self) -> None:
+        fractions = list[float]()
+
+        async def measure(primary: Any) -> None:
+            memory = await connection.info(self._redis, primary, "memory")
+            fractions.append(memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0)
+
+        for _, error in await connection.for_each(await connection.primaries(self._redis), measure, LOOK_S):
+            log.warning("Redis could not be measured: %s", type(error).__name__)
+        if fractions:
+            self.redis_fraction, self.answered_s = max(fractions), asyncio.get_running_loop().time()
+
+    async def _measure_queues(self) -> None:
+        for queue, error in await connection.for_each(self._directory.queues(), self._measure, LOOK_S):
             log.warning("%r could not be measured: %s", queue, type(error).__name__)
 
     async def _measure(self, queue: Queue) -> None:

@@ -109,7 +109,7 @@ def moved_inwards(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _next_double(value: float, *, is_low: bool, is_excluded: bool) -> int:
     sign = 1 if is_low else -1
-    number = float(value) if abs(value) < MOST else math.copysign(MOST, value)
+    number = float(value) if abs(value) < MOST else MOST if value > 0 else -MOST
     while sign * number < sign * value or (is_excluded and number == value):
         if sign * number >= MOST:
             raise InvalidGrammar(TOO_LARGE)

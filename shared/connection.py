@@ -223,6 +223,20 @@ async def end(tasks: Collection[asyncio.Task[None]]) -> None:
         raise cancelled
 
 
+async def primaries(redis: Redis) -> list[Any]:
+    """The nodes of a cluster that hold data; [None] for a single Redis."""
+    if not isinstance(redis, RedisCluster):
+        return [None]
+    await redis.initialize()
+    return list(redis.get_primaries())
+
+
+async def info(redis: Redis, primary: Any, section: str) -> dict[str, Any]:
+    """INFO of one of the `primaries`."""
+    found: dict[str, Any] = await redis.info(section, **({"target_nodes": primary} if primary else {}))
+    return found
+
+
 async def infos(redis: Redis, *sections: str) -> list[dict[str, Any]]:
     """INFO of every primary."""
     if isinstance(redis, RedisCluster):

@@ -19,7 +19,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from shared.errors import InvalidGrammar
-from shared.patterns import require_alike
+from shared.patterns import alike
 from shared.schemas import ESCAPES, enforceable
 
 MAX_GRAMMAR_CHARS = 256 << 10
@@ -81,7 +81,7 @@ def of_schema(schema: dict[str, Any] | str) -> str:
 def of_regex(regex: str) -> str:
     if (len(regex) - len(regex.rstrip("\\"))) % 2:
         raise InvalidGrammar("A regular expression ends behind what a backslash stands before.")
-    require_alike(regex)
+    regex = alike(regex)
     return _bounded(LLMatcher.grammar_from_regex(regex))
 
 

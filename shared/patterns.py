@@ -10,15 +10,19 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 from shared.errors import InvalidGrammar
+
+Place = Literal["", "class", "negation", "negated"]    # of a part: outside classes, in one, its ^, in a negated one
 
 # The parts of a pattern, in order: an escape, the flags of a group, or a character.
 PARTS = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x\{|u\{|U\{|(?s:.))|\(\?[a-zA-Z]+|(?s:.)")
 CODE = re.compile(r"\\[xuU]([0-9a-fA-F]+)")
-FOREIGN = ("\\p", "\\P", "\\z", "\\x{", "\\u{", "\\U{")
+FOREIGN = ("\\P", "\\z", "\\x{", "\\u{", "\\U{")
+NAMED = re.compile(r"\\p(?:[LMNPSZ]|\{[LMNPSZ][a-z]?\})")      # by a category of Unicode without control characters
 FLAGS = re.compile(r"\(\?[a-zA-Z]*[xUR]")
-OPERATIONS = ("&&", "--", "~~")
+OPERATIONS = ("&&", "--", "~~", "[:")
 TOLD = "\b\t\n\f\r"                                     # control characters with a short escape in JSON
 BELLS = {r"\a": "\a", r"\v": "\v"}                      # and those that only regular expressions have one for
 NOT_ALIKE = ("This cannot be enforced: a regular expression has what languages read in different ways (classes within "
@@ -26,45 +30,45 @@ NOT_ALIKE = ("This cannot be enforced: a regular expression has what languages r
 CONTROL = "This cannot be enforced: a pattern has a control character that JSON has no short escape for."
 
 
-def require_alike(regex: str) -> None:
-    """Raises InvalidGrammar where Python reads it differently."""
-    is_in_class, is_first = False, False
-    for part in PARTS.finditer(regex):
-        text = part[0]
-        if text in FOREIGN or (not is_in_class and FLAGS.match(text)) or (
-                is_in_class and (text == "[" or regex.startswith(OPERATIONS, part.start()))):
-            raise InvalidGrammar(NOT_ALIKE)
-        if is_in_class:
-            is_in_class = text != "]" or is_first
-            is_first = is_first and text == "^"
-        elif text == "[":
-            is_in_class, is_first = True, True
+def alike(regex: str) -> str:
+    """The regular expression, written so that Rust reads it as Python does. Raises InvalidGrammar where that fails."""
+    return "".join(part for part, _ in _parts(regex))
 
 
 def within_json(pattern: str) -> str:
-    """The same, of a string's text. NUL is taken out of every class that is told by what it excludes. Raises
-    InvalidGrammar."""
-    require_alike(pattern)
-    return "".join(_parts(pattern))
-
-
-def _parts(pattern: str) -> Iterator[str]:
-    is_in_class = is_negated = False
-    parts = [part[0] for part in PARTS.finditer(pattern)]
-    for number, part in enumerate(parts):
-        before = parts[number - 1] if number else ""
-        if is_in_class and part == "^" and before == "[":
-            is_negated = True
+    """The same for a pattern of JSON strings: NUL is excluded from every negated class. Raises InvalidGrammar."""
+    said = []
+    for part, place in _parts(pattern):
+        if place == "negation":
             part += r"\x00"
-        elif is_negated and before == "^" and parts[number - 2] == "[" and part in "]-":
-            part = "\\" + part                          # which are literal there
-        elif is_in_class and part == "]" and before != "[":
-            is_in_class = is_negated = False
-        elif not is_in_class and part == "[":
-            is_in_class = True
-        elif not is_negated and _is_untold(part):
+        elif place != "negated" and _is_untold(part):
             raise InvalidGrammar(CONTROL)
-        yield part
+        said.append(part)
+    return "".join(said)
+
+
+def _parts(regex: str) -> Iterator[tuple[str, Place]]:
+    """The parts of a regular expression, those of classes with their place in it. Raises InvalidGrammar."""
+    place: Place = ""
+    is_first = False                                    # of a class: what would end it, or a range, is itself there
+    for found in PARTS.finditer(regex):
+        part, begin = found[0], found.start()
+        if part in FOREIGN or (part == "\\p" and not NAMED.match(regex, begin)) or (
+                FLAGS.match(part) if not place else regex.startswith(OPERATIONS, begin)):
+            raise InvalidGrammar(NOT_ALIKE)
+        if not place:
+            place, is_first = ("class" if part == "[" else ""), True
+            yield part, ""
+        elif is_first and part == "^" and place == "class":
+            place = "negated"
+            yield part, "negation"
+        elif part == "]" and not is_first:
+            place = ""
+            yield part, ""
+        else:
+            is_literal = part == "[" or (is_first and part in "]-")
+            is_first = False
+            yield ("\\" + part if is_literal else part), place
 
 
 def _is_untold(part: str) -> bool:

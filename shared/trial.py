@@ -42,6 +42,7 @@ MAX_WAIT_S = 5.0            # for other trials to end
 MAX_KNOWN = 4096            # verdicts,
 MAX_KNOWN_CHARS = 16 << 20  # and characters of the grammars in them
 TOO_MUCH = "This cannot be enforced: it takes too much work or memory."
+NOT_UNDERSTOOD = "This cannot be enforced: it has a part that is not understood."
 MAX_ASKED_BYTES = 8 * MAX_GRAMMAR_CHARS
 BEGUN, FAILED = b"\1", b"\2"                            # sent before anything else; sent in place of a verdict
 
@@ -196,6 +197,8 @@ def _judge(grammars: Grammars, asked: bytes) -> Verdict:
         return Verdict("", TOO_MUCH) if _data_bytes() - before > KEPT_BYTES else Verdict(grammar, "")
     except InvalidGrammar as error:
         return Verdict("", str(error))
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError):       # it would be so every time
+        return Verdict("", NOT_UNDERSTOOD)
 
 
 def _limit(what: int, most: int) -> None:

@@ -108,10 +108,8 @@ class Worker:
             await self._rest()                          # then the next turn claims, which renews the lease
             return
         if self._compiling and not self.engine.has_work:
-            self._unwatch()
-            await asyncio.wait(self._compiling.values(), timeout=self.settings.lease_s / 8,
-                               return_when=asyncio.FIRST_COMPLETED)
-        for job_id in [job_id for job_id, request in self._compiling.items() if request.done()]:
+            await self._rest_while_compiling()
+        while job_id := next((job_id for job_id, request in self._compiling.items() if request.done()), None):
             await self._compute(self._answers[job_id], self._compiling.pop(job_id).result)
         outputs = self._step() if self.engine.has_work else []      # a claimed answer may lack only its terminal
         await self._settle()
@@ -138,13 +136,26 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, self._claim_at_s - time.monotonic()))
 
+    async def _rest_while_compiling(self) -> None:
+        """Until a grammar is compiled, or there is something to claim; the lease is renewed in between."""
+        self._unwatch()
+        wake = asyncio.create_task(self._wake.wait())
+        wanted: list[asyncio.Future[Any]] = [*self._compiling.values(), *([wake] if self._num_free > 0 else [])]
+        await asyncio.wait(wanted, timeout=self.settings.lease_s / 8, return_when=asyncio.FIRST_COMPLETED)
+        wake.cancel()
+
     # ── claim ──
+
+    @property
+    def _num_free(self) -> int:
+        """Choices that could be computed beside those whose grammars are compiled."""
+        return self.engine.num_free_seqs - sum(self._answers[job_id].job.n for job_id in self._compiling)
 
     async def _admit(self) -> None:
         """Claims jobs if there is room, and a job was announced or it is time to look."""
         if not self._wake.is_set() and time.monotonic() < self._claim_at_s:
             return
-        num_free = self.engine.num_free_seqs - sum(self._answers[job_id].job.n for job_id in self._compiling)
+        num_free = self._num_free
         if num_free <= 0 or self._alone in self._answers:
             return
         await self._settle()                            # handles refusals and restores before a newer claim
@@ -200,6 +211,7 @@ class Worker:
         except (ValueError, InvalidGrammar) as error:
             log.error("job %s is refused by the engine: %s", answer.job.id, error)
             self._drop(answer.job.id)
+            self._unwatch()                             # Redis may take its time
             with contextlib.suppress(*AWAY):            # the next claim hands it back
                 await self.queue.cancel(answer.job.id, "job_failed", worker=self.name)
 
@@ -262,17 +274,22 @@ class Worker:
 
     async def _publish(self, writes: list[Write]) -> None:
         """Publishes entries and renews the lease; repeats the call until Redis replies."""
-        now_s = time.monotonic()
+        now_s, has_lost = time.monotonic(), False
         while True:
             try:
+                if has_lost:
+                    await self._put_back()
+                has_lost = False
+                writes = [replace(write, epoch=self._answers[write.job_id].epoch)
+                          for write in writes if write.job_id in self._answers]
                 outcomes = await self.queue.publish(self.name, writes, self._publish_sequence)
                 self._publish_sequence += 1
-                gone = self._note(writes, outcomes)
-                if not gone:
+                writes = self._note(writes, outcomes)
+                if not writes:
                     break
-                writes = await self._put_back(gone)
+                has_lost = True
             except Behind:
-                writes = await self._put_back(writes)
+                has_lost = True
             except AWAY as error:
                 log.warning("publish: Redis is away (%s)", type(error).__name__)
                 if self._stopping.is_set():
@@ -297,8 +314,8 @@ class Worker:
                 del self._answers[write.job_id]
         return [write for write, outcome in zip(writes, outcomes, strict=True) if outcome == "gone"]
 
-    async def _put_back(self, writes: list[Write]) -> list[Write]:
-        """Restores what Redis has lost, and drops answers that are no longer ours. Returns the remaining writes."""
+    async def _put_back(self) -> None:
+        """Restores what Redis has lost, and drops answers that are no longer ours. May be repeated."""
         log.warning("Redis does not know what it has acknowledged: %d answers are put back", len(self._answers))
         # After a silence longer than ended logs are kept, we cannot distinguish lost from ended jobs.
         may_restore = time.monotonic() - self._renewed_s < self.settings.retain_s * MIN_RETAINED
@@ -311,8 +328,6 @@ class Worker:
             else:
                 self._drop(job_id)
         self._publish_sequence = 1
-        return [replace(write, epoch=self._answers[write.job_id].epoch)
-                for write in writes if write.job_id in self._answers]
 
     def _drop(self, job_id: str) -> None:
         log.info("job %s is not ours any more", job_id)

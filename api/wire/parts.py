@@ -89,9 +89,10 @@ class Parts:
     def is_call_whole(self) -> bool:
         """Whether the newest call is complete: a stop string may have cut it off."""
         try:
-            return self.num_calls > 0 and isinstance(json.loads("".join(self._arguments) or "{}"), dict)
+            json.loads("".join(self._arguments) or "{}", strict=False)      # models write line breaks as they are
         except (ValueError, RecursionError):
             return False
+        return self.num_calls > 0
 
     def reason(self, reason: FinishReason | None) -> FinishReason | None:
         """The finish reason: tool calls, unless tool_choice named the function, or the last call was cut off."""

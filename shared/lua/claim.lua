@@ -5,7 +5,8 @@
 -- The same sequence number returns the same jobs again: a claim whose reply was lost loses nothing. The jobs given are
 -- all that the worker knows it has; others that it holds, because Redis lost data or a reply was lost, go back to the
 -- queue ('*': unspecified).
-local SHARE_MS = 10  -- for others to take their share of the queue, and for jobs to get their first token
+local SHARE_MS = 10  -- for others to take their share of the queue
+local PROOF_MS = 50  -- for jobs to get their first token
 local MAX_PAGES = 16 -- of max_scan jobs each, searched for jobs that this worker can compute
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
 local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
@@ -22,6 +23,7 @@ local function describe(job, alone)
 end
 
 local before = redis.call('HMGET', self, 'claim', 'claimed')
+if tonumber(before[1] or 0) > tonumber(ARGV[3]) then return {-1} end       -- it arrives too late, and was repeated
 if before[1] == ARGV[3] then
   local reply = {SHARE_MS}
   for job, alone in string.gmatch(before[2], '(%S+):(%d)') do
@@ -103,12 +105,16 @@ local function candidates()
 end
 
 -- Whether every job of this worker has gained a token since it was claimed: then none of them kills a worker by itself.
+local proven
 local function is_proven()
+  if proven ~= nil then return proven end
+  proven = true
   for _, job in ipairs(redis.call('SMEMBERS', held)) do
     local position = select(2, last(job)) or 0
-    if position <= tonumber(redis.call('HGET', key('job:' .. job), 'claim_position') or 0) then return false end
+    proven = position > tonumber(redis.call('HGET', key('job:' .. job), 'claim_position') or 0)
+    if not proven then break end
   end
-  return true
+  return proven
 end
 
 -- A job that killed one worker starts only beside proven jobs, one that killed two only alone. When all workers are
@@ -127,7 +133,7 @@ local function suits(j)
   if is_unlike and has_started(j.job) and is_patient(waited_ms, patience_ms) then return 'skip' end
   if j.warmth == 'theirs' and not has_started(j.job) and is_patient(waited_ms, prefix_patience_ms) then return 'skip' end
   if j.attempts > 0 and not empty and not (j.attempts == 1 and is_proven()) then
-    if j.attempts == 1 then leave_for(SHARE_MS) end
+    if j.attempts == 1 then leave_for(PROOF_MS) end
     if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
     return 'skip'
   end
@@ -173,8 +179,9 @@ for _, j in ipairs(line) do
     table.insert(taken, row)
     table.insert(claimed, j.job .. ':' .. row[5])
     if row[5] == 1 then break end
-    empty = false
+    empty, proven = false, false
   end
 end
 redis.call('HSET', self, 'claim', ARGV[3], 'claimed', table.concat(claimed, ' '))
+flush_pushes()
 return {look_again_ms, unpack(taken)}

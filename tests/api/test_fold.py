@@ -236,7 +236,8 @@ def test_calls_are_told_from_text(reason: FinishReason, is_named: bool, expected
 
 
 def test_a_call_that_a_stop_string_cut_is_no_reason_to_end() -> None:
-    for text, expected in (('{"a": 1}}</tool_call>', "tool_calls"), ('{"a": 1}', "tool_calls"), ('{"a": "', "stop")):
+    for text, expected in (('{"a": 1}}</tool_call>', "tool_calls"), ('{"a": 1}', "tool_calls"), ('{"a": "', "stop"),
+                           ('{"a": "b\\nc"}}', "tool_calls"), ('{"a": "b\tc"}}', "tool_calls")):
         log = make_log([Delta(0, (1,), f'<tool_call>{{"name": "f", "arguments": {text}')], [Delta(0, (2,), "", "stop")])
         [choice] = collect(log, tool_dialect="hermes")["choices"]
         assert choice["finish_reason"] == expected and choice["message"]["tool_calls"]

@@ -645,3 +645,23 @@ async def test_a_malformed_job_is_named_not_raised(queue: Queue) -> None:
     claims = await queue.claim("w1", 1, 8, **LIKE)
     assert claims.jobs == ()
     assert claims.malformed == (job.id,)
+
+
+async def test_a_claim_that_arrives_too_late_undoes_nothing(queue: Queue) -> None:
+    jobs = [await submit(queue) for _ in range(2)]
+    first = (await queue.claim("w1", 1, 1, **LIKE, held=[])).jobs
+    await queue.claim("w1", 2, 1, **LIKE, held=[first[0].job.id])
+    assert (await queue.claim("w1", 1, 1, **LIKE, held=[])).jobs == ()
+    for job in jobs:
+        assert (await queue.describe(job.id))["worker"] == "w1"
+
+
+async def test_a_job_that_a_claim_gives_up_is_told_to_its_readers(each_redis: Redis, each_redis_url: str) -> None:
+    queue = make_queue(each_redis, max_claims=1)
+    job = await submit(queue)
+    await claim_one(queue)
+    async with listening(each_redis_url, "push:pod1") as heard:
+        await queue.claim("w1", 2, 8, **LIKE, held=[])
+        _, message = await anext(heard)
+    assert message
+    assert [(job_id, entry.finish.error) for job_id, entry in parse_push(message)] == [(job.id, "job_failed")]

@@ -271,6 +271,34 @@ async def test_what_redis_loses_its_worker_puts_back(worker: Worker, server: Red
     assert token_ids(await read_until(worker, after, ended)) == expected
 
 
+@pytest.mark.parametrize("loses", [flushes, drops_the_log])
+async def test_a_redis_that_flickers_while_it_is_put_back_costs_nothing(
+        worker: Worker, server: RedisServer, expected: list[int], loses: Callable[[RedisServer], None],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers the first of several answers, and is away for the second: no log has a hole, and the worker stays."""
+    jobs = [make_job(worker, sampling=SAMPLED, created_s=int(time.time())) for _ in range(3)]
+    for job in jobs:
+        await ask(worker, job)
+    for job in jobs:
+        await read_until(worker, job, partial(has_grown, 4))
+    restore, num_asked = worker.queue.restore, 0
+
+    async def flickers(*args: Any, **options: Any) -> int | None:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked in (2, 4):
+            raise connection.NotNow("LOADING")
+        return await restore(*args, **options)
+
+    monkeypatch.setattr(worker.queue, "restore", flickers)
+    await asyncio.to_thread(loses, server)
+    for job in jobs:
+        entries = await read_until(worker, job, ended)
+        assert token_ids(entries) == expected
+        assert [entry.position for entry in entries] == list(range(len(entries)))
+    assert num_asked > 4
+
+
 async def test_what_it_puts_down_is_claimed_again(worker: Worker, expected: list[int]) -> None:
     """Silent for too long to put anything back, it drops its jobs, but still renews the lease that holds them."""
     worker.settings = worker.settings.model_copy(update={"retain_s": 0.0})
