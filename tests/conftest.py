@@ -39,8 +39,9 @@ def report() -> list[str]:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Processes that share the tests of `make test`. With a given Redis one, since its key names are shared."""
-    return 0 if os.environ.get("REDIS_URL") else min(num_cores(), MAX_PROCESSES)
+    """Processes that share the tests of `make test`: one more than cores, since many tests wait for time to pass. With
+    a given Redis one, since its key names are shared."""
+    return 0 if os.environ.get("REDIS_URL") else min(num_cores() + 1, MAX_PROCESSES)
 
 
 class Lanes(LoadFileScheduling):  # type: ignore[misc]
