@@ -1,4 +1,4 @@
-"""A request that kills every worker that begins it: three die, no other job fails; from the second on it is alone."""
+"""A request that kills every worker that begins it: three die, the third with this job alone; no other job fails."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_poison_request_fails_alone(system: System) -> None:
     supervisor.cancel()
     assert '"code":"job_failed"' in poisoned.failure
     assert [poisoned.id in held for held in deaths] == [True] * 3
-    assert deaths[1:] == [{poisoned.id}] * 2
+    assert deaths[2] == {poisoned.id}                   # the second may have had jobs beside it that had begun
     (letter,) = system.redis.xrange(system.shard.key("dead"))
     assert (letter[1][b"job"].decode(), letter[1][b"attempts"]) == (poisoned.id, b"3")
     others = [transcript for transcript in clients.transcripts if transcript is not poisoned]
