@@ -178,6 +178,11 @@ class Grammars:
             raise InvalidGrammar(_reason(trial.get_error()))
         return matcher
 
+    def __contains__(self, grammar: str) -> bool:
+        """Whether it is compiled, so that a matcher takes some microseconds."""
+        with self._lock:
+            return grammar in self._compiled
+
     def matcher(self, grammar: str) -> LLMatcher:
         """A matcher at the start of an answer. Raises InvalidGrammar."""
         with self._lock:

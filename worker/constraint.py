@@ -96,7 +96,7 @@ class GrammarConstraint:
         self._last: list[int] = []                      # the last token accepted
         self._after = after                             # the token that must come before the grammar begins
         self._is_lost = False                           # the grammar was given up, or refuses a token drawn elsewhere
-        self._late_s = 0.0
+        self._late_s, self._clock = 0.0, time.perf_counter
         self._trust = Trust()
         self._bits: npt.NDArray[np.int32] | None = None         # of the allowed tokens, once `_future` is done
         self._future: Future[None] | None = None
@@ -157,11 +157,11 @@ class GrammarConstraint:
                 return False
         elif self._is_lost or not self._is_named(token_id):
             return False
-        began_s = time.thread_time()                    # CPU time: other threads' time does not count
+        began_s = self._clock()
         if has_taken := self._goes_on(token_id):
             self._look_ahead()
             self._trust.gain()
-        self._note(time.thread_time() - began_s)
+        self._note(self._clock() - began_s)
         return has_taken
 
     def _is_named(self, token_id: int) -> bool:
@@ -189,9 +189,14 @@ class GrammarConstraint:
         return has_taken
 
     def _note(self, took_s: float) -> None:
-        """Gives up a grammar that is slow at every token: the rest of the batch would wait for it."""
-        self._late_s = max(0.0, self._late_s + took_s - MAY_TAKE_S)
-        self._is_lost |= self._late_s > MAX_LATE_S
+        """Gives up a grammar that is slow at every token: the rest of the batch would wait for it. What counts is CPU
+        time, without other processes' time; its clock takes longer than most tokens, so it is read from the first
+        slow token on."""
+        if self._clock is time.thread_time:
+            self._late_s = max(0.0, self._late_s + took_s - MAY_TAKE_S)
+            self._is_lost |= self._late_s > MAX_LATE_S
+        elif took_s > MAY_TAKE_S:
+            self._clock = time.thread_time
 
     def _look_ahead(self) -> None:
         """Finds the forced tokens, as the tokenizer would split the text, none if special tokens would be needed; and

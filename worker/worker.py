@@ -198,11 +198,14 @@ class Worker:
         self._answers[claimed.job.id] = answer
         if claimed.position:
             log.info("continues %r", answer)
-        if answer.job.sampling.grammar and not answer.ended:
+        grammar, request = answer.job.sampling.grammar, partial(answer.request, self._grammars)
+        if answer.ended:
+            return
+        if grammar and (claimed.position or grammar not in self._grammars):
             self._compiling[claimed.job.id] = asyncio.get_running_loop().run_in_executor(
-                self._compiler, answer.request, self._grammars)     # other answers are computed meanwhile
-        elif not answer.ended:
-            await self._compute(answer, partial(answer.request, self._grammars))
+                self._compiler, request)                # other answers are computed meanwhile
+        else:
+            await self._compute(answer, request)
 
     async def _compute(self, answer: Answer, request: Callable[[], Request]) -> None:
         """Hands a request to the engine, or ends a job that it refuses."""

@@ -7,6 +7,7 @@ import contextlib
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from deploy.redis import RedisServer
 from shared import connection
 from shared.card import Announcement, Card
 from shared.errors import StreamLost
-from shared.grammar import of_schema
+from shared.grammar import of_regex, of_schema
 from shared.job import Delta, Entry, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import DIRECTORY, new_completion_id
 from shared.queue import Claims, Write
@@ -323,6 +324,18 @@ async def test_who_compiles_a_form_holds_nobody_up(worker: Worker) -> None:
     await read_until(worker, quick, ended)
     assert slow.id in worker._compiling
     assert (await read_until(worker, slow, ended))[-1].epoch == 1
+
+
+async def test_a_form_that_is_compiled_waits_for_no_other(worker: Worker) -> None:
+    form, is_free = Sampling(max_tokens=4, grammar=of_regex("[ab]{9}")), threading.Event()
+    try:
+        for _ in range(2):
+            job = make_job(worker, sampling=form)
+            await ask(worker, job)
+            assert len(token_ids(await read_until(worker, job, ended))) == 4
+            worker._compiler.submit(is_free.wait)
+    finally:
+        is_free.set()
 
 
 @contextlib.contextmanager
