@@ -211,17 +211,22 @@ def resolve_sampling(request: Sampled, card: Card, num_prompt_tokens: int) -> Sa
     biases = {int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()}
     _refuse_unknown_ids(biases, card, "logit_bias")
     _refuse_unknown_ids(request.stop_token_ids or (), card, "stop_token_ids")
-    defaults = replace(Sampling(max_tokens=max_tokens), **card.sampling_defaults)  # type: ignore[arg-type]
+    ours = Sampling(max_tokens=max_tokens)
+
+    def wished(value: float | None, name: str) -> float:
+        """As asked, else as the model's folder says, else ours."""
+        return float(card.sampling_defaults.get(name, getattr(ours, name)) if value is None else value)
+
     return Sampling(
         max_tokens=max_tokens,
         seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
-        temperature=_given(request.temperature, defaults.temperature),
-        top_p=_given(request.top_p, defaults.top_p),
-        top_k=min(max(int(_given(request.top_k, defaults.top_k)), 0), card.vocab_size),
-        min_p=_given(request.min_p, defaults.min_p),
+        temperature=wished(request.temperature, "temperature"),
+        top_p=wished(request.top_p, "top_p"),
+        top_k=min(max(int(wished(request.top_k, "top_k")), 0), card.vocab_size),
+        min_p=wished(request.min_p, "min_p"),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+        repetition_penalty=wished(request.repetition_penalty, "repetition_penalty"),
         logit_bias=tuple(biases.items()),
         num_logprobs=request.num_logprobs,
         min_tokens=request.min_tokens or 0,
@@ -229,10 +234,6 @@ def resolve_sampling(request: Sampled, card: Card, num_prompt_tokens: int) -> Sa
         speculative=request.speculative is not False,
         stop=tuple(request.stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()))
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
 
 
 def _refuse_unknown_ids(token_ids: Any, card: Card, param: str) -> None:

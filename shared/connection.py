@@ -231,24 +231,16 @@ async def primaries(redis: Redis) -> list[Any]:
     return list(redis.get_primaries())
 
 
-async def info(redis: Redis, primary: Any, section: str) -> dict[str, Any]:
+async def info(redis: Redis, primary: Any, *sections: str) -> dict[str, Any]:
     """INFO of one of the `primaries`."""
-    found: dict[str, Any] = await redis.info(section, **({"target_nodes": primary} if primary else {}))
+    found: dict[str, Any] = await redis.info(*sections, **({"target_nodes": primary} if primary else {}))
     return found
-
-
-async def infos(redis: Redis, *sections: str) -> list[dict[str, Any]]:
-    """INFO of every primary."""
-    if isinstance(redis, RedisCluster):
-        found: dict[str, dict[str, Any]] = await redis.info(*sections, target_nodes=RedisCluster.PRIMARIES)
-        return list(found.values())
-    return [await redis.info(*sections)]
 
 
 async def check(redis: Redis, *, allow_no_aof: bool) -> None:
     """Checks at start what the protocol relies on. Raises BrokenEnvironment, which says what to change."""
     try:
-        found = await infos(redis)
+        found = [await info(redis, primary) for primary in await primaries(redis)]
     except (*UNREACHABLE, OSError) as error:
         # redis-py wraps a refused handshake in a plain ConnectionError.
         if isinstance(error, AuthenticationError) or isinstance(error.__context__, AuthenticationError):
@@ -256,8 +248,8 @@ async def check(redis: Redis, *, allow_no_aof: bool) -> None:
         raise BrokenEnvironment("no Redis answers at BATON_REDIS_URL (--redis-url): start one, or correct it") from None
     except RedisError as error:
         raise BrokenEnvironment(f"Redis does not let us look at it ({type(error).__name__}): allow INFO") from None
-    for info in found:
-        for problem in problems(info, is_cluster=isinstance(redis, RedisCluster), allow_no_aof=allow_no_aof):
+    for facts in found:
+        for problem in problems(facts, is_cluster=isinstance(redis, RedisCluster), allow_no_aof=allow_no_aof):
             raise BrokenEnvironment(problem)
 
 
