@@ -11,6 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from redis.asyncio import Redis
@@ -48,7 +49,8 @@ class Batches:
         """Raises TooManyBatches."""
         now_ms = round(time.time() * 1000)
         batch = Batch(f"batch_{secrets.token_hex(16)}", tenant, asked.endpoint, asked.input_file_id, now_ms,
-                      now_ms // 1000 + round(self._settings.batch_s), asked.metadata)
+                      now_ms // 1000 + round(self._settings.batch_s), asked.metadata,
+                      asked.output_expires_after.seconds if asked.output_expires_after else 0)
         # Its input file must outlive the batch.
         await self._files.publish(tenant, input_file, self._settings.batch_s + LATE_S)
         # Into the index first: a batch that no pod can find would stay `validating` for ever.
@@ -141,21 +143,23 @@ class Batches:
     async def record(self, batch: Batch, number: int, result: Result) -> bool:
         """Stores the result of a line; False when it has one already."""
         allotted, output, errors = _result_keys(batch)
-        this, other, name = (errors, output, "error") if result.is_error else (output, errors, "output")
+        this, other, name, counter = ((errors, output, "error", "num_failed") if result.is_error else
+                                      (output, errors, "output", "num_completed"))
+        counts = {counter: 1, f"{name}_bytes": len(result.text)} | asdict(result.usage)
+        flat = [part for pair in counts.items() for part in pair]
         return bool(await self._run("record", [_key(batch.tenant, batch.id), allotted, this, other], number,
-                                    result.text, "num_failed" if result.is_error else "num_completed",
-                                    f"{name}_bytes", self._lifetime_ms))
+                                    result.text, self._lifetime_ms, *flat))
 
     async def publish(self, batch: Batch) -> None:
         """Makes files of the lines' results."""
-        now_ms = round(time.time() * 1000)
+        now_ms, lifetime_s = round(time.time() * 1000), batch.output_s or self._settings.file_s
         for file_id, name, num_results, num_bytes in (
                 (batch.output_file_id, "output", batch.num_completed, batch.output_bytes),
                 (batch.error_file_id, "error", batch.num_failed, batch.error_bytes)):
             if num_results:
                 file = File(file_id, f"{batch.id}_{name}.jsonl", "batch_output", now_ms, batch.num_lines + 1,
                             num_bytes=num_bytes)
-                await self._files.publish(batch.tenant, file, self._settings.file_s)
+                await self._files.publish(batch.tenant, file, lifetime_s)
 
     async def fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         await self.advance(batch, "failed", errors=json.dumps(errors))

@@ -23,7 +23,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
     @routes.post(ADDRESS, openapi_extra=docs.says(takes="BatchRequest", gives="BatchObject"))
     async def create_batch(request: Request, tenant: str = Depends(door)) -> dict[str, Any]:
         """Begins a batch; its lines are checked first."""
-        asked = parse_batch(await read_body(pod, request))
+        asked = parse_batch(await read_body(pod, request), pod.settings.file_s)
         if pod.draining:
             raise Draining(retry_after_s=0.1)
         pod.limits.check_memory()

@@ -9,22 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pydantic import Field
 
-from api.wire.body import Fields, read_object, validate
+from api.wire.body import Fields, names_of, read_object, validate
 from api.wire.lines import ENDPOINTS
 from api.wire.metadata import Metadata
+from api.wire.uploads import require_lifetime
 from shared.errors import InvalidValue
+from shared.job import Usage
 
 Status = Literal["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
 Step = Literal["validate", "run", "finalize", "complete", "expire", "cancel"]
 
 OVER: frozenset[Status] = frozenset({"completed", "failed", "expired", "cancelled"})
 TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
-COUNTS = ("num_lines", "num_requests", "num_completed", "num_failed", "output_bytes", "error_bytes")
+USED = tuple(field.name for field in fields(Usage))
+COUNTS = ("num_lines", "num_requests", "num_completed", "num_failed", "output_bytes", "error_bytes", "output_s")
+NOTHING_USED = Usage(0, 0)
+
+
+class FileExpiry(Fields):
+    anchor: Literal["created_at"] = Field(description="of the file")
+    seconds: int = Field(description="how long it is kept")
 
 
 class BatchRequest(Fields):
@@ -34,13 +43,16 @@ class BatchRequest(Fields):
     endpoint: str = Field(description="what every line asks: " + " or ".join(ENDPOINTS))
     completion_window: Literal["24h"] = Field(description="as long as it may take: `batch_s`")
     metadata: Metadata | None = Field(None, description="kept beside it")
+    output_expires_after: FileExpiry | None = Field(None, description="of its output files; else `file_s`")
 
 
-def parse_batch(body: bytes) -> BatchRequest:
-    """Raises BadRequest."""
-    asked = validate(BatchRequest, read_object(body), BatchRequest.model_fields)
+def parse_batch(body: bytes, max_file_s: float) -> BatchRequest:
+    """`max_file_s` is how long a file is kept at most. Raises BadRequest."""
+    asked = validate(BatchRequest, read_object(body), names_of(BatchRequest, FileExpiry))
     if asked.endpoint not in ENDPOINTS:
         raise InvalidValue(f"endpoint is one of {', '.join(ENDPOINTS)}.", param="endpoint")
+    if asked.output_expires_after:
+        require_lifetime(asked.output_expires_after.seconds, max_file_s, "output_expires_after")
     return asked
 
 
@@ -55,6 +67,7 @@ class Batch:
     created_ms: int
     expires_s: int
     metadata: dict[str, str] | None = None
+    output_s: int = 0                                   # how long its output files are kept; 0: as all files
     status: Status = "validating"
     num_lines: int = 0                                  # of the input file, blank ones included
     num_requests: int = 0                               # in them
@@ -62,6 +75,7 @@ class Batch:
     num_failed: int = 0                                 # have a line in the error file
     output_bytes: int = 0
     error_bytes: int = 0
+    usage: Usage = NOTHING_USED                         # of all lines that were answered
     models: tuple[str, ...] = ()                        # of its lines, as far as served when it began
     errors: tuple[dict[str, Any], ...] = ()             # why it failed
     at: dict[str, int] = field(default_factory=dict)    # status → the second at which it was reached
@@ -94,13 +108,14 @@ class Batch:
         """As a Redis hash; missing counts are 0."""
         what = {"id": self.id, "tenant": self.tenant, "endpoint": self.endpoint, "input_file_id": self.input_file_id,
                 "created_ms": self.created_ms, "expires_s": self.expires_s, "metadata": self.metadata}
-        return {"what": json.dumps(what), "status": self.status}
+        return {"what": json.dumps(what), "status": self.status, "output_s": str(self.output_s)}
 
     @classmethod
     def decode(cls, fields: Mapping[bytes, bytes]) -> Batch:
         text = {name.decode(): value.decode() for name, value in fields.items()}
         known: dict[str, Any] = {name: int(text.get(name, 0)) for name in COUNTS} | {"status": text["status"]}
-        return cls(**json.loads(text["what"]), **known, models=tuple(json.loads(text.get("models", "[]"))),
+        usage = Usage(**{name: int(text.get(name, 0)) for name in USED})
+        return cls(**json.loads(text["what"]), **known, usage=usage, models=tuple(json.loads(text.get("models", "[]"))),
                    errors=tuple(json.loads(text.get("errors", "[]"))),
                    at={name: int(text[f"{name}_at"]) for name in TIMES if f"{name}_at" in text})
 
@@ -116,6 +131,11 @@ class Batch:
                 **{f"{name}_at": self.at.get(name) for name in TIMES},
                 "request_counts": {"total": self.num_requests, "completed": self.num_completed,
                                    "failed": self.num_failed},
+                "usage": {"input_tokens": self.usage.num_prompt_tokens,
+                          "input_tokens_details": {"cached_tokens": self.usage.num_cached_tokens},
+                          "output_tokens": self.usage.num_completion_tokens,
+                          "output_tokens_details": {"reasoning_tokens": self.usage.num_reasoning_tokens},
+                          "total_tokens": self.usage.num_prompt_tokens + self.usage.num_completion_tokens},
                 "metadata": self.metadata}
 
 

@@ -5,6 +5,7 @@ Pure; it sees one piece of a file at a time, of any length, never the whole.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -29,7 +30,7 @@ from shared.errors import (
     TooManyLines,
     UnsupportedParameter,
 )
-from shared.job import Language
+from shared.job import Language, Usage
 
 MAX_LINES = 50_000
 MAX_LINE_BYTES = 1 << 20
@@ -224,11 +225,12 @@ class Result(NamedTuple):
 
     text: bytes
     is_error: bool
+    usage: Usage = Usage(0, 0)                          # of an answer
 
 
 def answered(line: Line, digits: str, body: bytes) -> Result:
     """`digits` are those of the line's job; they name its result too."""
-    return Result(_result(line, digits, _http(digits, 200, body), b"null"), is_error=False)
+    return Result(_result(line, digits, _http(digits, 200, body), b"null"), is_error=False, usage=_usage(body))
 
 
 def refused(line: Line, digits: str, error: APIError) -> Result:
@@ -239,6 +241,14 @@ def refused(line: Line, digits: str, error: APIError) -> Result:
 def given_up(line: Line, digits: str, code: GivenUp) -> Result:
     """No answer: the batch expired or was cancelled first."""
     return Result(_result(line, digits, b"null", dump({"code": code, "message": GIVEN_UP[code]})), is_error=True)
+
+
+def _usage(body: bytes) -> Usage:
+    """What an answer says of its tokens; responses name them otherwise."""
+    said = json.loads(body)["usage"]
+    prompt, answer = ("input", "output") if "input_tokens" in said else ("prompt", "completion")
+    return Usage(said[f"{prompt}_tokens"], said[f"{answer}_tokens"], said[f"{prompt}_tokens_details"]["cached_tokens"],
+                 said[f"{answer}_tokens_details"]["reasoning_tokens"])
 
 
 def _http(digits: str, status: int, body: bytes) -> bytes:

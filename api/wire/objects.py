@@ -156,6 +156,14 @@ class RequestCounts(TypedDict):
     failed: Annotated[int, Field(description="have a line in the error file")]
 
 
+class BatchUsage(TypedDict):
+    input_tokens: Annotated[int, Field(description="of all prompts")]
+    input_tokens_details: Annotated[PromptTokensDetails, Field(description="some of input_tokens")]
+    output_tokens: Annotated[int, Field(description="of all answers")]
+    output_tokens_details: Annotated[CompletionTokensDetails, Field(description="some of output_tokens")]
+    total_tokens: Annotated[int, Field(description="the sum of both")]
+
+
 class BatchObject(TypedDict):
     id: ID
     object: Annotated[Literal["batch"], KIND]
@@ -176,6 +184,7 @@ class BatchObject(TypedDict):
     cancelling_at: ReachedAt
     cancelled_at: ReachedAt
     request_counts: Annotated[RequestCounts, Field(description="of its lines")]
+    usage: Annotated[BatchUsage, Field(description="of all lines that were answered so far")]
     metadata: Annotated[dict[str, str] | None, Field(description="kept beside it")]
 
 

@@ -17,6 +17,12 @@ MIN_EXPIRES_S = 3600
 PURPOSES = ("batch", "user_data")
 
 
+def require_lifetime(seconds: int, max_s: float, param: str) -> None:
+    """Raises InvalidValue."""
+    if not MIN_EXPIRES_S <= seconds <= max_s:
+        raise InvalidValue(f"A file expires after {MIN_EXPIRES_S} to {max_s:.0f} seconds.", param=param)
+
+
 class Upload:
     """Fed with a body, piece by piece."""
 
@@ -69,9 +75,8 @@ class Upload:
         if anchor != "created_at":
             raise InvalidValue("The anchor of expires_after is created_at.", param="expires_after")
         is_number = seconds is not None and seconds.isascii() and seconds.isdigit() and len(seconds) < 12
-        if seconds is None or not is_number or not MIN_EXPIRES_S <= int(seconds) <= max_s:
-            raise InvalidValue(f"A file expires after {MIN_EXPIRES_S} to {max_s:.0f} seconds.", param="expires_after")
-        return int(seconds)
+        require_lifetime(int(seconds) if seconds and is_number else 0, max_s, "expires_after")
+        return int(seconds or 0)
 
     # ── what the parser finds ──
 

@@ -22,6 +22,7 @@ from api.wire.lines import Raw, Result
 from deploy.redis import RedisServer
 from shared import connection
 from shared.errors import TooManyBatches
+from shared.job import Usage
 from shared.keys import BATCHES
 from shared.settings import Settings
 from tests.api.conftest import KEYS, client
@@ -160,6 +161,18 @@ async def test_every_line_is_answered_once(pods: list[httpx.AsyncClient], worker
     assert response["body"]["choices"][0]["message"]["content"] == "Yes"
     assert response["body"]["object"] == "chat.completion"
     assert len(ids) == len(set(ids)) == await num_submitted(worker) == NUM_LINES
+    used = [each["response"]["body"]["usage"] for each in found.values()]
+    sums = [sum(each[f"{name}_tokens"] for each in used) for name in ("prompt", "completion", "total")]
+    assert [batch["usage"][f"{name}_tokens"] for name in ("input", "output", "total")] == sums and all(sums)
+
+
+async def test_its_output_expires_when_it_is_told_to(pods: list[httpx.AsyncClient], worker: ScriptedWorker) -> None:
+    async with answering(worker):
+        begun = await create(pods[0], lines_of(worker)[:1],
+                             output_expires_after={"anchor": "created_at", "seconds": 4000})
+        batch = await until(pods[1], begun, "completed")
+    file = (await pods[0].get(f"/v1/files/{batch['output_file_id']}")).json()
+    assert abs(file["expires_at"] - file["created_at"] - 4000) <= 1
 
 
 async def test_responses_are_asked_in_lines_too(pods: list[httpx.AsyncClient], worker: ScriptedWorker) -> None:
@@ -174,6 +187,8 @@ async def test_responses_are_asked_in_lines_too(pods: list[httpx.AsyncClient], w
     body = (await results(pods[0], batch["output_file_id"]))["right"]["response"]["body"]
     assert (body["status"], body["output"][0]["content"][0]["text"]) == ("completed", "Yes")
     assert (body["instructions"], body["store"]) == ("Be short.", False)
+    del body["usage"]["input_tokens_details"]["cache_write_tokens"]
+    assert batch["usage"] == body["usage"]
     errors = await results(pods[0], batch["error_file_id"])
     assert {name: each["response"]["body"]["error"]["param"] for name, each in errors.items()} == {
         "later": "background", "behind": "previous_response_id"}
@@ -491,8 +506,9 @@ async def test_a_line_has_one_result_and_one_job(batches: Batches) -> None:
     assert await batches.allot(batch, 1, "chatcmpl-a-0-1") == "chatcmpl-a-0-1"
     assert await batches.allot(batch, 1, "chatcmpl-b-1-1") == "chatcmpl-a-0-1"
     assert await batches.allotted(batch) == {1: "chatcmpl-a-0-1"}
-    assert await batches.record(batch, 1, Result(b"right\n", is_error=False))
-    assert not await batches.record(batch, 1, Result(b"again\n", is_error=False))
+    usage = Usage(4, 3, 2, 1)
+    assert await batches.record(batch, 1, Result(b"right\n", is_error=False, usage=usage))
+    assert not await batches.record(batch, 1, Result(b"again\n", is_error=False, usage=usage))
     assert not await batches.record(batch, 1, Result(b"wrong\n", is_error=True))
     assert await batches.record(batch, 3, Result(b"failed\n", is_error=True))
     assert await batches.allot(batch, 1, "chatcmpl-b-1-1") is None
@@ -500,6 +516,7 @@ async def test_a_line_has_one_result_and_one_job(batches: Batches) -> None:
     assert [raw.number for raw in await batches.unfinished(batch, [Raw(n, b"") for n in (1, 2, 3)])] == [2]
     batch = await batches.get("t", batch.id)
     assert (batch.num_completed, batch.num_failed, batch.output_bytes, batch.error_bytes) == (1, 1, 6, 7)
+    assert batch.usage == usage
     await batches.publish(batch)
     files = {file.id: file for file in await batches._files.list("t")}
     for file_id, content in ((batch.output_file_id, b"right\n"), (batch.error_file_id, b"failed\n")):

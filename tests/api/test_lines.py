@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from api.wire.batches import OVER, TIMES, Batch, Status, Step, can_be_cancelled, digits_of, next_step, parse_batch
+from api.wire.fold import dump, usage_body
 from api.wire.lines import (
     MAX_CUSTOM_ID_CHARS,
     MAX_ERRORS,
@@ -24,6 +25,7 @@ from api.wire.lines import (
     refused,
 )
 from shared.errors import BadRequest, LineTooLong, ModelNotFound
+from shared.job import Usage
 
 CHAT = "/v1/chat/completions"
 NOW_S = 1000.0
@@ -101,11 +103,13 @@ def test_a_file_is_looked_at_as_far_as_it_makes_sense() -> None:
 
 def test_a_result_is_a_line_of_json() -> None:
     asked, digits = Line(3, 'a"\n', {}), digits_of("batch_1", 3)
-    result = answered(asked, digits, b'{"id":"chatcmpl-1"}')
+    usage = usage_body(Usage(9, 5, 4, 3))
+    result = answered(asked, digits, dump({"id": "chatcmpl-1", "usage": usage}))
+    assert result.usage == Usage(9, 5, 4, 3)
     assert result.text.endswith(b"}\n") and result.text.count(b"\n") == 1 and not result.is_error
     said = json.loads(result.text)
     assert said == {"id": f"batch_req_{digits}", "custom_id": 'a"\n', "error": None, "response": {
-        "status_code": 200, "request_id": f"req_{digits[:24]}", "body": {"id": "chatcmpl-1"}}}
+        "status_code": 200, "request_id": f"req_{digits[:24]}", "body": {"id": "chatcmpl-1", "usage": usage}}}
     failed = json.loads(refused(asked, digits, ModelNotFound(param="model")).text)
     assert failed["response"]["status_code"] == 404
     assert failed["response"]["body"]["error"]["code"] == "model_not_found"
@@ -159,10 +163,13 @@ def test_files_are_shown_once_nothing_is_added_to_them() -> None:
 
 @pytest.mark.parametrize(("wrong", "param"), [
     ({"endpoint": "/v1/embeddings"}, "endpoint"), ({"completion_window": "1h"}, "completion_window"),
-    ({"input_file_id": None}, "input_file_id"), ({"metadata": {"a": 1}}, "metadata")])
+    ({"input_file_id": None}, "input_file_id"), ({"metadata": {"a": 1}}, "metadata"),
+    ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, "output_expires_after.anchor"),
+    ({"output_expires_after": {"anchor": "created_at", "seconds": 3599}}, "output_expires_after"),
+    ({"output_expires_after": {"anchor": "created_at", "seconds": 7201}}, "output_expires_after")])
 def test_a_request_for_a_batch_is_checked(wrong: dict[str, Any], param: str) -> None:
     body = {"input_file_id": "file-1", "endpoint": CHAT, "completion_window": "24h"}
-    assert parse_batch(json.dumps(body).encode()).metadata is None
+    assert parse_batch(json.dumps(body).encode(), 7200).metadata is None
     with pytest.raises(BadRequest) as refusal:
-        parse_batch(json.dumps(body | wrong).encode())
+        parse_batch(json.dumps(body | wrong).encode(), 7200)
     assert refusal.value.param == param
