@@ -23,7 +23,7 @@ from shared.settings import Settings
 PIECE_BYTES = (256 << 10) - 1024                        # with its header one allocation of 256 KiB, not of 320
 MAX_READ_PIECES = 256                                   # per round trip, of small ones
 MAX_FILES = 1000                                        # per tenant: each write scans all of them
-UPLOAD_TTL_S = 300.0                                    # of an incomplete file, since its last piece
+UPLOAD_TTL_S = 3600.0                                   # of an incomplete file, since its last piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ MAX_LISTED = 10_000
 FileLimit = Annotated[str | None, Query(description=f"1 to {MAX_LISTED}; else {MAX_LISTED}")]
 DRAINED_BYTES = 1 << 20                                 # of a body that is too large, and of a form beside its file
 SILENCE_S = 60.0                                        # within an upload
-UPLOAD_TIMEOUT_S = 3600.0
+UPLOAD_TIMEOUT_S = 3600.0                               # not above UPLOAD_TTL_S: a piece may come as late as that
 
 
 def router(pod: Pod, door: Door) -> APIRouter:

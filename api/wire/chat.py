@@ -69,7 +69,9 @@ class ChunkFold(EventFold):
     def _bodies(self, parts: Parts, delta: Delta) -> Iterator[bytes]:
         """The `delta` objects of its events."""
         for piece in parts.read(delta):
-            if piece.kind == "text":
+            if parts.num_calls > 1 and self.header.has_functions and piece.kind in ("call", "arguments"):
+                yield b"{}"                             # only tool_calls have room for a second call
+            elif piece.kind == "text":
                 yield _content(piece.value)
             elif piece.kind == "reasoning":
                 yield b'{"reasoning_content":%b,"reasoning":%b}' % ((quote(piece.value).encode(),) * 2)

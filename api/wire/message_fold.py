@@ -6,16 +6,16 @@ choice, as Anthropic's API has no more, and nothing of requests.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
+from api.wire.body import read_object
 from api.wire.dialects import Piece
 from api.wire.fold import EventFold, WholeFold, dump
 from api.wire.parts import Parts, with_reasoning
-from shared.errors import APIError, job_error
+from shared.errors import APIError, BadRequest, job_error
 from shared.job import Delta, Entry, Finish, Header, Usage
 
 SIGNATURE = "unsigned"                                  # of reasoning: clients require one, but do not check it
@@ -149,7 +149,8 @@ class BlockReader:
         if delta.finish_reason:
             self.stop_sequence = delta.stop or None
             self.stop_reason = ("max_tokens" if delta.finish_reason == "length" else
-                                "stop_sequence" if delta.stop else "tool_use" if self._parts.num_calls else "end_turn")
+                                "stop_sequence" if delta.stop else
+                                "tool_use" if self._parts.is_call_whole else "end_turn")
 
     def opens(self, piece: Piece) -> bool:
         """Whether it begins a new block."""
@@ -178,11 +179,6 @@ class BlockReader:
 def _object(text: str) -> dict[str, Any]:
     """A tool's input; empty when the call was cut off or is not an object."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        return read_object(text.encode(errors="surrogatepass"))  # finite numbers only
+    except BadRequest:
         return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)                              # NaN and Infinity are not JSON

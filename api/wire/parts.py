@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from api.wire.dialects import DIALECTS, Dialect, Piece
+from api.wire.dialects.json_value import Strings
 from api.wire.reasoning import Mode, ThoughtReader
 from shared.job import Delta, FinishReason, Header, Usage
 
@@ -36,7 +37,8 @@ class Parts:
     def __init__(self, completion_id: str, header: Header, index: int) -> None:
         self.num_reasoning_tokens = 0
         self.num_calls = 0
-        self._arguments: list[str] = []                 # of the newest call, so far
+        self._arguments: list[str] = []                 # of the newest call, so far,
+        self._strings = Strings()                       # and the strings in them
         self._name = f"{completion_id}/{index}"
         self._is_named = header.has_named_tool
         self._end_id = header.think_end_id
@@ -48,8 +50,9 @@ class Parts:
         for piece in self._pieces(delta):
             if piece.kind == "call":
                 self.num_calls += 1
-                self._arguments = []
+                self._arguments, self._strings = [], Strings()
             elif piece.kind == "arguments":
+                piece = piece._replace(value=self._strings.escaped(piece.value))
                 self._arguments.append(piece.value)
             yield piece
 
@@ -89,7 +92,7 @@ class Parts:
     def is_call_whole(self) -> bool:
         """Whether the newest call is complete: a stop string may have cut it off."""
         try:
-            json.loads("".join(self._arguments) or "{}", strict=False)      # models write line breaks as they are
+            json.loads("".join(self._arguments) or "{}")
         except (ValueError, RecursionError):
             return False
         return self.num_calls > 0

@@ -84,8 +84,8 @@ class Message(Fields):
     def _must_say_something(self) -> Message:
         if self.function_call and not self.tool_calls:
             self.tool_calls = [ToolCall(function=self.function_call)]
-        if self.content is None and self.role == "assistant":
-            self.content = self.refusal
+        if self.content is None and self.role in ("assistant", "function"):
+            self.content = self.refusal if self.role == "assistant" else ""
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is required")
         if self.role == "tool" and self.tool_call_id is None:

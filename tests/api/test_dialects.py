@@ -29,6 +29,7 @@ from api.wire.dialects import (
     choose_dialect,
     dialect_of,
 )
+from api.wire.dialects.json_value import Strings
 from api.wire.request import parse
 from shared.errors import InvalidGrammar
 from shared.grammar import Grammars, of_schema
@@ -237,6 +238,19 @@ def test_of_python_too_a_tool_takes_what_it_says(tool: dict[str, Any], right: st
         ids = TOKENIZER.encode(text, add_special_tokens=False).ids
         copy = matcher.deep_copy()
         assert (copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()) == is_right
+
+
+@given(texts=st.lists(st.sampled_from(['"', "\\", "\n", "\t", "a", "{", "\\n", '\\"', "\x01"]), max_size=12),
+       cuts=st.sets(st.integers(0, 20), max_size=4))
+def test_control_characters_are_escaped_in_strings_alone(texts: list[str], cuts: set[int]) -> None:
+    """Wherever the text is cut; what is JSON but for them becomes JSON with the same value."""
+    text = '["' + "".join(texts) + '",\n""]'
+    said, places = Strings(), [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    told = "".join(said.escaped(text[begin:end]) for begin, end in itertools.pairwise(places))
+    assert told == Strings().escaped(text)
+    with contextlib.suppress(ValueError):
+        value = json.loads(text, strict=False)
+        assert json.loads(told) == value
 
 
 def test_arguments_are_what_the_model_wrote() -> None:

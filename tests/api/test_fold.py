@@ -240,7 +240,9 @@ def test_a_call_that_a_stop_string_cut_is_no_reason_to_end() -> None:
                            ('{"a": "b\\nc"}}', "tool_calls"), ('{"a": "b\tc"}}', "tool_calls")):
         log = make_log([Delta(0, (1,), f'<tool_call>{{"name": "f", "arguments": {text}')], [Delta(0, (2,), "", "stop")])
         [choice] = collect(log, tool_dialect="hermes")["choices"]
-        assert choice["finish_reason"] == expected and choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == expected
+        if expected == "tool_calls":
+            assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])
         assert events(stream(log, tool_dialect="hermes"))[-1]["choices"][0]["finish_reason"] == expected
 
 
@@ -255,6 +257,15 @@ def test_who_asked_with_functions_is_answered_with_one() -> None:
     deltas = [event["choices"][0]["delta"] for event in events(stream(log, **header))]
     assert [delta["function_call"] for delta in deltas if "function_call" in delta] == [
         {"name": "f", "arguments": ""}, {"arguments": '{"a": 1}'}]
+
+
+def test_who_asked_with_functions_is_told_of_the_first_call_only() -> None:
+    header: dict[str, Any] = {"tool_dialect": "hermes", "has_functions": True}
+    log = calling("stop")
+    (choice,) = collect(log, **header)["choices"]
+    calls = [event["choices"][0]["delta"].get("function_call", {}) for event in events(stream(log, **header))]
+    assert {key: "".join(call.get(key, "") for call in calls) for key in ("name", "arguments")} == (
+        choice["message"]["function_call"]) == {"name": "f", "arguments": '{"a": 1}'}
 
 
 def test_text_without_calls_is_as_it_was_without_tools() -> None:

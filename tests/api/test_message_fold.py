@@ -146,11 +146,23 @@ def test_calls_are_blocks_behind_the_text(is_named: bool) -> None:
     assert len({call["id"] for call in calls}) == 2 and all(call["id"].startswith("toolu_") for call in calls)
 
 
-@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", '{"a": NaN}'])
+@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", '{"a": NaN}', '{"a": 1e999}'])
 def test_a_call_that_was_cut_off_or_has_no_object_is_given_nothing(arguments: str) -> None:
     log = log_of('<tool_call>{"name": "f", "arguments": ' + arguments, reason="length")
     message = whole(log, tool_dialect="hermes")
     assert message["content"][0]["input"] == {} and message["stop_reason"] == "max_tokens"
+
+
+def test_a_call_that_the_model_does_not_end_is_no_reason_to_run_it() -> None:
+    log = log_of('<tool_call>{"name": "f", "arguments": {"a": "b')
+    assert whole(log, tool_dialect="hermes")["stop_reason"] == "end_turn"
+
+
+def test_a_line_break_in_an_argument_is_escaped() -> None:
+    log = log_of('<tool_call>{"name": "f", "arguments": {\n"a": "b', '\nc"}}</tool_call>')
+    message = whole(log, tool_dialect="hermes")
+    assert message["content"][0]["input"] == {"a": "b\nc"} and message["stop_reason"] == "tool_use"
+    assert joined(events(stream(log, tool_dialect="hermes"))) == message
 
 
 def test_a_thought_is_a_block_with_a_signature() -> None:

@@ -59,6 +59,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"user": "u", "metadata": {"a": "b"}, "store": False, "prompt_cache_key": "k", "safety_identifier": "s",
      "verbosity": "low", "prediction": None, "service_tier": "auto", "moderation": {}, "include_obfuscation": False},
     {"no_such_field": [1, 2]},
+    {"messages": [{"role": "user", "content": "Hi"},
+                  {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+                  {"role": "function", "name": "f", "content": None}]},
 ]
 
 

@@ -1,14 +1,17 @@
-"""Finds the end of a JSON value in text that arrives in pieces: the bracket or the quote that closes it.
+"""JSON in text that arrives in pieces: the end of a value, which is the bracket or the quote that closes it, and what
+its strings may not contain.
 
 It parses brackets and strings only, and does not check that a value is valid.
 """
 
 from __future__ import annotations
 
+import json
 import re
 
 OUTSIDE = re.compile(r'["{}\[\]]')
 INSIDE = re.compile(r'["\\]')
+MARKS = re.compile(r'\\.|\\\Z|"|[\x00-\x1f]', re.DOTALL)
 
 
 class JsonValue:
@@ -45,3 +48,27 @@ class JsonValue:
         elif not self.in_string:
             self._depth += (character in "{[") - (character in "}]")
         self.is_closed = self._depth <= 0 and not self.in_string
+
+
+class Strings:
+    """Escapes control characters in strings: models write line breaks as they are, which JSON (RFC 8259, section 7)
+    forbids."""
+
+    def __init__(self) -> None:
+        self._in_string = self._is_escaped = False
+
+    def escaped(self, text: str) -> str:
+        """The next piece."""
+        begin = int(self._is_escaped and text != "")
+        self._is_escaped &= not begin
+        return text[:begin] + MARKS.sub(self._said, text[begin:])
+
+    def _said(self, match: re.Match[str]) -> str:
+        mark = match[0]
+        if mark == '"':
+            self._in_string = not self._in_string
+        elif mark == "\\":
+            self._is_escaped = True
+        elif mark < " " and self._in_string:
+            return json.dumps(mark)[1:-1]
+        return mark
