@@ -48,7 +48,7 @@ class BatchLimit:
         self.num_seqs = self.max_num_seqs
 
     def halve(self, num_running: int) -> None:
-        self.num_seqs, self._num_calm_steps = max(1, num_running // 2), 0
+        self.num_seqs, self._num_calm_steps = max(1, min(self.num_seqs, num_running // 2)), 0
 
     def note_calm(self) -> None:
         self._num_calm_steps += 1
@@ -150,6 +150,8 @@ def _take_prefills(prefilling: Iterable[Progress], prefill_chunk: int, budget: i
                 return
             yield Span(p.slot, begin, begin + num_tokens)
             begin += num_tokens
+            if max_short:                               # a short chunk is computed before a long one
+                break
 
 
 def _split(spans: Iterable[Span], max_rows: int) -> Iterator[list[Span]]:

@@ -107,6 +107,13 @@ def test_in_fixed_shapes_a_chunk_is_computed_by_its_length_alone(batch: list[Pro
             assert 0 < forward.num_rows <= MAX_ROWS
 
 
+def test_in_fixed_shapes_a_step_has_one_chunk_of_a_prompt() -> None:
+    """A short one is computed before a long one, on whose keys it may depend where an answer is prefilled again."""
+    plan = schedule([Progress(0, 530, 400, 531)], max_rows=MAX_ROWS, prefill_chunk=512, prefill_budget=512,
+                    min_chunk_cost=0, max_short=64)
+    assert [tuple(span) for span in plan.prefills] == [(0, 400, 512)]
+
+
 def test_a_step_is_one_forward_where_any_number_of_rows_may_share_it() -> None:
     batch = [Progress(slot, 10, 10, 11) for slot in range(20)] + [Progress(20 + slot, 10, 0, 10) for slot in range(5)]
     plan = schedule(batch, max_rows=100, prefill_chunk=CHUNK, min_chunk_cost=0)
@@ -138,3 +145,5 @@ def test_fewer_run_after_a_lack_of_memory_and_slowly_more() -> None:
     for num_running in (8, 4, 2, 1, 1):
         limit.halve(num_running)
     assert limit.num_seqs == 1
+    limit.halve(8)
+    assert limit.num_seqs == 1, "one with many choices was tried alone"
