@@ -48,7 +48,9 @@ def log_totals(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
     """log Σ exp of the logits, divided by the temperatures if given."""
     if ordering := kernels_for("likeliest", logits):
         return cast(Tensor, ordering.log_totals(logits, temperatures))
-    return torch.logsumexp(_scaled(logits, temperatures), dim=-1)
+    scaled = _scaled(logits, temperatures)
+    rows = max(2, len(scaled))                          # torch would sum a single row in parts, one for each thread
+    return torch.logsumexp(scaled.expand(rows, -1), dim=-1)[:len(scaled)]
 
 
 def _draw_random(logits: Tensor, temperatures: Tensor, keys: list[int], params: list[Params]) -> Tensor:
@@ -170,7 +172,10 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return _likeliest_by_keys(logits, count)
     if (ordering := kernels_for("likeliest", logits)) and (found := ordering.likeliest(logits, count)):
         return cast(tuple[Tensor, Tensor], found)
-    values, ids = logits.float().topk(count, dim=-1)
+    values, ids = logits.float().topk(min(count + 1, logits.shape[-1]), dim=-1)
+    if bool((values[:, count - 1:count] == values[:, count:]).any()):       # topk takes any of equal ones
+        return _likeliest_by_keys(logits.float(), count)
+    values, ids = values[:, :count], ids[:, :count]
     if bool((values[:, 1:] == values[:, :-1]).any()):
         ids, order = ids.sort(dim=-1)
         values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)

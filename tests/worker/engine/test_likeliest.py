@@ -13,7 +13,7 @@ from worker.model import cpu
 if not cpu.computes(torch.float32):
     pytest.skip("kernels of ours do not run here", allow_module_level=True)
 
-from worker.engine import likeliest
+from worker.engine import drawing, likeliest
 from worker.engine.likeliest import MAX_COUNT, NUM_PARTS, ROOM
 from worker.model.cpu import LANES
 
@@ -95,3 +95,20 @@ def test_totals_are_those_of_float64(spread: float) -> None:
     assert torch.equal(by_temperature, likeliest.log_totals(logits / temperatures[:, None]))
     logits[4, 77] = math.nan
     assert likeliest.log_totals(logits).isnan().tolist() == [row == 4 for row in range(9)]
+
+
+@pytest.mark.parametrize("vocab_size", [MIN_VOCAB_SIZE, 50_257])
+def test_alone_a_row_is_as_beside_others_and_for_more_as_for_fewer(vocab_size: int) -> None:
+    """By our kernels, and where only torch computes: many are alike, and several threads sum."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = torch.randn(20, vocab_size, generator=torch.Generator().manual_seed(3)).bfloat16()
+        totals = drawing.log_totals(logits)
+        assert all(torch.equal(drawing.log_totals(logits[row:row + 1])[0], totals[row]) for row in range(20))
+        values, ids = drawing.likeliest(logits, 64)
+        order = logits.float().sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(ids, order.indices[:, :64]) and torch.equal(values.float(), order.values[:, :64])
+        assert all(torch.equal(drawing.likeliest(logits, count)[1], ids[:, :count]) for count in (1, 2, 5, 20))
+    finally:
+        torch.set_num_threads(num_threads)
