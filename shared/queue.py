@@ -40,17 +40,19 @@ Left = Literal["read", "waits", "cancelled", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """An entry that a worker appends: `data` is JSON text, passed on as it is."""
+    """An entry that a worker appends: `data` is JSON text, passed on as it is. A hold appends nothing: it asks whether
+    the job is still this worker's."""
 
     job_id: str
     epoch: int
     position: int
     num_tokens: int
-    kind: Kind
+    kind: Kind | Literal["hold"]
     data: str
 
     @property
     def entry(self) -> Entry:
+        assert self.kind != "hold", "no entry"
         return Entry(self.epoch, self.position, self.num_tokens, self.kind, self.data)
 
 

@@ -55,11 +55,12 @@ def _time_prefill(engine: Engine) -> float:
     num_tokens = min(engine.prefill_budget, engine.max_model_len - 1)
     took_s = 0.0
     for name in ("warm", "timed"):
-        engine.add(Request(name, (0,) * num_tokens, Sampling(max_tokens=1)))
+        engine.add(Request(name, (0,) * num_tokens, Sampling(max_tokens=1), salt=name))
         began_s = time.perf_counter()
         while engine.has_work:
             engine.step()
         took_s = time.perf_counter() - began_s
+    engine.drop_prefixes()
     return took_s
 
 

@@ -16,7 +16,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -64,7 +64,7 @@ class Worker:
         self.is_broken = False                          # its logits were NaN: a new process must load the model
         self._alone = ""                                # this job lost a worker: no other starts until it has a token
         self._claim_sequence = 1
-        self._claim_at_s = self._renewed_s = self._announced_s = float("-inf")
+        self._claim_at_s = self._renewed_s = self._asked_s = self._announced_s = float("-inf")
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._announcing: asyncio.Task[None] | None = None
@@ -114,7 +114,10 @@ class Worker:
         outputs = self._step() if self.engine.has_work else []      # a claimed answer may lack only its terminal
         await self._settle()
         writes = self._collect(outputs)
-        if writes or time.monotonic() - self._renewed_s >= self.settings.lease_s / 4:
+        if time.monotonic() - self._asked_s >= self.settings.lease_s / 4:
+            writes += self._holds({write.job_id for write in writes})
+            self._asked_s = time.monotonic()
+        if writes:
             self._publishing = asyncio.create_task(self._publish(writes))
         if failures := [output for output in outputs if output.finish_reason in FAILURES]:
             await self._give_up(failures)
@@ -232,6 +235,11 @@ class Worker:
         return [write for answer in self._answers.values() if answer.ended or answer.is_due(now_s, flush_s)
                 for write in answer.flush(now_s)]
 
+    def _holds(self, said: Collection[str]) -> list[Write]:
+        """Asks of answers that have nothing to say whether they are still ours, and renews the lease in any case."""
+        return [Write(answer.job.id, answer.epoch, 0, 0, "hold", "") for answer in self._answers.values()
+                if answer.job.id not in said]
+
     async def _give_up(self, failures: Sequence[Output]) -> None:
         """Releases jobs that failed here to other workers, or ends those that would fail there too. A worker whose
         logits are NaN stops, and hands over all that it holds."""
@@ -306,7 +314,7 @@ class Worker:
             answer = self._answers.get(write.job_id)
             if answer is None or answer.epoch != write.epoch:
                 continue
-            if outcome == "ok":
+            if outcome == "ok" and write.kind != "hold":
                 if write.job_id == self._alone:         # it has a new token: it did not cost the worker this time
                     self._alone = ""
                     self._wake.set()

@@ -386,6 +386,22 @@ async def test_a_job_that_nobody_reads_any_more_is_cancelled(queue: Queue) -> No
     assert not any((await leftovers(queue)).values())
 
 
+async def test_who_says_nothing_learns_too_that_a_job_is_not_theirs(queue: Queue) -> None:
+    jobs = [await submit(queue) for _ in range(3)]
+    claims = (await queue.claim("w1", 1, 8, **LIKE)).jobs
+    holds = [Write(claimed.job.id, claimed.epoch, 0, 0, "hold", "") for claimed in claims]
+    before = [await queue.read(job.id) for job in jobs]
+    assert await queue.publish("w1", holds) == ["ok"] * 3
+    assert [await queue.read(job.id) for job in jobs] == before, "it writes nothing"
+    await queue.cancel(holds[0].job_id)
+    await queue.redis.delete(queue.shard.key(f"out:{holds[1].job_id}"))
+    assert await queue.publish("w1", holds) == ["refused", "gone", "ok"]
+    await queue.release("w1", [holds[2].job_id])
+    heir = (await queue.claim("w2", 1, 8, **LIKE)).jobs[-1]
+    assert await queue.publish("w1", [holds[2]]) == ["refused"]
+    assert await queue.publish("w2", [replace(holds[2], epoch=heir.epoch)]) == ["ok"]
+
+
 async def test_many_unread_jobs_are_ended_a_bounded_number_at_a_time(queue: Queue) -> None:
     jobs = [await submit(queue) for _ in range(MAX_REAPED + 3)]
     for job in jobs:

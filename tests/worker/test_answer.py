@@ -37,7 +37,7 @@ def draw(index: int, token_id: int, finish_reason: str | None = None) -> Output:
 
 
 def entries(writes: list[Write]) -> list[Entry]:
-    return [Entry(w.epoch, w.position, w.num_tokens, w.kind, w.data) for w in writes]
+    return [write.entry for write in writes]
 
 
 def text_of(log: list[Entry], index: int = 0) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 
 from shared.settings import Settings
-from worker.build import MIN_CHUNK_TOKENS, build, fit_chunk
+from worker.build import MIN_CHUNK_TOKENS, _time_prefill, build, fit_chunk
+from worker.engine.runner import Runner
+from worker.engine.scheduler import Forward
+from worker.engine.sequence import Sequence
 from worker.model.folder import ModelRefused
 from worker.serve import model_folder, serve, served_names
 from worker.worker import Worker
@@ -26,6 +30,22 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_prompt_that_is_timed_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is found computed by the one that warms up, and nothing of either is left."""
+    settings = Settings()
+    engine, computed, run = build(settings, model_folder(settings)), list[int](), Runner.run
+    engine.prefill_chunk, engine.prefill_budget = 32, 96
+
+    def watch(self: Runner, forward: Forward, sequences: Mapping[int, Sequence]) -> Any:
+        computed.append(sum(span.end - span.begin for span in forward.prefills))
+        return run(self, forward, sequences)
+
+    monkeypatch.setattr(Runner, "run", watch)
+    assert _time_prefill(engine) > 0
+    assert sum(computed) == 2 * 96 and not engine.prefix_cache.num_chunks
 
 
 @pytest.mark.usefixtures("threads")

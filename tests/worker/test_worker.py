@@ -326,6 +326,21 @@ async def test_who_compiles_a_form_holds_nobody_up(worker: Worker) -> None:
     assert (await read_until(worker, slow, ended))[-1].epoch == 1
 
 
+async def test_it_puts_down_a_cancelled_job_that_has_said_nothing(worker: Worker) -> None:
+    job, is_free = make_job(worker, sampling=Sampling(max_tokens=4, grammar=of_regex("[ab]{9}"))), threading.Event()
+    worker._compiler.submit(is_free.wait)
+    try:
+        await ask(worker, job)
+        async with asyncio.timeout(WAIT_S):
+            while job.id not in worker._compiling:
+                await asyncio.sleep(0.001)
+            await worker.queue.cancel(job.id)
+            while worker._answers or worker._compiling:
+                await asyncio.sleep(0.001)
+    finally:
+        is_free.set()
+
+
 async def test_a_form_that_is_compiled_waits_for_no_other(worker: Worker) -> None:
     form, is_free = Sampling(max_tokens=4, grammar=of_regex("[ab]{9}")), threading.Event()
     try:

@@ -183,8 +183,7 @@ class Engine:
             log.warning("no memory for a step of %d sequences: %d at a time", len(running), self.batch_limit.num_seqs)
             for sequence in reversed(running):
                 self._preempt(sequence)
-        while self.prefix_cache.num_chunks:
-            self._evict()
+        self.drop_prefixes()
         self.kv.give_back_idle()
 
     def _admit(self) -> None:
@@ -211,6 +210,10 @@ class Engine:
 
     def _evict(self, index: int | None = None) -> None:
         self._drop_chunk(*self.prefix_cache.evict(index))
+
+    def drop_prefixes(self) -> None:
+        while self.prefix_cache.num_chunks:
+            self._evict()
 
     def _drop_chunk(self, index: int, slot: int) -> None:
         self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
