@@ -42,8 +42,10 @@ class Child:
     pass_fds: tuple[int, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     restart_at_s: float = field(default=0.0)
+    started_s: float = field(default=0.0)
 
     def start(self) -> None:
+        self.started_s = time.monotonic()
         # A session of its own: Ctrl-C reaches the supervisor alone, which ends its children in order.
         self.process = subprocess.Popen(self.command, env=self.environment, pass_fds=self.pass_fds,
                                         start_new_session=True)
@@ -83,10 +85,10 @@ def serve(settings: Settings) -> int:
             children += _children(settings, url, listening)
             for child in children:
                 child.start()
-            _await_model(children, port, settings)
+            _await_model(children, redis, port, settings)
             _say_what_next(settings, port)
             while True:
-                _keep_running(children)
+                _keep_running(children, redis)
                 time.sleep(POLL_S)
     except Stopped:
         print("baton: stopping", flush=True)
@@ -127,13 +129,13 @@ def _children(settings: Settings, redis_url: str, listening: socket.socket) -> l
     ]
 
 
-def _await_model(children: list[Child], port: int, settings: Settings) -> None:
+def _await_model(children: list[Child], redis: RedisServer | None, port: int, settings: Settings) -> None:
     """Returns when the API serves a model; without workers of ours, when the API is ready."""
     print(f"baton: starting {settings.apis} API, {settings.workers} workers", flush=True)
     deadline_s = time.monotonic() + START_TIMEOUT_S
     with httpx.Client(base_url=f"http://{_reachable(settings.host)}:{port}", timeout=2.0) as client:
         while time.monotonic() < deadline_s:
-            _keep_running(children)
+            _keep_running(children, redis)
             try:
                 answer = client.get("/ready")
                 if answer.is_success and (answer.json()["models"] or not settings.workers):
@@ -144,12 +146,16 @@ def _await_model(children: list[Child], port: int, settings: Settings) -> None:
     raise BrokenEnvironment(f"no model was announced within {START_TIMEOUT_S:.0f} s: see what the worker said above")
 
 
-def _keep_running(children: list[Child]) -> None:
+def _keep_running(children: list[Child], redis: RedisServer | None) -> None:
+    if redis and redis.process and (code := redis.process.poll()) is not None:
+        print(f"baton: redis ended ({code}), starting it again", flush=True)
+        redis.start()
     now_s = time.monotonic()
     for child in children:
         if child.exit_code is None:
             continue
-        if child.exit_code == EXIT_BROKEN:
+        may_have_missed_redis = redis is not None and child.started_s < redis.started_s
+        if child.exit_code == EXIT_BROKEN and not may_have_missed_redis:
             raise BrokenEnvironment(f"{child.name} cannot run here: see its line above")
         if not child.restart_at_s:
             print(f"baton: {child.name} ended ({child.exit_code}), starting it again", flush=True)

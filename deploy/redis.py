@@ -56,6 +56,7 @@ class RedisServer:
     port: int = 0
     options: tuple[str, ...] = ()                       # more of redis-server's own
     process: subprocess.Popen[bytes] | None = None
+    started_s: float = 0.0                              # the last time, on the monotonic clock
 
     @property
     def url(self) -> str:
@@ -76,6 +77,7 @@ class RedisServer:
                 self.stop()
                 raise BrokenEnvironment(f"Redis did not start: read {self.folder / 'redis.log'}")
             time.sleep(0.02)
+        self.started_s = time.monotonic()
         return self
 
     def _answers(self) -> bool:

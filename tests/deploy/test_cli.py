@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -107,6 +108,24 @@ def test_a_worker_that_dies_is_started_again(served: tuple[subprocess.Popen[str]
         if child.pid != worker.pid and "worker" in child.cmdline()])
     body = {"model": "baton-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+
+
+def test_a_redis_that_dies_is_started_again_and_no_stream_is_lost(served: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = served
+    body = {"model": "baton-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 400,
+            "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+        lines = filter(None, answer.iter_lines())
+        begun = [next(lines), next(lines)]
+        (redis,) = [child for child in psutil.Process(process.pid).children() if "redis" in child.name()]
+        redis.kill()
+        rest = list(lines)
+    assert begun and rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 400
+    asked = body | {"max_tokens": 4, "stream": False, "stream_options": None}
+    assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+    children = psutil.Process(process.pid).children()
+    assert redis.pid not in {child.pid for child in children} and len(children) >= 4
 
 
 def test_ctrl_c_ends_every_child(served: tuple[subprocess.Popen[str], str]) -> None:
