@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from shared import connection
 from shared.queue import Queue
 
-LOOK_TIMEOUT_S = 2.0                                    # for all shards; scrapers give up after ten seconds
+LOOK_TIMEOUT_S = 2.0                                    # for each shard; scrapers give up after ten seconds
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -34,10 +32,7 @@ class Metrics:
         self.streams.set(num_streams)
         for gauge in (self._jobs, self._totals, self._workers, *self._worker_gauges.values()):
             gauge.clear()                               # workers that have left leave no line behind
-        with contextlib.suppress(*connection.TROUBLE, TimeoutError):
-            async with asyncio.timeout(LOOK_TIMEOUT_S):
-                for queue in queues:
-                    await self._look(queue)
+        await connection.for_each(queues, self._look, LOOK_TIMEOUT_S)
         return generate_latest(self.registry)
 
     async def _look(self, queue: Queue) -> None:

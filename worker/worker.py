@@ -142,9 +142,12 @@ class Worker:
     async def _rest_while_compiling(self) -> None:
         """Until a grammar is compiled, or there is something to claim; the lease is renewed in between."""
         self._unwatch()
-        wake = asyncio.create_task(self._wake.wait())
-        wanted: list[asyncio.Future[Any]] = [*self._compiling.values(), *([wake] if self._num_free > 0 else [])]
-        await asyncio.wait(wanted, timeout=self.settings.lease_s / 8, return_when=asyncio.FIRST_COMPLETED)
+        wake, timeout_s = asyncio.create_task(self._wake.wait()), self.settings.lease_s / 8
+        wanted = list[asyncio.Future[Any]](self._compiling.values())
+        if self._may_claim:
+            wanted.append(wake)
+            timeout_s = min(timeout_s, max(0.0, self._claim_at_s - time.monotonic()))
+        await asyncio.wait(wanted, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         wake.cancel()
 
     # ── claim ──
@@ -154,12 +157,13 @@ class Worker:
         """Choices that could be computed beside those whose grammars are compiled."""
         return self.engine.num_free_seqs - sum(self._answers[job_id].job.n for job_id in self._compiling)
 
+    @property
+    def _may_claim(self) -> bool:
+        return self._num_free > 0 and self._alone not in self._answers
+
     async def _admit(self) -> None:
         """Claims jobs if there is room, and a job was announced or it is time to look."""
-        if not self._wake.is_set() and time.monotonic() < self._claim_at_s:
-            return
-        num_free = self._num_free
-        if num_free <= 0 or self._alone in self._answers:
+        if not self._may_claim or not (self._wake.is_set() or time.monotonic() >= self._claim_at_s):
             return
         await self._settle()                            # handles refusals and restores before a newer claim
         self._unwatch()                                 # Redis may be slow
@@ -168,9 +172,10 @@ class Worker:
         self._claim_at_s = now_s + self.settings.idle_poll_s
         card = self.card
         try:
-            claims = await self.queue.claim(self.name, self._claim_sequence, num_free, tokenizer_id=card.tokenizer_id,
-                                            weights_id=card.weights_id, numerics_id=card.numerics_id,
-                                            most_choices=card.max_num_seqs, held=self._answers)
+            claims = await self.queue.claim(
+                self.name, self._claim_sequence, self._num_free, tokenizer_id=card.tokenizer_id,
+                weights_id=card.weights_id, numerics_id=card.numerics_id, most_choices=card.max_num_seqs,
+                held=self._answers)
             self._renewed_s = now_s
             if claims.look_again_s is not None:
                 self._claim_at_s = min(self._claim_at_s, now_s + claims.look_again_s)
@@ -336,7 +341,7 @@ class Worker:
                 numerics_id=self.card.numerics_id)
             if epoch:
                 answer.epoch = epoch
-            else:
+            elif job_id in self._answers:               # it may have been refused meanwhile
                 self._drop(job_id)
         self._publish_sequence = 1
 

@@ -140,9 +140,12 @@ local function accept()
   local job, tenant, choices, pod, priority = ARGV[1], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
   local jobs = key('jobs')
   -- Written and read at once as the consumer `queued`: the group's lag stays true, its pending list is the backlog.
-  if redis.call('EXISTS', jobs) == 0 then redis.call('XGROUP', 'CREATE', jobs, GROUP, '0', 'MKSTREAM') end
   local entry = redis.call('XADD', jobs, '*', 'job', job)
-  redis.call('XREADGROUP', 'GROUP', GROUP, QUEUED, 'COUNT', 1, 'STREAMS', jobs, '>')
+  local function read() return redis.pcall('XREADGROUP', 'GROUP', GROUP, QUEUED, 'STREAMS', jobs, '>') end
+  if read().err then                                    -- the first job of all, or somebody has removed the group
+    redis.call('XGROUP', 'CREATE', jobs, GROUP, '0')
+    read()
+  end
 
   -- Start-time fair queueing (Goyal, Vin, Cheng 1996): a tenant's next start tag is where its last job ends in virtual
   -- time. An empty line ends the busy period, and virtual time begins anew.

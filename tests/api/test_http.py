@@ -9,15 +9,19 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from api.metrics import Metrics
+from shared import connection
 from shared.card import Announcement
 from shared.job import Delta, Sampling
-from shared.keys import DIRECTORY
+from shared.keys import DIRECTORY, Shard
+from shared.queue import Queue
 from tests.api.conftest import HEARTBEAT_S, MAX_BODY_BYTES, MAX_QUEUED, ORIGIN
 from tests.api.scripted import (
     MAX_MODEL_LEN,
@@ -527,6 +531,12 @@ async def test_the_docs_are_true(http: httpx.AsyncClient) -> None:
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "top_k", "stream_options", "stop_token_ids"} <= set(fields)
     assert {"string", "array", "null"} == {kind["type"] for kind in fields["stop"]["anyOf"]}
+
+
+async def test_a_shard_whose_redis_is_gone_hides_no_other_from_metrics(worker: ScriptedWorker, tmp_path: Path) -> None:
+    gone = Queue(connection.connect(f"unix://{tmp_path}/gone.sock"), Shard.of("gone"), worker.queue.settings)
+    text = (await Metrics().scrape([gone, worker.queue], 0)).decode()
+    assert f'baton_workers{{shard="{worker.queue.shard.id}"}}' in text and gone.shard.id not in text
 
 
 async def test_metrics_say_what_was_answered(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:

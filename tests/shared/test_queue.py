@@ -106,6 +106,17 @@ async def test_a_job_goes_through_and_leaves_nothing_behind(queue: Queue) -> Non
     assert (await queue.describe(job.id))["state"] == "finished"
 
 
+async def test_a_group_that_somebody_removes_is_made_again(queue: Queue) -> None:
+    first = await submit(queue)
+    await queue.redis.xgroup_destroy(SHARD.key("jobs"), "workers")
+    second = await submit(queue)
+    assert await queue.redis.xlen(SHARD.key("jobs")) == (await leftovers(queue))["pending"] == 2
+    claims = (await queue.claim("w1", 1, 8, **LIKE)).jobs
+    assert {claimed.job.id for claimed in claims} == {first.id, second.id}
+    assert await queue.publish("w1", [end(claimed, 1) for claimed in claims]) == ["ok"] * 2
+    assert not any((await leftovers(queue)).values())
+
+
 async def test_the_group_shows_what_is_queued_and_what_runs_where(queue: Queue) -> None:
     """length = queued + running; pending per consumer = queued, or running on that worker; lag stays true."""
     for _ in range(3):
