@@ -149,6 +149,7 @@ def _await_model(children: list[Child], redis: RedisServer | None, port: int, se
 def _keep_running(children: list[Child], redis: RedisServer | None) -> None:
     if redis and redis.process and (code := redis.process.poll()) is not None:
         print(f"baton: redis ended ({code}), starting it again", flush=True)
+        time.sleep(RESTART_S)
         redis.start()
     now_s = time.monotonic()
     for child in children:

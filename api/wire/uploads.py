@@ -74,9 +74,10 @@ class Upload:
             return max_s
         if anchor != "created_at":
             raise InvalidValue("The anchor of expires_after is created_at.", param="expires_after")
-        is_number = seconds is not None and seconds.isascii() and seconds.isdigit() and len(seconds) < 12
-        require_lifetime(int(seconds) if seconds and is_number else 0, max_s, "expires_after")
-        return int(seconds or 0)
+        is_number = seconds and seconds.isascii() and seconds.isdigit() and len(seconds) < 12
+        lifetime_s = int(seconds or 0) if is_number else 0
+        require_lifetime(lifetime_s, max_s, "expires_after")
+        return lifetime_s
 
     # ── what the parser finds ──
 

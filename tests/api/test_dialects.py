@@ -248,9 +248,11 @@ def test_control_characters_are_escaped_in_strings_alone(texts: list[str], cuts:
     said, places = Strings(), [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     told = "".join(said.escaped(text[begin:end]) for begin, end in itertools.pairwise(places))
     assert told == Strings().escaped(text)
-    with contextlib.suppress(ValueError):
+    try:
         value = json.loads(text, strict=False)
-        assert json.loads(told) == value
+    except ValueError:
+        return
+    assert json.loads(told) == value
 
 
 def test_arguments_are_what_the_model_wrote() -> None:
