@@ -60,7 +60,7 @@ def _time_prefill(engine: Engine) -> float:
         while engine.has_work:
             engine.step()
         took_s = time.perf_counter() - began_s
-    engine.drop_prefixes()
+    engine.chunks.drop_all()
     return took_s
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from shared.prefix import prefix_names
+from worker.engine.chunks import Chunks
 from worker.engine.draft import Drafter
 from worker.engine.flight import Flight
 from worker.engine.params import Params
-from worker.engine.prefix import PrefixCache
 from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Constraint, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Row, Sampler
@@ -62,7 +62,7 @@ class Engine:
         num_slots = max_num_seqs * (2 if enable_prefix_caching else 1)
         self.kv = make_store(model, max_num_seqs=max_num_seqs, num_slots=num_slots, max_model_len=self.max_model_len,
                              num_bytes=kv_cache_bytes)
-        self.prefix_cache = PrefixCache(range(max_num_seqs, num_slots))
+        self.chunks = Chunks(self.kv, range(max_num_seqs, num_slots), prefill_chunk)
         self.sampler = Sampler(max_num_seqs, model.vocab_size, model.device)
         self.runner = Runner.of(model, self.kv, self.sampler.last_token_ids, prefill_chunk=prefill_chunk,
                                 is_exact=self.is_exact)
@@ -92,7 +92,7 @@ class Engine:
         side_by_side = self.kv.num_pages // self.kv.pages(max((s.num_tokens + 1 for s in living.values()), default=1))
         while living:
             some = {index: living.pop(index) for index in list(islice(living, side_by_side))}
-            self._waiting.append(self._group(self._num_arrived, some, names if self.prefix_cache.slots else ()))
+            self._waiting.append(self._group(self._num_arrived, some, names if self.chunks.cache.slots else ()))
             self._num_arrived += 1
 
     def _group(self, number: int, sequences: dict[int, Sequence], prefix: tuple[str, ...]) -> Group:
@@ -138,7 +138,8 @@ class Engine:
 
     def _compute(self) -> None:
         self._admit()
-        self._reuse()
+        for group in self._running:                     # even what a neighbour computed one step ago
+            self.chunks.reuse(group.leader, group.prefix)
         self._constrain()
         self._secure_memory()
         self._draft()
@@ -183,7 +184,7 @@ class Engine:
             log.warning("no memory for a step of %d sequences: %d at a time", len(running), self.batch_limit.num_seqs)
             for sequence in reversed(running):
                 self._preempt(sequence)
-        self.drop_prefixes()
+        self.chunks.drop_all()
         self.kv.give_back_idle()
 
     def _admit(self) -> None:
@@ -192,7 +193,7 @@ class Engine:
             group = self._waiting[0]
             num_pages = sum(self.kv.pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
             num_free = min(self.kv.num_free, self.batch_limit.num_free(self.num_running))
-            if len(group.sequences) > num_free or not self._make_room(num_pages):
+            if len(group.sequences) > num_free or not self.chunks.make_room(num_pages):
                 return
             self._running.append(self._waiting.popleft())
             for sequence in group.sequences.values():
@@ -200,31 +201,13 @@ class Engine:
                 self.kv.grow(sequence.slot, sequence.num_tokens + 1)
                 self._by_slot[sequence.slot] = sequence
 
-    def _make_room(self, num_pages: int) -> bool:
-        """Evicts cached prefixes, never running sequences. False: even that would not free enough pages."""
-        if self.num_available_pages < num_pages:
-            return False
-        while self.kv.num_free_pages < num_pages:
-            self._evict()
-        return True
-
-    def _evict(self, index: int | None = None) -> None:
-        self._drop_chunk(*self.prefix_cache.evict(index))
-
-    def drop_prefixes(self) -> None:
-        while self.prefix_cache.num_chunks:
-            self._evict()
-
-    def _drop_chunk(self, index: int, slot: int) -> None:
-        self.kv.drop(slot, index * self.prefill_chunk, (index + 1) * self.prefill_chunk)
-
     def _secure_memory(self) -> None:
         """Allocates pages for all drawn tokens, oldest sequence first. Pending draws are read before any preemption."""
         for group in sorted(self._running, key=lambda group: group.number):
             for sequence in list(group.sequences.values()):
                 while sequence.slot != WAITING and (
                         num_missing := self.kv.num_missing_pages(sequence.slot, sequence.num_tokens)):
-                    if self._make_room(num_missing):
+                    if self.chunks.make_room(num_missing):
                         self.kv.grow(sequence.slot, sequence.num_tokens)
                     elif self._flights:
                         self._land(len(self._flights))
@@ -273,43 +256,18 @@ class Engine:
                 sequence.draft(min(num_spare, self.kv.num_owned_tokens(sequence.slot) - sequence.num_tokens))
                 num_spare -= len(sequence.draft_token_ids)
 
-    def _reuse(self) -> None:
-        """Copies chunks computed before, even by a neighbour one step ago: chunks on the grid have equal bits."""
-        chunk = self.prefill_chunk
-        for group in self._running:
-            leader = group.leader
-            for index in range(leader.num_computed_tokens // chunk, len(group.prefix)):
-                slot = self.prefix_cache.find(index, group.prefix[index])
-                if slot is None:
-                    break
-                self.kv.copy(slot, leader.slot, index * chunk, (index + 1) * chunk)
-                leader.num_computed_tokens += chunk
-                leader.num_cached_tokens += chunk
-                self.prefix_cache.use(group.prefix[:index + 1])
-
     def _prefilled(self, span: Span, logits: Tensor) -> None:
         """Handles a computed chunk: caches it, or draws the first token of every choice."""
         sequence = self._by_slot[span.slot]
         group = self._group_of[sequence.key]
         if span.end < sequence.num_prompt_tokens:
-            self._keep(span, group.prefix)
+            self.chunks.keep(span, group.prefix)
             return
         if span.end < sequence.num_computed_tokens:     # a later part of it is in the same forward
             return
         fresh = self._share_prompt(group) if span.end == sequence.num_prompt_tokens else [sequence]
         fresh = [sequence for sequence in fresh if sequence.num_uncomputed_tokens == 0]
         self._sample(fresh, logits.expand(len(fresh), -1))
-
-    def _keep(self, span: Span, prefix: tuple[str, ...]) -> None:
-        index = span.begin // self.prefill_chunk
-        if index >= len(prefix) or self.prefix_cache.find(index, prefix[index]) is not None:
-            return
-        if self.prefix_cache.is_full(index):
-            self._evict(index)
-        if self._make_room(self.kv.num_pages_to_keep(span.begin, span.end)):
-            slot = self.prefix_cache.place(index, prefix[index])
-            self.prefix_cache.use(prefix[:index + 1])
-            self.kv.keep(span.slot, slot, span.begin, span.end)
 
     def _share_prompt(self, group: Group) -> list[Sequence]:
         """Copies the prompt computed by the first choice to all others."""
@@ -393,8 +351,7 @@ class Engine:
     def _fail(self, sequence: Sequence, why: str) -> Output:
         if why == NOT_A_NUMBER:                         # its keys and values may be NaN too
             self.kv.wipe(sequence.slot, self.kv.num_owned_tokens(sequence.slot))
-            for place in self.prefix_cache.forget(self._group_of[sequence.key].prefix):
-                self._drop_chunk(*place)
+            self.chunks.forget(self._group_of[sequence.key].prefix)
         self._retire(sequence)
         return Output(sequence.request_id, sequence.index, (), (), why)
 
@@ -434,12 +391,7 @@ class Engine:
     def num_free_seqs(self) -> int:
         """Choices that can be admitted at once; 0 while any wait for a slot or for memory."""
         num_free = self.batch_limit.num_free(self.num_running)
-        return 0 if self._waiting else min(self.kv.num_free, self.num_available_pages, num_free)
-
-    @property
-    def num_available_pages(self) -> int:
-        """Pages not owned by sequences; cached prefixes can be evicted."""
-        return self.kv.num_pages - self.kv.num_owned_pages
+        return 0 if self._waiting else min(self.kv.num_free, self.chunks.num_available_pages, num_free)
 
     @property
     def has_work(self) -> bool:

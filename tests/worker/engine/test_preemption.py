@@ -91,10 +91,10 @@ def test_what_is_kept_for_others_goes_before_anyone_has_to_wait(tight: Engine) -
     kept = Request("kept", prompt(4 * 64 + 1, 20), greedy(2))
     names = prefix_names("", kept.prompt_token_ids, 64)
     run(tight, {0: [kept]})
-    assert [tight.prefix_cache.find(index, name) is None for index, name in enumerate(names)] == [False] * 4
+    assert [tight.chunks.cache.find(index, name) is None for index, name in enumerate(names)] == [False] * 4
     run(tight, {0: [long(str(i), i, greedy(8)) for i in range(5)]})
     assert tight.num_preempted == 0
-    assert [tight.prefix_cache.find(index, name) is None for index, name in enumerate(names)] == [True] * 4
+    assert [tight.chunks.cache.find(index, name) is None for index, name in enumerate(names)] == [True] * 4
 
 
 @pytest.mark.parametrize("num_steps", [1, 6, 30, 60, 75, 90])
@@ -125,4 +125,4 @@ def test_a_chunk_over_two_pages_is_kept_only_where_both_have_room(folder: Path, 
     engine = Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=2, prefill_chunk=96, kv_cache_bytes=num_bytes)
     outputs = run(engine, {0: [Request("long", prompt(300, 1), greedy(3))]})
     assert len(token_ids(outputs["long", 0])) == 3
-    assert engine.prefix_cache.num_chunks == 1
+    assert engine.chunks.cache.num_chunks == 1

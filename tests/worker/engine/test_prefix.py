@@ -117,8 +117,7 @@ def test_a_failure_leaves_nothing_behind(folder: Path, dtype: Any) -> None:
         assert token_ids(outputs["healthy", 0]) == expected
         assert [output.finish_reason for output in outputs["sick", 0]] == [NOT_A_NUMBER]
     engine.check()
-    while engine.prefix_cache.num_chunks:
-        engine._evict()
+    engine.chunks.drop_all()
     assert engine.kv.num_free_pages == engine.kv.num_pages
 
 
