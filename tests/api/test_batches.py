@@ -415,6 +415,24 @@ async def test_what_redis_has_lost_of_a_line_is_asked_again(own: System, worker:
     assert len(found) == 2
 
 
+async def test_a_batch_of_another_release_ends_no_pod(own: System, worker: ScriptedWorker) -> None:
+    async with client(own.url) as pod, answering(worker):
+        await until_known(pod, worker)
+        tenant = "somebody"
+        what = {"what": '{"unheard_of": 1}', "status": "in_progress"}
+        own.redis.hset(f"{{t.{tenant}}}:batch:batch_new", mapping=what)
+        own.redis.zadd(BATCHES, {f"{tenant} batch_new": 0})
+        batch = await until(pod, await create(pod, lines_of(worker, 2)), "completed")
+        async with asyncio.timeout(WAIT_S):             # the pod has come to the other batch too
+            while not own.redis.exists(f"{{t.{tenant}}}:pump:batch_new"):
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
+        assert (await pod.get("/health")).status_code == 200
+    own.redis.zrem(BATCHES, f"{tenant} batch_new")
+    own.redis.delete(*(f"{{t.{tenant}}}:{name}:batch_new" for name in ("batch", "pump")))
+    assert batch["request_counts"]["completed"] == 2
+
+
 async def test_a_pod_that_drains_hands_its_batches_over(own: System, worker: ScriptedWorker) -> None:
     """It does not wait for their lines, and no job is made twice."""
     urls = list(own.pods)
