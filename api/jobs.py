@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from api.adapt import adapted
 from api.directory import Served
 from api.stored import Record
 from api.wire.completions import CompletionRequest
@@ -23,6 +24,7 @@ from api.wire.parts import fold_version
 from api.wire.reading import Reading
 from api.wire.request import ChatRequest, Message
 from api.wire.sampled import Sampled
+from api.wire.tools import ChatTool
 from shared.card import Card
 from shared.errors import ContextTooLong, InvalidGrammar, InvalidValue, Unavailable, UnsupportedParameter
 from shared.grammar import MAX_GRAMMAR_CHARS, TOO_LONG, within
@@ -105,13 +107,19 @@ def _header(order: Order, job: Job, reading: Reading, card: Card) -> Header:
 def encode(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> list[int]:
     """The prompt's token ids. Raises BadRequest, also when there are none."""
     if isinstance(request, ChatRequest):
-        prompt, param = tokenizer.encode_chat(adapted(request.messages, tokenizer.card), request.offered_tools,
-                                              request.template_variables), "messages"
+        prompt, param = encode_chat(request.messages, request.offered_tools, request.template_variables,
+                                    tokenizer), "messages"
     else:
         prompt, param = _encode_prompt(request, tokenizer), "prompt"
     if not prompt:
         raise InvalidValue("The prompt is empty.", param=param)
     return prompt
+
+
+def encode_chat(said: Sequence[Message], tools: Sequence[ChatTool] | None, variables: Mapping[str, Any],
+                tokenizer: Tokenizer) -> list[int]:
+    """Raises TemplateRefused, or BadRequest when there is no chat template."""
+    return tokenizer.encode_chat(adapted(said, tokenizer.template_for(tools)), tools, variables)
 
 
 def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int]:
@@ -184,17 +192,6 @@ def _calls(request: ChatRequest, tokenizer: Tokenizer, dialect: Dialect | None) 
         return made(*functions)
     except InvalidGrammar as error:
         raise InvalidGrammar(str(error), param="tools") from None
-
-
-def adapted(said: Sequence[Message], card: Card) -> list[dict[str, Any]]:
-    """Messages as the model's template expects them. Most templates have no developer role: its messages become system
-    ones, as OpenAI does it too."""
-    messages = [message.for_template() for message in said]
-    if not any("developer" in template for template in card.chat_templates.values()):
-        for message in messages:
-            if message["role"] == "developer":
-                message["role"] = "system"
-    return messages
 
 
 def resolve_sampling(request: Sampled, card: Card, num_prompt_tokens: int) -> Sampling:

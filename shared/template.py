@@ -37,8 +37,6 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
                special_tokens: Mapping[str, str], **variables: Any) -> str:
         """The prompt's text. Raises TemplateRefused when the template rejects the messages or takes too long."""
-        # As transformers does: templates handle a missing key, but print one that is None.
-        messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
         pieces, num_chars, deadline = [], 0, time.monotonic() + MAX_RENDER_S
         try:

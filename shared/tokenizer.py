@@ -49,6 +49,9 @@ class Tokenizer:
         """The grammar of a constraint (`shared.grammar.MAKERS`), tried. Raises InvalidGrammar, or Unavailable."""
         return self._trials.make(kind, value)
 
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate | None:
+        return self.templates.get("tool_use" if tools else "default") or self.templates.get("default")
+
     def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None,
                     variables: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
         """Token ids of the rendered chat. Raises TemplateRefused, or BadRequest when there is no chat template."""
@@ -85,7 +88,7 @@ class Tokenizer:
     def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
                 ) -> list[str]:
         """The text of the chat, cut wherever it would read as a token that only a template may write."""
-        template = self.templates.get("tool_use" if tools else "default") or self.templates.get("default")
+        template = self.template_for(tools)
         if template is None:
             raise BadRequest("This model has no chat template, so it cannot chat.")
         written, cut = self._written, None

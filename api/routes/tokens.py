@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api import docs
-from api.jobs import adapted
+from api.jobs import encode_chat
 from api.pod import Pod
 from api.respond import read_body
 from api.wire.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
@@ -53,4 +53,4 @@ def _only(pod: Pod) -> str:
 def _encode(asked: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
     if asked.messages is None:
         return tokenizer.encode_text(asked.prompt or "", add_special_tokens=asked.add_special_tokens is not False)
-    return tokenizer.encode_chat(adapted(asked.messages, tokenizer.card), asked.tools, asked.template_variables)
+    return encode_chat(asked.messages, asked.tools, asked.template_variables, tokenizer)

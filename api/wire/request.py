@@ -93,12 +93,15 @@ class Message(Fields):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """For chat templates: the arguments of tool calls as an object, not as text."""
-        message: dict[str, Any] = {"role": "tool" if self.role == "function" else self.role, "content": self.content}
+        """For chat templates: the arguments of tool calls as an object, not as text. As transformers does, nothing is
+        None, which templates would print, and a thought has gpt-oss' name for it too."""
+        message: dict[str, Any] = {"role": "tool" if self.role == "function" else self.role}
+        if self.content is not None:
+            message["content"] = self.content
         if self.name is not None:
             message["name"] = self.name
         if thought := self.reasoning_content or self.reasoning:
-            message["reasoning_content"] = thought
+            message["thinking"] = message["reasoning_content"] = thought
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         if self.tool_calls:

@@ -21,7 +21,7 @@ TOOLS = [{"type": "function", "function": {"name": "wetter", "description": "Fü
 TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Grüße <|im_end|> & \"quotes\"\n\n "},
-    {"role": "assistant", "content": None, "tool_calls": [
+    {"role": "assistant", "tool_calls": [
         {"id": "c1", "type": "function", "function": {"name": "wetter", "arguments": {"ort": "Köln", "n": 1.5}}}]},
     {"role": "tool", "tool_call_id": "c1", "name": "wetter", "content": "mild"},
     {"role": "assistant", "content": "Mild."},
