@@ -19,16 +19,17 @@ CHATML = """{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m
 TEXT = """{% for m in messages %}{% if m['role'] == 'assistant' and m['tool_calls'] is defined %}
 {%- for tool in m['tool_calls'] %}{% if m['content'] is none %}
 {{- '<call>' + tool['function']['name'] + '<sep>' + tool['function']['arguments'] }}{% else %}
-{{- m['content'] + '<call>' + tool['function']['name'] + '<sep>' + tool['function']['arguments'] }}{% endif %}{% endfor %}
-{%- else %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}{% endfor %}"""
-NONE = """{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}{% for tool in m['tool_calls'] %}
+{{- m['content'] + '<call>' + tool['function']['name'] + '<sep>' + tool['function']['arguments'] }}{% endif %}
+{%- endfor %}{% else %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}{% endfor %}"""
+NONE = """{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}
+{%- for tool in m['tool_calls'] %}
 {{- '<call>' + tool['function']['name'] + '<sep>' + tool['function']['arguments'] }}{% endfor %}
 {%- else %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}{% endfor %}"""
 SHORT = """{% for m in messages %}{% if m['tool_calls'] is defined %}{% for call in m['tool_calls'] %}
 {%- if call['id'] | length != 9 %}{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}
 {%- endif %}{{ call | tojson }}{% endfor %}{% elif m['role'] == 'tool' %}
-{%- if m['tool_call_id'] is not defined or m['tool_call_id'] | length != 9 %}{{ raise_exception('length 9!') }}{% endif %}
-{{- m['content'] }}<{{ m['tool_call_id'] }}>{% else %}{{ m['content'] }}{% endif %}{% endfor %}"""
+{%- if m['tool_call_id'] is not defined or m['tool_call_id'] | length != 9 %}{{ raise_exception('length 9!') }}
+{%- endif %}{{ m['content'] }}<{{ m['tool_call_id'] }}>{% else %}{{ m['content'] }}{% endif %}{% endfor %}"""
 ONE = """{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}
 {{- raise_exception('This model only supports single tool-calls at once!') }}{% endif %}<call>
 {{- m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}

@@ -63,6 +63,20 @@ TEXTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("text", '<tool_call>{"name": "", "arguments": {}}</tool_call>')]),
     "many blanks": (" " * 100 + CALL + " " * 100 + "x", [("text", " " * 36), ("call", "f"), ("arguments", ARGUMENTS),
                                                          ("text", "x")]),
+    "the name last": ('<tool_call>\n{"arguments": {"a": "}"}, "name": "f"}\n</tool_call>', [
+        ("call", "f"), ("arguments", '{"a": "}"}')]),
+    "no name at all": ('<tool_call>{"arguments": {"a": 1}}</tool_call>', [
+        ("text", '<tool_call>{"arguments": {"a": 1}}</tool_call>')]),
+    "an id and a type": (
+        '<tool_call>{"id": "1", "type": "function", "name": "f", "arguments": {}, "id": "}"}</tool_call>', [
+            ("call", "f"), ("arguments", "{}")]),
+    "null": ('<tool_call>{"name": "f", "arguments": null}</tool_call>', [("call", "f"), ("arguments", "{}")]),
+    "JSON in a string": ('<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"}\\"}"}</tool_call>', [
+        ("call", "f"), ("arguments", '{"a": "}"}')]),
+    "no object": ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', [
+        ("text", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>')]),
+    "cut off before the name": ('<tool_call>{"arguments": {"a": 1}, "na', [
+        ("text", '<tool_call>{"arguments": {"a": 1}, "na')]),
     "never closed": ('<tool_call>{"name":"g","arguments":{}} and on', [("call", "g"), ("arguments", "{}"),
                                                                      ("text", "} and on")]),
 }
@@ -77,6 +91,9 @@ LEADING: list[tuple[Dialect, str, list[tuple[str, str]]]] = [
     (LLAMA, '{"name": "f", "parameters": {}} so', [("call", "f"), ("arguments", "{}"), ("text", "so")]),
     (MISTRAL, '[{"name": "f", "arguments": {"a": [1]}}, {"name": "g", "arguments": {}}]', [
         ("call", "f"), ("arguments", '{"a": [1]}'), ("call", "g"), ("arguments", "{}")]),
+    (MISTRAL, '[{"name": "f", "arguments": {"a": 1}, "id": "VvvODy9mT"}, {"arguments": {}, "name": "g", "id": "x"}]', [
+        ("call", "f"), ("arguments", '{"a": 1}'), ("call", "g"), ("arguments", "{}")]),
+    (LLAMA, '{"type": "function", "name": "f", "parameters": {}}', [("call", "f"), ("arguments", "{}")]),
     (MISTRAL, "[1, 2]", [("text", "[1, 2]")]), (MISTRAL, " [", [("text", " [")]),
     (MISTRAL, "Hi [{", [("text", "Hi [{")]),
 ]
@@ -89,8 +106,8 @@ def test_every_split_reads_the_same(dialect: Dialect, text: str, expected: list[
 
 
 JSON_DIALECTS = {dialect.name: dialect for dialect in (HERMES, MISTRAL, LLAMA)}
-WORDS = ["<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', "{", "}", '"', "\\", "\n", " ", "<", "x", "[1]",
-         "</tool"]
+WORDS = ["<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', '{"arguments": ', ', "name": "g"', '"id": "1", ',
+         "null", "{", "}", '"', "\\", "\n", " ", "<", "x", "[1]", "</tool"]
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=25), st.integers(1, 7), st.sampled_from(list(JSON_DIALECTS.values())))
@@ -107,7 +124,8 @@ def test_hostile_text_is_read_in_linear_time(dialect: Dialect) -> None:
     """What is held back is bounded, so that no character is looked at more than a bounded number of times."""
     for unit in ("<", " ", "<tool_call>", "<tool_call>{", '<tool_call>{"name":"f","arguments":{}}' + " ", "{", '"',
                  '<tool_call>{"name":"', "</tool_call>", '{"name":"f","parameters":{}};', "[",
-                 '[{"name":"f","arguments":['):
+                 '[{"name":"f","arguments":[', '<tool_call>{"name":"f","arguments":"', '{"arguments":{},',
+                 '{"type":"a",'):
         reader: Any = dialect.reader()
         for character in unit * (3000 // len(unit)):
             reader.feed(character)

@@ -59,9 +59,11 @@ BLANKS = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()
 WORDS = ["Hi", "é", " ", "\n", "\x1f", "\N{NO-BREAK SPACE}", "{", "[", "]", '"', ";", "\\", *THINK]
 OBJECTS = ['{"name": "f", "parameters": {"a": 1}}', '{"name": "g_2", "parameters": {}}; ', '{"name": "Bob", "age": 3}',
            '{\n "name": "f",\n "parameters": {"b": 2}}', '\x1f{"name":"no\\"","arguments":{}}', TAG,
-           '; {"name": "no", "parameters": {}}', '{"name": "\\u0066", "parameters": {}}']
+           '; {"name": "no", "parameters": {}}', '{"name": "\\u0066", "parameters": {}}',
+           '{"type": "function", "name": "f", "parameters": {"b": 2}}', '{"parameters": {"b": 2}, "name": "f"}']
 ARRAYS = ['[{"name": "f", "arguments": {"a": 1}}]', '[{"name": "no", "arguments": {}}',
-          ', {"name": "no", "arguments": {}}]', '[ {"name":"f","arguments":{"b": 2}}]']
+          ', {"name": "no", "arguments": {}}]', '[ {"name":"f","arguments":{"b": 2}}]',
+          '[{"id": "x", "name": "f", "arguments": {"b": 2}}]', '[{"arguments": {"b": 2}, "name": "f"}]']
 LISTS = ["[f(a=1)]", "[f(a=1), no()]", "[no(x=1)]", "[ f (b=2)]", "[\x1fno\n(", "[é()]", "[1, 2]", "[x](y)",
          "[f(a='x')]", "[g_2()]", *pythonic.BEGINS, *pythonic.ENDS]
 MESSAGES = [f'{HEAD}f {JSON}{{"a": 1}}', f'{HEAD}no {JSON}{{"a": 1}}', f'{HEAD}f<|message|>{{"b": 2}}', ANALYSIS, FINAL,
