@@ -197,6 +197,11 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return matcher.deep_copy()
 
+    def forget(self, grammar: str) -> None:
+        """Compiles it anew when it is needed: once it has run into a limit all its matchers fail, however they go."""
+        with self._lock:
+            self._compiled.pop(grammar, None)
+
     def token_ids(self, text: bytes, last: list[int]) -> list[int]:
         """Tokenizes a text that follows the tokens `last`, as far as the tokens do not depend on what comes next."""
         begun = text[:MAX_FORCED_BYTES]

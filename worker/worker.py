@@ -254,6 +254,7 @@ class Worker:
                    if output.request_id in self._answers}
         for job_id, why in job_ids.items():
             log.error("job %s fails here: %s", job_id, why)
+            self._grammars.forget(self._answers[job_id].job.sampling.grammar)
             self._drop(job_id)
         if NOT_A_NUMBER in job_ids.values():
             log.error("logits that are not numbers: weights or device are broken, or a request breaks them. "

@@ -165,3 +165,12 @@ def test_a_copy_goes_its_own_way_and_the_cache_is_bounded(grammars: Grammars) ->
     for number in range(grammar.MAX_CACHED + 10):
         grammars.matcher(of_regex(f"x{number}"))
     assert len(grammars._compiled) == grammar.MAX_CACHED
+
+
+def test_a_grammar_that_ran_into_a_limit_is_compiled_anew(grammars: Grammars) -> None:
+    """All its matchers share what was computed, and fail from then on."""
+    long, marker = 'start: T\nT: /(?s:.){3,99}/ & ~/(?s:.)*<end-of-it>(?s:.)*/', "<end-of-it>"
+    assert accepts(grammars, long, "xyz") and not accepts(grammars, long, f"x{marker}")
+    assert not accepts(grammars, long, "xyz"), "else there is nothing to forget"
+    grammars.forget(long)
+    assert accepts(grammars, long, "xyz")

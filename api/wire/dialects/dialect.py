@@ -20,6 +20,9 @@ from shared.schemas import ESCAPES, enforceable
 MAX_HEAD_CHARS = 512        # between a call's marker and its arguments
 MAX_NAME_CHARS = 256
 TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
+# What may stand beside the properties of a strict tool's arguments where no JSON is written: else it is not enforced.
+ENFORCED = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema",
+                      "title", "description"})
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 Tools = Iterable[Mapping[str, Any]]                     # functions, as OpenAI describes them
@@ -173,6 +176,12 @@ def definitions_of(tool: Mapping[str, Any]) -> dict[str, Any]:
     """The definitions to which its parts may refer."""
     schema = tool.get("parameters") or {}
     return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+
+def require_plain(tool: Mapping[str, Any]) -> None:
+    """Raises InvalidGrammar when the arguments of a strict tool are more than an object with properties."""
+    if tool.get("strict") and not (tool.get("parameters") or {}).keys() <= ENFORCED:
+        raise InvalidGrammar("The arguments of a strict tool are an object with properties, for this model.")
 
 
 def listed(schema: Any, key: str) -> list[Any]:

@@ -1,18 +1,21 @@
 """Reads Qwen3-Coder's calls, elements of elements, as JSON (qwen_coder.py shows one).
 
-Inside a value only its end is a marker, and inside a JSON string not even that. A string is the text as written,
-without the line breaks around it; any other value is JSON, or else a string. What turns out not to be a call is text,
+Inside a value only its end is a marker, and inside a JSON string not even that. Models leave the end out at times: on a
+line of its own, another argument, or the end of the call, ends a value too. A string is the text as written, without
+the line breaks around it; any other value is JSON, or else a string. What turns out not to be a call is text,
 unchanged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import NoReturn
 
 from api.wire.dialects.dialect import MAX_NAME_CHARS, Piece, quoted
 from api.wire.dialects.json_value import JsonValue
+from api.wire.dialects.python_calls import NoCall, PythonCall
 from api.wire.markers import MAX_BLANKS, Splitter, trimmed
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
@@ -20,6 +23,7 @@ FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 MARKERS = (CALL, END_CALL, FUNCTION, END_FUNCTION, PARAMETER, END_PARAMETER)
 
+NULL = "null"
 WORDS = {"True": "true", "False": "false", "None": "null"}          # Python's, for JSON's
 BRACKET = re.compile(r"[\[{}\]]")
 MAX_DEPTH = 100             # of a value: deeper ones are strings, on every pod
@@ -28,6 +32,11 @@ MAX_DEPTH = 100             # of a value: deeper ones are strings, on every pod
 def argument(function: str, name: str) -> str:
     """The key of a typed argument."""
     return f"{function}.{name}"
+
+
+def nullable(function: str, name: str) -> str:
+    """The key of an argument that is a string or null: no name contains a line break."""
+    return argument(function, name) + "\n"
 
 
 class ElementReader:
@@ -43,12 +52,17 @@ class ElementReader:
         self._num_arguments = 0
         self._typed: list[str] | None = None            # a value that is not a string, so far
         self._json: JsonValue | None = None             # the same, if it is JSON that may contain strings
+        self._null: str | None = None                   # a value as long as it may become null
         self._is_fresh = self._is_blank = False         # nothing of the value was read yet, or only whitespace
+        self._is_line = False                           # the value has just begun a line
+        self._end = ""                                  # of a call without the end of its value, as far as it goes
 
     def feed(self, text: str) -> list[Piece]:
         pieces: list[Piece] = []
         for is_marker, run in self._splitter.feed(text):
-            if is_marker and (self._read != self._value or (run == END_PARAMETER and not self._in_string)):
+            if is_marker and self._read == self._closing:
+                self._close(run, pieces)
+            elif is_marker and (self._read != self._value or self._ends_value(run)):
                 self._take(run, pieces)
             else:
                 self._read(run, pieces)
@@ -59,11 +73,17 @@ class ElementReader:
         """Inside a JSON string of a value: an end marker there is part of the string."""
         return self._json is not None and self._json.in_string
 
+    def _ends_value(self, marker: str) -> bool:
+        is_end = marker == END_PARAMETER or (self._is_line and marker in (PARAMETER, END_FUNCTION))
+        return is_end and not self._in_string
+
     def finish(self) -> list[Piece]:
         """The held text, or the end of a call that lacks nothing else."""
         pieces: list[Piece] = []
         for _, run in self._splitter.finish():
             self._read(run, pieces)
+        if self._read == self._closing:
+            self._close_value(pieces)
         if self._read == self._function:
             pieces.append(Piece("arguments", "}"))
         elif self._read in (self._text, self._call, self._named):
@@ -73,8 +93,13 @@ class ElementReader:
 
     def _take(self, marker: str, pieces: list[Piece]) -> None:
         """Handles a marker in the current state; if it has no meaning there, it is text."""
-        if marker == END_PARAMETER and self._read == self._value:
+        if self._read == self._value and marker == END_FUNCTION:
+            self._end, self._read = marker, self._closing
+            return
+        if self._read == self._value:
             self._close_value(pieces)
+        if marker == END_PARAMETER and self._read == self._function:
+            pass
         elif marker == PARAMETER and self._read == self._function:
             self._held, self._read = "", self._keyed
         elif marker in (END_FUNCTION, END_CALL) and self._read == self._function:
@@ -89,6 +114,26 @@ class ElementReader:
         elif self._read != self._function:
             self._give_up(pieces)
             self._text(marker, pieces)
+
+    def _close(self, marker: str, pieces: list[Piece]) -> None:
+        """Whether a call ends at what may end it without the end of its value."""
+        if marker == END_CALL:
+            self._close_value(pieces)
+            self._take(marker, pieces)
+            return
+        self._read = self._value
+        self._value(self._end, pieces)
+        if self._ends_value(marker):
+            self._take(marker, pieces)
+        else:
+            self._value(marker, pieces)
+
+    def _closing(self, run: str, pieces: list[Piece]) -> None:
+        """Behind what may be the end of a call: whitespace; anything else belongs to the value."""
+        self._end += run
+        if self._end.removeprefix(END_FUNCTION).strip() or len(self._end) > MAX_BLANKS:
+            self._read = self._value
+            self._value(self._end, pieces)
 
     def _begin(self, marker: str, pieces: list[Piece]) -> None:
         """Begins a call, or its name."""
@@ -154,7 +199,9 @@ class ElementReader:
             rest = self._held[self._held.index(">") + 1:]
             comma = ", " if self._num_arguments else ""
             is_typed = argument(self._name, key) in self._typed_arguments
-            pieces.append(Piece("arguments", f"{comma}{quoted(key)}: " + ("" if is_typed else '"')))
+            self._null = "" if nullable(self._name, key) in self._typed_arguments else None
+            quote = "" if is_typed or self._null is not None else '"'
+            pieces.append(Piece("arguments", f"{comma}{quoted(key)}: {quote}"))
             self._num_arguments += 1
             self._typed, self._json, self._held = [] if is_typed else None, None, ""
             self._is_fresh = self._is_blank = True
@@ -166,6 +213,7 @@ class ElementReader:
     def _value(self, run: str, pieces: list[Piece]) -> None:
         """The value as written, without the line breaks around it."""
         self._held += run
+        self._is_line = run.endswith("\n")
         if self._is_fresh and self._held:
             self._is_fresh, self._held = False, self._held.removeprefix("\n")
         value, self._held = self._held.removesuffix("\n"), "\n" if self._held.endswith("\n") else ""
@@ -176,11 +224,22 @@ class ElementReader:
                 self._json = JsonValue() if begun[0] in '[{"' else None
             if self._json is not None:
                 self._json.feed(value)
+        elif self._null is not None:
+            self._null += value
+            if not NULL.startswith(self._null):
+                pieces.append(Piece("arguments", quoted(self._null)[:-1]))
+                self._null = None
         elif value:
             pieces.append(Piece("arguments", quoted(value)[1:-1]))
 
     def _close_value(self, pieces: list[Piece]) -> None:
-        pieces.append(Piece("arguments", '"' if self._typed is None else _literal("".join(self._typed).strip())))
+        if self._typed is not None:
+            end = _literal("".join(self._typed).strip())
+        elif self._null is not None:
+            end = NULL if self._null == NULL else quoted(self._null)
+        else:
+            end = '"'
+        pieces.append(Piece("arguments", end))
         self._held, self._read = "", self._function
 
 
@@ -204,7 +263,18 @@ def _literal(text: str) -> str:
             return text
     except ValueError:
         pass
-    return WORDS.get(text) or quoted(text)
+    return WORDS.get(text) or (_of_python(text) if text.startswith(("[", "{")) else None) or quoted(text)
+
+
+def _of_python(text: str) -> str | None:
+    """JSON of a list or dict as Python writes it, in which models confuse the two languages."""
+    call = PythonCall()
+    with contextlib.suppress(NoCall):
+        whole = f"f(a={text})"
+        is_whole = call.feed(whole) == len(whole) and call.is_closed
+        if is_whole and json.loads(call.arguments, parse_int=str).keys() == {"a"}:
+            return call.arguments.removeprefix('{"a": ').removesuffix("}")
+    return None
 
 
 def _refuse(_: str) -> NoReturn:

@@ -27,6 +27,7 @@ from api.wire.dialects.dialect import (
     listed,
     quoted,
     require_names,
+    require_plain,
     with_options,
 )
 from api.wire.dialects.leading import BLANK, BLANKS, leading
@@ -44,9 +45,6 @@ KINDS: dict[type, set[str]] = {str: {"string"}, bool: {"boolean"}, type(None): {
 MARKED = rf"(?s:.)*({'|'.join(map(re.escape, BEGINS))})"
 CALLED = rf"\[{BLANK}*([a-zA-Z_]|[^\x00-\x7F])([\w.\-]|[^\x00-\x7F])*{BLANK}*\("
 WORDS = {True: '"True"', False: '"False"', None: '"None"'}
-# What may stand beside the properties of a strict tool's arguments: other keywords are not enforced.
-ENFORCED = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema",
-                      "title", "description"})
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ def _arguments(rule: str, tool: Mapping[str, Any]) -> list[str]:
     """Rules for the properties in their order: `first` before any was written, `rest` after one."""
     given, is_strict = tool.get("parameters"), bool(tool.get("strict"))
     schema = NOTHING if given is None else given
-    if is_strict and not schema.keys() <= ENFORCED:
-        raise InvalidGrammar("The arguments of a strict tool are an object with properties, for this model.")
+    require_plain(tool)
     properties, required = arguments_of(tool)
     if not properties and schema.get("additionalProperties") is not False:
         return [f'{rule}_first_0: ({rule}_any (", " {rule}_any)*)?', f'{rule}_any: /[a-z_][a-z0-9_]*/ "=" {rule}_value',
