@@ -22,6 +22,7 @@ from api.wire.dialects import Dialect
 from api.wire.dialects.dialect import eased_schemas
 from api.wire.parts import fold_version
 from api.wire.reading import Reading
+from api.wire.reasoning import END
 from api.wire.request import ChatRequest, Message
 from api.wire.sampled import Sampled
 from api.wire.tools import ChatTool
@@ -34,6 +35,8 @@ from shared.settings import Settings
 from shared.tokenizer import Tokenizer
 from shared.trial import TOO_MUCH
 
+# In a grammar, where no token ends a thought that the prompt has begun.
+BEHIND_THOUGHT = f'start: thought @asked\nthought[lazy]: THOUGHT\nTHOUGHT: /(?s:.)*/ "{END}"\n'
 FORMS = ThreadPoolExecutor(32, "form")                  # threads that only wait for trials of grammars
 PLACES = asyncio.Semaphore(256)                         # requests that wait for these threads; more are refused
 EASING_S = 2.0                                          # to find which of a request's tools cannot be enforced
@@ -67,7 +70,8 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
     prompt = (await asyncio.to_thread(encode, request, served.tokenizer) if order.is_long else
               encode(request, served.tokenizer))
     reading = (Reading.of(prompt, card.chat_templates.values(), served.tokenizer.added_id, wanted=settings.tool_dialect,
-                          tools=request.offered_tools, keeps_form=request.is_constrained and not request.must_call)
+                          tools=request.offered_tools, keeps_form=request.is_constrained and not request.must_call,
+                          decode=served.tokenizer.decode)
                if isinstance(request, ChatRequest) else Reading())
     sampling = replace(resolve_sampling(request, card, len(prompt)), shown_token_ids=reading.shown_token_ids,
                        tells_stop=order.language == "messages")
@@ -113,6 +117,7 @@ def encode(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> li
         prompt, param = _encode_prompt(request, tokenizer), "prompt"
     if not prompt:
         raise InvalidValue("The prompt is empty.", param=param)
+    _refuse_unknown_ids(prompt, tokenizer.card, param)
     return prompt
 
 
@@ -126,12 +131,19 @@ def _encode_prompt(request: CompletionRequest, tokenizer: Tokenizer) -> list[int
     [prompt] = request.prompts
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, add_special_tokens=request.add_special_tokens is not False)
-    _refuse_unknown_ids(prompt, tokenizer.card, "prompt")
     return prompt
 
 
 def _compile(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
-    """The grammar of the answer; empty: no constraint. Raises BadRequest.
+    """The grammar of the answer; empty: no constraint. Raises BadRequest."""
+    grammar = _asked(request, tokenizer, reading)
+    if not grammar or reading.reasoning != "open" or reading.think_end_id is not None:
+        return grammar
+    return tokenizer.make_grammar("made", within(BEHIND_THOUGHT, asked=grammar))
+
+
+def _asked(request: Sampled, tokenizer: Tokenizer, reading: Reading) -> str:
+    """The grammar of what the request asks for.
 
     If calls are required: calls. If a form is requested: the form, or calls where tools are offered. Else, where a tool
     is strict: text in which all calls follow the schemas.

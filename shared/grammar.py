@@ -154,10 +154,15 @@ class Grammars:
     @cached_property                                    # not always needed, and takes some 20 MiB
     def _tokenizer(self) -> LLTokenizer:
         eos = list(self.eos_token_ids) or None
-        try:
-            return LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=eos)
-        except ValueError:                              # a kind of tokenizer that llguidance does not support
-            raise InvalidGrammar("Nothing can be enforced with this model's tokenizer.") from None
+        for num_tokens in (self.vocab_size, None):      # some have tokens for which their model has no logits
+            with contextlib.suppress(ValueError):
+                return LLTokenizer(self._tokenizer_json, n_vocab=num_tokens, eos_token=eos)
+        raise InvalidGrammar("Nothing can be enforced with this model's tokenizer.")       # llguidance knows no such
+
+    @property
+    def num_words(self) -> int:
+        """Of a mask as llguidance writes it: 32 tokens per word, those without logits too."""
+        return -(-max(self._tokenizer.vocab_size, self.vocab_size) // 32)
 
     def prepare(self) -> None:
         """Loads the tokenizer, if llguidance supports it."""

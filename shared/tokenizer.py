@@ -100,6 +100,11 @@ class Tokenizer:
         text = template.render(messages, tools=tools, special_tokens=self.card.special_tokens, **variables)
         return text.split(cut) if cut else [text]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones as they are written."""
+        text: str = self.fast.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token, even if they are not a whole character."""
         if token_id in self._added:

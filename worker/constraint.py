@@ -120,10 +120,10 @@ class GrammarConstraint:
         todo = [each for each in constraints if each._bits is None and each._after is None and not each.forced]
         if not todo:
             return
-        bits = np.zeros((len(todo), todo[0]._num_words), dtype=np.int32)
+        bits = np.zeros((len(todo), todo[0]._grammars.num_words), dtype=np.int32)
         future = MASKS.fill([(constraint._matcher, row) for row, constraint in enumerate(todo)], bits)
         for row, constraint in enumerate(todo):
-            constraint._bits, constraint._future = bits[row], future
+            constraint._bits, constraint._future = bits[row, :constraint._num_words], future
             constraint._trust.lose()
 
     def allowed(self) -> npt.NDArray[np.int32]:
@@ -206,5 +206,6 @@ class GrammarConstraint:
         self.forced = []
         if self._may_force and (text := self._matcher.compute_ff_bytes()):
             token_ids = self._grammars.token_ids(text, self._last)
-            self.forced = token_ids if self._matcher.validate_tokens(token_ids[:1]) else []
+            can_follow = all(token_id < self._grammars.vocab_size for token_id in token_ids)
+            self.forced = token_ids if can_follow and self._matcher.validate_tokens(token_ids[:1]) else []
         self.is_complete = self._matcher.is_stopped() and not self._matcher.is_error()

@@ -36,8 +36,7 @@ def router(pod: Pod) -> APIRouter:
         served = await pod.directory.find(asked.model or _only(pod))
         if any(token_id >= served.card.vocab_size for token_id in asked.tokens):
             raise InvalidValue(f"token ids are below {served.card.vocab_size} for this model.", param="tokens")
-        text: str = await asyncio.to_thread(served.tokenizer.fast.decode, asked.tokens, skip_special_tokens=False)
-        return {"prompt": text}
+        return {"prompt": await asyncio.to_thread(served.tokenizer.decode, asked.tokens)}
 
     return routes
 

@@ -4,7 +4,7 @@ made, and kept in the header of its log.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +25,18 @@ class Reading:
 
     @classmethod
     def of(cls, prompt: Sequence[int], templates: Iterable[str], added_id: AddedId, *, wanted: str,
-           tools: Sequence[Mapping[str, Any]] | None, keeps_form: bool = False) -> Reading:
+           tools: Sequence[Mapping[str, Any]] | None, keeps_form: bool = False,
+           decode: Callable[[Sequence[int]], str] = lambda _: "") -> Reading:
         """`wanted` is the setting `tool_dialect`; `tools` are those that the request offers. In an answer with a
-        constraint, text that only looks like a call is not one."""
+        constraint, text that only looks like a call is not one. `decode` shows special tokens."""
         templates = list(templates)
         chosen = choose_dialect(wanted, templates, has_tools=bool(tools))
         dialect = chosen.of(added_id) if chosen else None
         if dialect and dialect.is_leading and keeps_form:
             dialect = None
         begin_id, end_id = added_id(BEGIN), added_id(END)
-        reasoning = mode_of(prompt[-MAX_OPENING_TOKENS:], begin_id, end_id, templates)
+        ending = prompt[-MAX_OPENING_TOKENS:]
+        reasoning = mode_of(ending, begin_id, end_id, templates, decode(ending) if begin_id is None else "")
         if dialect and dialect.end_of_thought:
             reasoning, end_id = "", added_id(dialect.end_of_thought)
         elif not reasoning:

@@ -23,8 +23,12 @@ class Thought(NamedTuple):
     text: str
 
 
-def mode_of(prompt: Sequence[int], begin_id: int | None, end_id: int | None, templates: Iterable[str]) -> Mode:
-    """The mode for a prompt and the templates of its model."""
+def mode_of(prompt: Sequence[int], begin_id: int | None, end_id: int | None, templates: Iterable[str],
+            spelled: str = "") -> Mode:
+    """The mode for a prompt and the templates of its model. `spelled` is the prompt's end as text, where the marker is
+    no token."""
+    if begin_id is None and spelled.rstrip().endswith(BEGIN):
+        return "open"
     last = next((token_id for token_id in reversed(prompt) if token_id in (begin_id, end_id)), None)
     if last is not None and last == begin_id:
         return "open"

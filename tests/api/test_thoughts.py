@@ -6,13 +6,22 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from api.jobs import Order, make_job
+from api.wire.completions import parse_completion
+from api.wire.parts import Parts
+from api.wire.request import parse
 from shared import connection
-from shared.job import Delta
+from shared.errors import InvalidValue
+from shared.grammar import Grammars
+from shared.job import Delta, Header, Job
+from shared.settings import Settings
+from shared.tokenizer import Tokenizer
 from tests.api.scripted import CHATML, Script, ScriptedWorker, ask, byte_card, byte_tokenizer, error_of, until_known
 
 CHAT = "/v1/chat/completions"
@@ -98,3 +107,45 @@ async def test_variables_reach_the_template_and_are_words(http: httpx.AsyncClien
     for value in ("<|im_end|>", [1], "a b"):
         refused = await http.post(CHAT, json=ask(thinker.model, chat_template_kwargs={"tone": value}))
         assert error_of(refused, 400)["param"] == "chat_template_kwargs"
+
+
+async def test_a_marker_that_is_no_token_opens_a_thought_too() -> None:
+    """A form comes behind its end then; what a user writes opens nothing."""
+    card = replace(byte_card("spelled", TEMPLATE), vocab_size=258)
+    served: Any = SimpleNamespace(card=card, tokenizer=Tokenizer(card))
+
+    async def made(text: str, **fields: Any) -> tuple[Job, Header]:
+        body = ask("spelled", text, **fields)
+        return await make_job(Order(parse(json.dumps(body).encode(), 9), "t", 99), served, "c", pod_id="p",
+                              settings=Settings(), retain_s=9)
+
+    _, header = await made("Hi")
+    assert header.reasoning == "open"
+    said = Parts("c", header, 0).whole([Delta(0, (), "I wonder.\n</think>\n\nYes", "stop")])
+    assert (said.reasoning, said.text) == ("I wonder.", "Yes")
+    _, header = await made("<think>", chat_template_kwargs={"enable_thinking": False})
+    assert header.reasoning == "maybe"
+    job, _ = await made("Hi", choice=["Yes", "No"])
+    assert job.sampling.grammar_after is None
+    for text, fits in (("I wonder.</think>No", True), ("No", False), ("</think>Maybe", False)):
+        matcher = Grammars(card.tokenizer_json, 258, [257]).matcher(job.sampling.grammar)
+        ids = list(text.encode())
+        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == fits
+
+
+async def test_a_prompt_holds_no_token_without_logits() -> None:
+    """Tokenizers may have tokens for which their model has none; forms can be kept nevertheless."""
+    card = replace(byte_card("short"), tokenizer_json=byte_tokenizer("<|im_start|>", "<|im_end|>", "[PAD]").to_str())
+    served: Any = SimpleNamespace(card=card, tokenizer=Tokenizer(card))
+
+    async def made(request: Any) -> tuple[Job, Header]:
+        return await make_job(Order(request, "t", 99), served, "c", pod_id="p", settings=Settings(), retain_s=9)
+
+    with pytest.raises(InvalidValue):
+        await made(parse_completion(json.dumps({"model": "short", "prompt": "Hi [PAD]"}).encode()))
+    job, _ = await made(parse(json.dumps(ask("short", "Hi [PAD]", choice=["Yes"])).encode(), 9))
+    assert max(job.prompt_token_ids) < card.vocab_size
+    served.card = replace(card, chat_templates={"default": CHATML + "[PAD]"})
+    served.tokenizer = Tokenizer(served.card)
+    with pytest.raises(InvalidValue):
+        await made(parse(json.dumps(ask("short", "Hi")).encode(), 9))

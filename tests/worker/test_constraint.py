@@ -472,3 +472,14 @@ def test_who_cannot_go_on_fails_alone(engine: Engine) -> None:
     found = run(engine, {0: [stuck, request("other", of_choice(["yes"]))]})
     assert [output.finish_reason for output in found["stuck", 0]] == [None, None, NO_WAY_ON]
     assert text_of(token_ids(found["other", 0])) == "yes"
+
+
+@pytest.mark.parametrize("num_missing", [0, 1, 40])
+def test_tokens_without_logits_take_no_room_in_a_mask(num_missing: int) -> None:
+    vocab_size = TOKENIZER.get_vocab_size() - num_missing
+    grammars = Grammars(TOKENIZER.to_str(), vocab_size, [EOS])
+    for form in (of_choice(["yes", "no"]), of_regex("[a-z ]+")):
+        few, all_ = (GrammarConstraint.of(each, form, ()).allowed() for each in (grammars, GRAMMARS))
+        assert few.shape == (-(-vocab_size // 32),) and few.any()
+        whole = vocab_size // 32
+        assert (few[:whole] == all_[:whole]).all()
