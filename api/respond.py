@@ -19,7 +19,7 @@ from api.directory import Served
 from api.jobs import Order
 from api.pod import Pod
 from api.relay import Stream
-from api.resume import find, follow, join, position, token_bytes
+from api.resume import attend, find, follow, join, position, token_bytes
 from api.sse import COMPLETION_ID, EventStream, Source
 from api.submit import new_id, submit, submit_once
 from api.wire.fold import Whole
@@ -66,6 +66,8 @@ async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: 
     stream, header = await submit(pod, served, order, new_id(served, order))
     token_bytes = served.tokenizer.token_bytes
     if header.stream:
+        if order.is_unread:                             # its job names no pod to push to
+            await attend(pod, stream)
         fold = event_fold(stream.job_id, header, token_bytes, asked)
         return EventStream(stream, fold, {COMPLETION_ID: stream.job_id}, said=fold.begin(),
                            on_first=lambda: pod.metrics.ttft_s.observe(time.monotonic() - began_s),

@@ -54,7 +54,11 @@ class ResponseFold(EventFold):
         return events
 
     def error(self, error: APIError) -> bytes:
-        return b"event: error\ndata: %b\n\n" % dump({"type": "error"} | error.body())
+        """As OpenAI's schema has it, and nested too, which its Python client expects."""
+        nested = error.body()
+        flat = {name: nested["error"].get(name) for name in ("code", "message", "param")}
+        return b"event: error\ndata: %b\n\n" % dump(
+            {"type": "error", "sequence_number": self.num_events} | flat | nested)
 
     def _tell(self, kind: str, fields: dict[str, Any]) -> bytes:
         number = self.num_events

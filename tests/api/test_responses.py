@@ -7,11 +7,12 @@ import re
 from typing import Any
 
 import pytest
+from openai.types.responses import ResponseErrorEvent
 
 from api.wire.items import chat_messages
 from api.wire.response_fold import ResponseFold, ResponseWhole
 from api.wire.responses import ResponseRequest, parse_response
-from shared.errors import BadRequest
+from shared.errors import BadRequest, Draining
 from shared.job import Delta, Entry, Finish, FinishReason, Header, TokenLogprob, Usage, encode_deltas
 
 HEADER = Header(model="m", created_s=7, fingerprint="fp", seed=1, n=1, num_prompt_tokens=5, language="responses",
@@ -267,3 +268,14 @@ def test_log_probabilities_are_whole_however_tokens_were_gathered() -> None:
         (part,) = events[-1]["response"]["output"][0]["content"]
         assert part["text"] == "éb"
         assert part["logprobs"] == [each for logprobs in told_logprobs for each in logprobs]
+
+
+def test_an_error_is_an_event_of_the_schema() -> None:
+    """Its Python client reads it nested, others as the schema has it; it has no position."""
+    fold = ResponseFold(ID, HEADER, lambda _: b"a", {})
+    fold.begin()
+    kind, data = fold.error(Draining()).decode().strip().split("\n")
+    told = json.loads(data.removeprefix("data: "))
+    assert kind == "event: error" and told["error"]["code"] == "draining"
+    event = ResponseErrorEvent.model_validate(told, strict=True)
+    assert (event.code, event.sequence_number) == ("draining", fold.num_events)

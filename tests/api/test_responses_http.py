@@ -181,6 +181,8 @@ async def test_the_stream_of_a_background_response(pods: list[httpx.AsyncClient]
         head = [await anext(lines) for _ in range(3)]
         assert head[:2] == ["event: response.created", "id: 0"]
         script = await pair_worker.claim()
+        queue = pair_worker.queue
+        assert await queue.redis.hget(queue.shard.key(f"job:{script.job.id}"), "pods"), "its log is pushed to the pod"
     await asyncio.sleep(0.1)
     await script.answer("Yes")
     rest = await pods[1].get(f"{ADDRESS}/{script.job.id}", params={"stream": "true", "starting_after": "0"})
