@@ -11,7 +11,9 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
 
 from api import batch_line
 from api.batches import HOLD_S
@@ -24,32 +26,77 @@ from shared.errors import APIError, ModelNotFound, NoSuchFile, NoWorker
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0                                            # between two searches for batches that no pod runs
-MAX_LOOKED_AT = 32                                      # batches per search
-MAX_PUMPED = 8                                          # batches of one pod at a time
-TURN_S = 60.0                                           # without a line that ends: then other batches take its place
+MAX_LOOKED_AT = 512                                     # batches per search: many of one key hide none of another
+MAX_TRIED = 32                                          # of them; those that other pods hold are tried in vain
+MAX_PUMPED = 8                                          # batches of one pod at a time, and one that is giving way
+TURN_S = 30.0                                           # then a batch gives way to one that waits, for a while
 MAX_IN_FLIGHT = 64                                      # lines of one batch
 RENEW_S = 1.0                                           # far below HOLD_S; also how soon a cancelled batch is noticed
 CHUNK_LINES = 256                                       # looked up per round trip
 
 
+@dataclass(slots=True)
+class Turn:
+    """A batch's place on this pod."""
+
+    batch_id: str
+    tenant: str
+    began_s: float
+    gives_way: bool = False                             # its jobs run on, and a pod returns to them later
+
+
 async def pump(pod: Pod) -> None:
     """Takes and runs batches until cancelled."""
-    pumping: dict[str, asyncio.Task[None]] = {}
+    turns: dict[asyncio.Task[None], Turn] = {}
     try:
         while True:
             await asyncio.sleep(LOOK_S * random.uniform(0.5, 1.5))
-            pumping = {batch_id: task for batch_id, task in pumping.items() if not task.done()}
-            if pod.draining or len(pumping) >= MAX_PUMPED:
-                continue
+            for task in [task for task in turns if task.done()]:
+                del turns[task]
             try:
-                for tenant, batch_id in await pod.batches.some_live(MAX_LOOKED_AT):
-                    is_free = batch_id not in pumping and len(pumping) < MAX_PUMPED
-                    if is_free and (batch := await _held(pod, tenant, batch_id)):
-                        pumping[batch_id] = asyncio.create_task(_run(pod, batch))
+                await _fill(pod, turns)
             except connection.TROUBLE as error:
                 log.warning("batches could not be looked up: %s", type(error).__name__)
     finally:
-        await connection.end(pumping.values())
+        await connection.end(turns)
+
+
+async def _fill(pod: Pod, turns: dict[asyncio.Task[None], Turn]) -> None:
+    """Begins turns of batches that no pod holds, while there are places for them."""
+    here = {turn.batch_id for turn in turns.values()}
+    live = [each for each in await pod.batches.some_live(MAX_LOOKED_AT) if each[1] not in here]
+    random.shuffle(live)
+    for _ in range(min(len(live), MAX_TRIED)):
+        tenant, batch_id = live.pop(next_to_take([tenant for tenant, _ in live], turns.values()))
+        now_s = asyncio.get_running_loop().time()
+        leaving = to_give_way(tenant, turns.values(), now_s)
+        has_place = not pod.draining and (len(turns) < MAX_PUMPED or leaving)
+        if has_place and (batch := await _held(pod, tenant, batch_id)):
+            if leaving:
+                leaving.gives_way = True
+            turn = Turn(batch_id, tenant, now_s)
+            turns[asyncio.create_task(_run(pod, batch, turn))] = turn
+
+
+def next_to_take(waiting: list[str], turns: Collection[Turn]) -> int:
+    """Which of the batches of these tenants: the first whose tenant has the fewest places."""
+    num_places = _num_places(turns)
+    return min(range(len(waiting)), key=lambda number: num_places[waiting[number]])
+
+
+def to_give_way(tenant: str, turns: Collection[Turn], now_s: float) -> Turn | None:
+    """The turn that ends for a batch of this tenant: of the tenant with the most places the longest. None if there is a
+    place anyway, if somebody is giving way already, or if no turn is over that the tenant has a better claim to."""
+    if len(turns) != MAX_PUMPED:
+        return None
+    num_places = _num_places(turns)
+    over = [turn for turn in turns if now_s - turn.began_s >= TURN_S and not turn.gives_way
+            and (turn.tenant == tenant or num_places[turn.tenant] > num_places[tenant])]
+    return max(over, key=lambda turn: (num_places[turn.tenant], -turn.began_s), default=None)
+
+
+def _num_places(turns: Collection[Turn]) -> Counter[str]:
+    return Counter(turn.tenant for turn in turns if not turn.gives_way)
 
 
 async def _held(pod: Pod, tenant: str, batch_id: str) -> Batch | None:
@@ -60,10 +107,10 @@ async def _held(pod: Pod, tenant: str, batch_id: str) -> Batch | None:
         return None
 
 
-async def _run(pod: Pod, batch: Batch) -> None:
-    """Runs a batch to its end, or until another batch takes its turn; any pod may then continue it."""
+async def _run(pod: Pod, batch: Batch, turn: Turn) -> None:
+    """Runs a batch to its end, or until its turn ends; any pod may then continue it."""
     try:
-        await Pump(pod, batch).run()
+        await Pump(pod, batch, turn).run()
         await pod.batches.let_go(batch.tenant, batch.id, pod.id)
     except Lost:
         log.warning("%r is run by another pod by now", batch)
@@ -81,15 +128,15 @@ class Lost(Exception):
 class Pump:
     """One batch that this pod holds."""
 
-    def __init__(self, pod: Pod, batch: Batch) -> None:
+    def __init__(self, pod: Pod, batch: Batch, turn: Turn) -> None:
         self.pod = pod
         self.batch = batch
-        self._held_s = self._moved_s = asyncio.get_running_loop().time()
+        self.turn = turn
+        self._held_s = asyncio.get_running_loop().time()
 
     @property
     def has_turn(self) -> bool:
-        """Whether to keep its turn: without one, its jobs run on, and the pump returns to them later."""
-        return not self.pod.draining and asyncio.get_running_loop().time() - self._moved_s < TURN_S
+        return not (self.pod.draining or self.turn.gives_way)
 
     @property
     def step(self) -> Step | None:
@@ -200,7 +247,6 @@ class Pump:
         ended, running = await asyncio.wait(running, timeout=RENEW_S, return_when=asyncio.FIRST_COMPLETED)
         for task in ended:
             task.result()
-            self._moved_s = asyncio.get_running_loop().time()
         await self._hold_if_due()
         return running
 

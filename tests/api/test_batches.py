@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from api.batches import Batches
 from api.files import Files, new_file
 from api.pod import Pod
-from api.pump import RENEW_S, pump
+from api.pump import MAX_PUMPED, RENEW_S, TURN_S, Turn, next_to_take, pump, to_give_way
 from api.wire.batches import Batch, BatchRequest
 from api.wire.lines import Raw, Result
 from deploy.redis import RedisServer
@@ -566,40 +566,95 @@ async def test_a_batch_takes_the_step_that_was_meant(batches: Batches) -> None:
     assert (await batches.get("t", batch.id)).status == "cancelling"
 
 
-async def test_a_batch_that_waits_leaves_its_place(each_redis_url: str, each_redis: Redis,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that nobody computes holds up no batch of another one, and is asked no line twice."""
+@pytest.fixture
+async def one_place(each_redis_url: str, each_redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pod]:
+    """A pod that runs one batch at a time, with short turns; a few lines, so that a test finds a connection too."""
     monkeypatch.setattr("api.pump.MAX_PUMPED", 1)
+    monkeypatch.setattr("api.pump.MAX_IN_FLIGHT", 8)
     monkeypatch.setattr("api.pump.TURN_S", 1.5)
     pod = Pod(Settings(redis_url=each_redis_url, allow_no_aof=True))
+    async with pod.running(pump(pod)):
+        yield pod
+
+
+async def begin_on(pod: Pod, tenant: str, worker: ScriptedWorker, number: int) -> Batch:
+    lines = "\n".join(json.dumps(each) for each in lines_of(worker, number)).encode()
+    file = await pod.files.finish(tenant, await pod.files.append(tenant, new_file(), lines), 60)
+    asked = BatchRequest(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    return await pod.batches.create(tenant, asked, file)
+
+
+async def end_on(pod: Pod, batch: Batch) -> Batch:
+    async with asyncio.timeout(2 * WAIT_S):
+        while not (found := await pod.batches.get(batch.tenant, batch.id)).is_over:
+            await asyncio.sleep(0.05)
+    return found
+
+
+async def test_a_batch_that_waits_leaves_its_place(one_place: Pod, each_redis: Redis) -> None:
+    """A model that nobody computes holds up no batch of another one, and is asked no line twice."""
     asleep, awake = ScriptedWorker(each_redis), ScriptedWorker(each_redis)
     for worker in (asleep, awake):
         await worker.announce()
+    waits = await begin_on(one_place, "t", asleep, 3)
+    async with asyncio.timeout(WAIT_S):
+        while await asleep.queue.num_live() < 3:
+            await asyncio.sleep(0.05)
+    passes = await begin_on(one_place, "t", awake, 3)
+    async with answering(awake):
+        assert (await end_on(one_place, passes)).num_completed == 3
+    assert not (await one_place.batches.get("t", waits.id)).is_over
+    async with answering(asleep):
+        assert (await end_on(one_place, waits)).num_completed == 3
+    assert await num_submitted(asleep) == 3
 
-    async def begin_with(worker: ScriptedWorker) -> Batch:
-        lines = "\n".join(json.dumps(each) for each in lines_of(worker, 3)).encode()
-        file = await pod.files.finish("t", await pod.files.append("t", new_file(), lines), 60)
-        return await pod.batches.create("t", BatchRequest(input_file_id=file.id, endpoint=CHAT,
-                                                          completion_window="24h"), file)
 
-    async def end_of(batch: Batch) -> Batch:
-        async with asyncio.timeout(2 * WAIT_S):
-            while not (found := await pod.batches.get("t", batch.id)).is_over:
-                await asyncio.sleep(0.05)
-        return found
+async def test_a_batch_that_gets_on_gives_way_too(one_place: Pod, each_redis: Redis) -> None:
+    """A long batch of one key, whose lines end all the time, holds up no short one of another key."""
+    worker = ScriptedWorker(each_redis)
+    await worker.announce()
 
-    async with pod.running(pump(pod)):
-        waits = await begin_with(asleep)
+    async def answer_slowly() -> None:
+        while True:
+            with suppress(TimeoutError):
+                await (await worker.claim()).answer("")
+            await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(answer_slowly())
+    try:
+        long = await begin_on(one_place, "many", worker, 150)
         async with asyncio.timeout(WAIT_S):
-            while await asleep.queue.num_live() < 3:
+            while not (await one_place.batches.get("many", long.id)).num_completed:
                 await asyncio.sleep(0.05)
-        passes = await begin_with(awake)
-        async with answering(awake):
-            assert (await end_of(passes)).num_completed == 3
-        assert not (await pod.batches.get("t", waits.id)).is_over
-        async with answering(asleep):
-            assert (await end_of(waits)).num_completed == 3
-        assert await num_submitted(asleep) == 3
+        short = await begin_on(one_place, "one", worker, 1)
+        assert (await end_on(one_place, short)).num_completed == 1
+        assert not (await one_place.batches.get("many", long.id)).is_over
+        assert (await end_on(one_place, long)).num_completed == 150
+    finally:
+        await connection.end([task])
+    assert await num_submitted(worker) == 151
+
+
+def turns_of(**ages_s: list[float]) -> list[Turn]:
+    """By tenant, how long its turns have lasted by second 1000."""
+    return [Turn(f"{tenant}{number}", tenant, 1000 - age_s)
+            for tenant, each in ages_s.items() for number, age_s in enumerate(each)]
+
+
+def test_places_go_to_those_who_have_fewest() -> None:
+    long = TURN_S + 1
+    assert next_to_take(["a", "b", "c"], turns_of(a=[1, 1], c=[1])) == 1
+    full = turns_of(a=[long, long + 1, 1, 1, 1], b=[long + 2] * 3)
+    assert len(full) == MAX_PUMPED
+    for tenant, leaves in (("c", full[1]), ("b", full[1]), ("a", full[1])):
+        assert to_give_way(tenant, full, 1000) is leaves
+    assert to_give_way("c", full[1:], 1000) is None, "there is a place"
+    assert to_give_way("c", turns_of(a=[TURN_S - 1] * MAX_PUMPED), 1000) is None, "no turn is over"
+    fair = turns_of(a=[1] * 4, b=[long] * 4)
+    assert to_give_way("a", fair, 1000) is None, "the others have no more than it"
+    assert to_give_way("b", fair, 1000) is fair[4], "its own take turns"
+    full[1].gives_way = True
+    assert to_give_way("c", [*full, Turn("c0", "c", 1000)], 1000) is None, "one at a time"
 
 
 async def test_what_was_begun_and_never_made_is_forgotten(batches: Batches, each_redis: Redis) -> None:
