@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from api.batches import Batches
+from api.cards import Cards
 from api.directory import Directory
 from api.files import Files
 from api.idempotency import Reservations
@@ -37,6 +38,7 @@ class Pod:
         self.limits = Limits(self.redis, self.directory, settings)
         self.reservations = Reservations(self.redis, settings)
         self.store = Store(self.redis, settings)
+        self.cards = Cards(self.redis, settings)
         self.files = Files(self.redis, settings)
         self.batches = Batches(self.redis, self.files, settings)
         self.metrics = Metrics()

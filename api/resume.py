@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from api.delivered import Delivered
 from api.pod import Pod
@@ -19,6 +20,7 @@ from shared.errors import (
     CompletionNotFound,
     InvalidValue,
     NotFound,
+    NoWorker,
     PositionNotReached,
     ResponseNotFound,
     StreamLost,
@@ -67,7 +69,7 @@ def position(text: str | None, param: str) -> int | None:
 
 async def whole(pod: Pod, queue: Queue, found: Found, asked: Asked | None = None) -> bytes:
     """An answer as one object. If it failed or still runs, raises its JobEnded or CompletionInProgress, unless its API
-    can express that in an object."""
+    can express that in an object. Raises NoWorker as `token_bytes` does."""
     fold = whole_fold(found.job_id, found.header, await token_bytes(pod, found), asked)
     if found.finish is None and not fold.tells_halves:
         raise CompletionInProgress(retry_after_s=RETRY_S)
@@ -148,10 +150,23 @@ async def _catch_up(stream: Stream, fold: EventFold) -> bytes:
     return said
 
 
+def without_logprobs(found: Found) -> Found:
+    """The answer as it would be read had they not been requested: no tokenizer is needed."""
+    return replace(found, header=replace(found.header, logprobs=False))
+
+
 async def token_bytes(pod: Pod, found: Found) -> TokenBytes:
-    """For log probabilities. Raises NoWorker when they are requested and no worker announces the tokenizer."""
+    """For log probabilities. Raises NoWorker when they are requested, no worker announces the tokenizer, and no card is
+    kept."""
     if found.header.fold_version not in FOLD_VERSIONS:
         raise Unavailable(retry_after_s=RETRY_S)        # an answer of another release, whose pods count its events
     if not found.header.logprobs:
         return lambda _: b""
-    return (await pod.directory.tokenizer(found.header.model, found.header.tokenizer_id)).token_bytes
+    shard, tokenizer_id = shard_of(found.job_id), found.header.tokenizer_id
+    assert shard, "only what has an id like others is found"
+    try:
+        return (await pod.directory.tokenizer(found.header.model, tokenizer_id)).token_bytes
+    except NoWorker:
+        if kept := await pod.cards.tokenizer(shard, tokenizer_id):
+            return kept.token_bytes
+        raise

@@ -27,6 +27,8 @@ async def submit(pod: Pod, served: Served, order: Order, completion_id: str) -> 
                                  retain_s=pod.limits.retain_s(retain_s(pod, order)))
     if order.record:
         await pod.store.put(order.tenant, replace(order.record, id=job.id))
+        if header.logprobs:
+            await pod.cards.keep(served)
     queue = served.queue                                # the directory has subscribed to its shard
     stream = pod.relay.open(job.id, queue, Delivered(job, header.encode()))
     try:

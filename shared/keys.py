@@ -38,6 +38,7 @@ SHARD_KEYS: dict[str, tuple[str, str, str]] = {
     "worker:<worker>": ("hash", "worker", "what a worker says of itself; `announce_ttl_s`"),
     "prefix:<name>": ("string", "scripts", "worker that computed this beginning of a prompt last; 10 minutes"),
     "card:<hash>": ("string", "worker", "a card, zlib; `announce_ttl_s`"),
+    "tokenizer:<id>": ("string", "api", "a card that stored log probabilities need; `request_deadline_s + store_s`"),
     "push:<pod>": ("channel", "scripts", "what was appended to the logs of a pod's streams, packed"),
     "wake": ("channel", "scripts", "there may be something to claim"),
 }

@@ -16,7 +16,7 @@ from api.directory import Served
 from api.jobs import Order, encode
 from api.pod import Pod
 from api.respond import Caller, read_body, read_order, respond, rest
-from api.resume import find, find_stored, whole
+from api.resume import find, find_stored, whole, without_logprobs
 from api.routes.listing import (
     After,
     LastEventID,
@@ -133,7 +133,7 @@ async def _before(pod: Pod, tenant: str, response_id: str | None) -> list[dict[s
         raise PreviousResponseNotFound(param="previous_response_id") from None
     if found.finish is None:
         raise CompletionInProgress
-    response = json.loads(await whole(pod, queue, found, record.asked))
+    response = json.loads(await whole(pod, queue, without_logprobs(found), record.asked))
     return [*record.items, *response["output"]]
 
 

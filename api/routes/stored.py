@@ -12,7 +12,7 @@ from api import docs
 from api.auth import Door
 from api.pod import Pod
 from api.respond import read_body, rest
-from api.resume import find, find_stored, whole
+from api.resume import find, find_stored, whole, without_logprobs
 from api.routes.listing import (
     After,
     LastEventID,
@@ -29,8 +29,8 @@ from api.sse import COMPLETION_ID
 from api.stored import Record
 from api.wire.fold import dump
 from api.wire.metadata import parse_metadata
-from shared.errors import CompletionInProgress, Draining, JobEnded, NotFound
-from shared.queue import Found
+from shared.errors import CompletionInProgress, Draining, JobEnded, NotFound, NoWorker
+from shared.queue import Found, Queue
 
 ADDRESS = "/v1/chat/completions"
 
@@ -49,7 +49,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
             if model not in (None, record.model) or not wanted.items() <= record.metadata.items():
                 continue
             try:
-                told[record.id] = _described(await whole(pod, *await find(pod, tenant, record.id, "chat")), record)
+                told[record.id] = _described(await _shown(pod, *await find(pod, tenant, record.id, "chat")), record)
             except (NotFound, JobEnded):
                 gone.append(record)
             except CompletionInProgress:
@@ -121,6 +121,14 @@ async def end(pod: Pod, tenant: str, completion_id: str) -> Found:
         await queue.cancel(completion_id)
         _, found = await find(pod, tenant, completion_id, "chat")
     return found
+
+
+async def _shown(pod: Pod, queue: Queue, found: Found) -> bytes:
+    """In a list: one whose log probabilities cannot be told is shown without them, and takes no other one with it."""
+    try:
+        return await whole(pod, queue, found)
+    except NoWorker:
+        return await whole(pod, queue, without_logprobs(found))
 
 
 def _described(body: bytes, record: Record | None) -> bytes:

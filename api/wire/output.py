@@ -27,13 +27,14 @@ class Output:
         self.parts = Parts(completion_id, header, 0)
         self._id = completion_id
         self._token_bytes = token_bytes
+        self._has_logprobs = header.logprobs
         self._is_open = False
         self._grown: list[str] = []                     # of the open item: appending to one string would copy it
         self._untold: list[TokenLogprob] = []           # of tokens without text of their own: partial characters
 
     def read(self, delta: Delta) -> Iterator[Event]:
         """What the next delta of the answer changes. Use each event before requesting the next."""
-        self._untold += delta.logprobs
+        self._untold += delta.logprobs if self._has_logprobs else ()
         shows = False
         for piece in self.parts.read(delta):
             kind, shows = KINDS[piece.kind], True

@@ -14,7 +14,8 @@ from openai.types.responses import ResponseItemList
 
 from shared import grammar
 from tests.api.conftest import KEYS, client
-from tests.api.scripted import WAIT_S, Script, ScriptedWorker, error_of, say
+from tests.api.scripted import WAIT_S, Script, ScriptedWorker, error_of, say, until_known
+from tests.api.test_resume import drawn
 from tests.system import MODEL, System
 
 ADDRESS = "/v1/responses"
@@ -78,6 +79,38 @@ async def test_a_conversation_goes_on(pods: list[httpx.AsyncClient], pair_worker
     assert "One" in prompt_of(script), "a conversation does not need its beginning to be kept"
     await script.answer("Three")
     await third
+
+
+async def test_a_conversation_needs_no_worker_of_its_past(pair: System, pods: list[httpx.AsyncClient],
+                                                          pair_worker: ScriptedWorker) -> None:
+    """It goes on with another model, though nobody can tell the log probabilities of its last answer any more."""
+    asked = asyncio.create_task(pods[0].post(ADDRESS, json=ask(
+        pair_worker, include=["message.output_text.logprobs"])))
+    script, redis = await pair_worker.claim(), pair_worker.queue.redis
+    await script.say(drawn("A", 0), say("", 0, end=True))
+    await script.end()
+    told = (await asked).json()
+    assert told["output"][0]["content"][0]["logprobs"]
+    await pair_worker.leave()
+    other, url = ScriptedWorker(redis), pair.start_pod()
+    await other.announce()
+    async with client(url) as pod:
+        await until_known(pod, other)
+        assert (await pod.get(f"{ADDRESS}/{told['id']}")).json() == told
+        [kept] = [key async for key in redis.scan_iter(pair_worker.queue.shard.key("tokenizer:*"))]
+        await redis.delete(kept)
+    pair.pods.pop(url).end()
+    url = pair.start_pod()
+    async with client(url) as pod:
+        await until_known(pod, other)
+        assert error_of(await pod.get(f"{ADDRESS}/{told['id']}"), 503)["code"] == "no_worker"
+        asked = asyncio.create_task(pod.post(ADDRESS, json=ask(other, previous_response_id=told["id"])))
+        script = await other.claim()
+        assert prompt_of(script) == "user\nHi\nassistant\nA\nuser\nHi\nassistant\n"
+        await script.answer("x")
+        assert (await asked).json()["status"] == "completed"
+    await other.leave()
+    pair.pods.pop(url).end()
 
 
 async def test_what_cannot_be_gone_on_from(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:

@@ -13,12 +13,14 @@ import openai
 import pytest
 from redis.asyncio import Redis
 
+from api.cards import MAX_LOADED, Cards
 from api.stored import Record, Store
 from shared.errors import StorageFull
-from shared.keys import tenant_key
+from shared.keys import Shard, tenant_key
 from shared.settings import Settings
 from tests.api.conftest import KEYS, client
-from tests.api.scripted import WAIT_S, ScriptedWorker, ask, error_of
+from tests.api.scripted import WAIT_S, ScriptedWorker, ask, byte_card, byte_tokenizer, error_of, say
+from tests.api.test_resume import drawn
 from tests.system import System
 
 ADDRESS = "/v1/chat/completions"
@@ -161,6 +163,52 @@ async def test_a_list_shows_what_has_ended_well(pods: list[httpx.AsyncClient], p
     await running.answer("Yes")
     await second
     assert len((await listed(pods[0], model=pair_worker.model))["data"]) == 1
+
+
+async def test_what_is_stored_needs_no_worker(pair: System, pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
+                                              ) -> None:
+    """A pod that has never heard of the model tells its answers with their log probabilities."""
+    asked = asyncio.create_task(pods[0].post(ADDRESS, json=ask(pair_worker.model, store=True, logprobs=True)))
+    script = await pair_worker.claim()
+    await script.say(drawn("A", 0), say("", 0, end=True))
+    await script.end()
+    told = (await asked).json()
+    plain, redis = await store(pods[0], pair_worker), pair_worker.queue.redis
+    [kept] = [key async for key in redis.scan_iter(pair_worker.queue.shard.key("tokenizer:*"))]
+    assert 3600 < await redis.ttl(kept) <= 3600 + 86_400
+    await pair_worker.leave()
+    await redis.delete(pair_worker.queue.shard.key(f"card:{pair_worker.card.pack()[0]}"))
+    url, address = pair.start_pod(), f"{ADDRESS}/{script.job.id}"
+    async with client(url) as pod:
+        assert (await pod.get(address)).json() == told | {"metadata": {}}
+        page = await listed(pod, model=pair_worker.model)
+        assert [each["id"] for each in page["data"]] == [told["id"], plain]
+        assert page["data"][0]["choices"] == told["choices"]
+        assert told["choices"][0]["logprobs"]["content"][0]["bytes"] == [*b"A"]
+    pair.pods.pop(url).end()
+    await redis.delete(kept)
+    url = pair.start_pod()
+    async with client(url) as pod:
+        assert error_of(await pod.get(address), 503)["code"] == "no_worker"
+        page = await listed(pod, model=pair_worker.model)
+        assert [each["id"] for each in page["data"]] == [told["id"], plain], "one takes no other with it"
+        assert page["data"][0]["choices"] == [told["choices"][0] | {"logprobs": None}]
+    pair.pods.pop(url).end()
+
+
+async def test_few_tokenizers_of_others_are_held(each_redis: Redis) -> None:
+    """Each is loaded once, however many ask for it at once, and the one used last stays."""
+    cards, shard, ids = Cards(each_redis, Settings()), Shard("0123456789-0"), []
+    for number in range(MAX_LOADED + 1):
+        card = replace(byte_card("m"), tokenizer_json=byte_tokenizer(f"<|{number}|>").to_str())
+        await each_redis.set(shard.key(f"tokenizer:{card.tokenizer_id}"), card.pack()[1])
+        ids.append(card.tokenizer_id)
+    first, *same = await asyncio.gather(*(cards.tokenizer(shard, ids[0]) for _ in range(3)))
+    assert first and all(each is first for each in same) and first.token_bytes(256) == b"<|0|>"
+    for each in (ids[1], ids[0], ids[2]):
+        assert await cards.tokenizer(shard, each)
+    assert await cards.tokenizer(shard, ids[0]) is first and len(cards._loaded) == MAX_LOADED
+    assert await cards.tokenizer(shard, "none") is None
 
 
 async def test_metadata_is_changed_and_answers_are_deleted(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
