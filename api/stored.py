@@ -22,13 +22,16 @@ from shared.settings import Settings
 
 MAX_STORED = 10_000                                     # chat completions in a tenant's list; the oldest drop out
 SCAN = 100                                              # of them, per round trip
+HEAD_BYTES = 2048                                       # of a record, for a list: up to its items, mostly
+LONGEST_HEAD_BYTES = 128 << 10                          # with the longest metadata, every character escaped
+ITEMS = b', "items": ['                                 # ends the head; within a string its quotes would be escaped
 SUBMIT_S = 60.0                                         # from a record to its job, at most
 FULL = "Your stored requests take too much room with this one. Delete some, do not store it, or wait until they expire."
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request, as far as its answer does not contain it."""
+    """One request, as far as its answer does not contain it. What a list needs comes first: the head."""
 
     id: str                                             # of the completion
     language: Language
@@ -86,7 +89,8 @@ class Store:
         return bool(await self._shelve(keys, [completion_id, record, self._lifetime_ms, self._max_bytes]))
 
     async def listed(self, tenant: str, *, after: str | None, newest_first: bool) -> AsyncIterator[Record]:
-        """The chat completions after `after`. Raises InvalidValue when that is not in the list."""
+        """The heads of the chat completions after `after`: what was asked may take megabytes for each. Raises
+        InvalidValue when that is not in the list."""
         index, begin = tenant_key(tenant, "completions"), 0
         if after is not None:
             rank: Any = await (self._redis.zrevrank if newest_first else self._redis.zrank)(index, after)
@@ -95,11 +99,21 @@ class Store:
             begin = rank + 1
         for start in range(begin, MAX_STORED, SCAN):
             ids: Any = await self._redis.zrange(index, start, start + SCAN - 1, desc=newest_first)
-            for raw in await self._redis.mget([_key(tenant, each.decode()) for each in ids]) if ids else []:
-                if record := _decode(raw):
-                    yield record
+            async for record in self._heads([_key(tenant, each.decode()) for each in ids]):
+                yield record
             if len(ids) < SCAN:
                 return
+
+    async def _heads(self, keys: list[str]) -> AsyncIterator[Record]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.getrange(key, 0, HEAD_BYTES - 1)
+            beginnings: list[Any] = await pipe.execute() if keys else []
+        for key, raw in zip(keys, beginnings, strict=True):
+            if len(raw) == HEAD_BYTES and ITEMS not in raw:
+                raw = await self._redis.getrange(key, 0, LONGEST_HEAD_BYTES - 1)
+            if record := _head(raw):
+                yield record
 
     async def unlist(self, tenant: str, records: Iterable[Record]) -> None:
         """Takes records out of the list whose answers cannot be shown any more; the records stay until they expire."""
@@ -113,6 +127,11 @@ def _key(tenant: str, completion_id: str) -> str:
 
 def _encode(record: Record) -> dict[str, Any]:
     return {each.name: getattr(record, each.name) for each in fields(record)}
+
+
+def _head(raw: bytes) -> Record | None:
+    head, is_whole, _ = raw.partition(ITEMS)
+    return Record(**json.loads(head + b"}")) if is_whole else None
 
 
 def _decode(raw: Any) -> Record | None:

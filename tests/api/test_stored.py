@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -139,6 +140,26 @@ async def test_a_page_is_filled_with_what_can_be_told(pods: list[httpx.AsyncClie
     for name, num_found in (("a\nb", 2), ("", 0)):
         page = await listed(pods[0], **{"model": pair_worker.model, f"metadata[{name}]": "c"})
         assert len(page["data"]) == num_found
+
+
+async def test_a_list_reads_little_of_what_was_asked(each_redis: Redis) -> None:
+    """Whatever the metadata: neither long ones nor words of ours within them hide anything."""
+    stored, now_ms = Store(each_redis, Settings()), round(time.time() * 1000)
+    metadata = [{"items": ', "items": ['}, {str(i): "\N{PILE OF POO}" * 512 for i in range(16)}, {}]
+    records = [Record(f"chatcmpl-0123456789-0-{number}", "chat", "m", now_ms + number, each,
+                      ({"role": "user", "content": "x" * (1 << 20)},)) for number, each in enumerate(metadata * 4)]
+    for each in records:
+        await stored.put("a", each)
+    tracemalloc.start()
+    try:
+        found = [each async for each in stored.listed("a", after=None, newest_first=False)]
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 2 << 20
+    assert found == [replace(each, items=()) for each in records]
+    whole = await stored.get("a", records[0].id)
+    assert whole and (*whole.items,) == records[0].items and whole.metadata == metadata[0]
 
 
 async def test_what_will_never_be_told_leaves_the_list(each_redis: Redis) -> None:
