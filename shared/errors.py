@@ -177,6 +177,13 @@ class ResponseNotFound(NotFound):
     text = "There is no such response, or it is not kept any more."
 
 
+class ItemNotFound(NotFound):
+    """As ResponseNotFound, for an item of a response to which another request refers."""
+
+    code = "item_not_found"
+    text = "There is no such item, or its response was not stored or is not kept any more."
+
+
 class NoSuchFile(NotFound):
     """Never uploaded, owned by another key, deleted or expired: the client does not learn which."""
 

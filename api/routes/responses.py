@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,11 +11,12 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from api import docs
 from api.auth import Door
+from api.conversation import before, resolved
 from api.directory import Served
 from api.jobs import Order, encode
 from api.pod import Pod
 from api.respond import Caller, read_body, read_order, respond, rest
-from api.resume import find, find_stored, whole, without_logprobs
+from api.resume import find, find_stored, whole
 from api.routes.listing import (
     After,
     LastEventID,
@@ -34,8 +34,8 @@ from api.stored import Record
 from api.submit import new_id, submit, submit_once
 from api.wire.items import listed
 from api.wire.languages import whole_fold
-from api.wire.responses import in_our_words, parse_response
-from shared.errors import CompletionInProgress, Draining, NotFound, PreviousResponseNotFound
+from api.wire.responses import ResponseRequest, in_our_words, parse_response
+from shared.errors import Draining
 
 ADDRESS = "/v1/responses"
 
@@ -50,11 +50,11 @@ def router(pod: Pod, door: Door) -> APIRouter:
         body = await read_order(pod, caller)
         asked = parse_response(body, pod.settings.max_messages)
         served = await pod.directory.find(asked.model)
-        items = await _before(pod, caller.tenant, asked.previous_response_id) + asked.items
+        items = await _conversation(pod, caller.tenant, asked)
         chat, echo = asked.chat(items), asked.asked
         record = Record("", "responses", asked.model, round(time.time() * 1000), echo["metadata"], tuple(items), echo)
         order = Order(chat, caller.tenant, len(body), "responses", is_unread=bool(asked.background),
-                      record=record if asked.is_stored else None, continues=asked.previous_response_id is not None)
+                      record=record if asked.is_stored else None, continues=items != asked.items)
         with in_our_words():
             if asked.background and not asked.stream:
                 return await _begin(pod, served, order, caller, body)
@@ -66,7 +66,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
         """Counts the tokens of a request as the model would read them, without answering it."""
         asked = parse_response(await read_body(pod, request), pod.settings.max_messages)
         served = await pod.directory.find(asked.model)
-        items = await _before(pod, tenant, asked.previous_response_id) + asked.items
+        items = await _conversation(pod, tenant, asked)
         with in_our_words():
             prompt = await asyncio.to_thread(encode, asked.chat(items), served.tokenizer)
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
@@ -110,6 +110,10 @@ def router(pod: Pod, door: Door) -> APIRouter:
     return routes
 
 
+async def _conversation(pod: Pod, tenant: str, asked: ResponseRequest) -> list[dict[str, Any]]:
+    return await before(pod, tenant, asked.previous_response_id) + await resolved(pod, tenant, asked.items)
+
+
 async def _begin(pod: Pod, served: Served, order: Order, caller: Caller, body: bytes) -> Response:
     """In the background: answered as soon as it is accepted."""
     assert order.record
@@ -121,20 +125,6 @@ async def _begin(pod: Pod, served: Served, order: Order, caller: Caller, body: b
     # The state at acceptance, however quick a worker is.
     fold = whole_fold(stream.job_id, header, served.tokenizer.token_bytes, order.record.asked)
     return _json(fold.body(), stream.job_id)
-
-
-async def _before(pod: Pod, tenant: str, response_id: str | None) -> list[dict[str, Any]]:
-    """The conversation that a stored response ended. Raises PreviousResponseNotFound, or CompletionInProgress."""
-    if response_id is None:
-        return []
-    try:
-        record, queue, found = await find_stored(pod, tenant, response_id, "responses")
-    except NotFound:
-        raise PreviousResponseNotFound(param="previous_response_id") from None
-    if found.finish is None:
-        raise CompletionInProgress
-    response = json.loads(await whole(pod, queue, without_logprobs(found), record.asked))
-    return [*record.items, *response["output"]]
 
 
 async def _told(pod: Pod, tenant: str, record: Record) -> Response:

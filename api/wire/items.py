@@ -5,23 +5,43 @@ An assistant's turn is one message of a chat, and several items here: its reason
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
 from api.wire.request import MAX_NESTING, is_deep
-from shared.errors import InvalidValue, UnsupportedContent, UnsupportedParameter
+from shared.errors import InvalidValue, UnsupportedContent
 
 TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 FOREIGN = ("input_image", "input_file", "input_audio", "computer_screenshot")
+ITEM_ID = re.compile(r"(?:msg|rs|fc|item)_[0-9]{1,6}_(resp_.+)")
 ROLES = ("user", "system", "developer", "assistant")
 
 
+def item_id(prefix: str, number: int, response_id: str) -> str:
+    """It says where the item is: a client may refer to it."""
+    return f"{prefix}_{number}_{response_id}"
+
+
+def response_of(item_id: str) -> str | None:
+    """The response that the id of an item names."""
+    match = ITEM_ID.fullmatch(item_id)
+    return match[1] if match else None
+
+
+def is_reference(item: Mapping[str, Any]) -> bool:
+    """Whether it stands for an item of a stored response; its type may be left out."""
+    return item.get("type") == "item_reference" or item.keys() - {"type"} == {"id"}
+
+
 def _known(item: dict[str, Any]) -> dict[str, Any]:
+    if is_reference(item):
+        if not isinstance(item.get("id"), str):
+            raise InvalidValue("An item_reference has the id of an item.", param="input")
+        return item
     kind = item.get("type", "message")
-    if kind == "item_reference":
-        raise UnsupportedParameter("Items are given whole, or by previous_response_id.", param="input")
     if not isinstance(kind, str) or kind not in READERS:
         raise UnsupportedContent("Items are messages, reasoning, function calls and their outputs.", param="input")
     if is_deep(item):
@@ -52,7 +72,7 @@ def listed(items: Sequence[Mapping[str, Any]], response_id: str) -> list[dict[st
     for number, item in enumerate(items):
         own = item.get("id")
         if not isinstance(own, str) or not own or own in ids:
-            own = f"item_{number}_{response_id}"
+            own = item_id("item", number, response_id)
         ids.add(own)
         kind = item.get("type", "message")
         more: dict[str, Any] = {} if kind == "reasoning" else {"status": item.get("status") or "completed"}

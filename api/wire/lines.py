@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from api.wire.body import read_object
 from api.wire.completions import CompletionRequest, parse_completion
 from api.wire.fold import dump
+from api.wire.items import is_reference
 from api.wire.request import ChatRequest, parse
 from api.wire.responses import parse_response
 from shared.errors import (
@@ -116,6 +117,8 @@ def _response(body: bytes, max_items: int) -> Wanted:
     for param in ("background", "previous_response_id"):
         if getattr(request, param):
             raise UnsupportedParameter(f"A line of a batch has no {param}.", param=param)
+    if any(map(is_reference, request.items)):
+        raise UnsupportedParameter("A line of a batch has items as they are, not references to them.", param="input")
     return Wanted(request.chat(request.items), request.asked | {"store": False})
 
 

@@ -5,17 +5,17 @@ It knows deltas and items, nothing of the response around them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 from api.wire.chat import logprobs_body
 from api.wire.fold import TokenBytes
+from api.wire.items import item_id
 from api.wire.parts import Parts
 from shared.job import Delta, Header, TokenLogprob
 
 Event = tuple[str, dict[str, Any]]                      # its type and its content
-PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_"}
+PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 KINDS = {"text": "message", "reasoning": "reasoning", "call": "function_call", "arguments": "function_call"}
 PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 
@@ -57,8 +57,8 @@ class Output:
             yield from self._close("incomplete" if is_cut else "completed")
 
     def _open(self, kind: str, name: str) -> Iterator[Event]:
-        digest = hashlib.sha256(f"{self._id}/{len(self.items)}".encode()).hexdigest()
-        item: dict[str, Any] = {"id": f"{PREFIXES[kind]}{digest[:32]}", "type": kind, "status": "in_progress"}
+        item: dict[str, Any] = {"id": item_id(PREFIXES[kind], len(self.items), self._id), "type": kind,
+                                "status": "in_progress"}
         if kind == "function_call":
             item |= {"call_id": self.parts.call_id, "name": name, "arguments": ""}
         elif kind == "reasoning":

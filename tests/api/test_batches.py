@@ -179,7 +179,7 @@ async def test_responses_are_asked_in_lines_too(pods: list[httpx.AsyncClient], w
     """Each as a whole: one that goes on with another, or is answered later, is none."""
     address, asked = "/v1/responses", {"model": worker.model, "input": "Hi", "instructions": "Be short."}
     bodies = {"right": asked, "later": asked | {"background": True},
-              "behind": asked | {"previous_response_id": "resp_1"}}
+              "behind": asked | {"previous_response_id": "resp_1"}, "of others": asked | {"input": [{"id": "msg_1"}]}}
     lines = [{"custom_id": name, "method": "POST", "url": address, "body": body} for name, body in bodies.items()]
     async with answering(worker):
         batch = await until(pods[1], await create(pods[0], lines, address), "completed")
@@ -191,7 +191,7 @@ async def test_responses_are_asked_in_lines_too(pods: list[httpx.AsyncClient], w
     assert batch["usage"] == body["usage"]
     errors = await results(pods[0], batch["error_file_id"])
     assert {name: each["response"]["body"]["error"]["param"] for name, each in errors.items()} == {
-        "later": "background", "behind": "previous_response_id"}
+        "later": "background", "behind": "previous_response_id", "of others": "input"}
     assert (await pods[0].get(f"{address}/{body['id']}")).status_code == 404, "it is kept in the file alone"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,7 +98,8 @@ def test_some_of_the_tools() -> None:
     ({"input": [{"role": "user", "content": 5}]}, "invalid_value", "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "unsupported_content", "input"),
     ({"input": [{"role": "user", "content": "Hi", "x": json.loads("[" * 70 + "]" * 70)}]}, "invalid_value", "input"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_parameter", "input"),
+    ({"input": [{"type": "item_reference", "id": 1}]}, "invalid_value", "input"),
+    ({"input": [{"id": None}]}, "invalid_value", "input"),
     ({"input": [{"type": "web_search_call"}]}, "unsupported_content", "input"),
     ({"input": [{"type": "function_call", "name": "f"}]}, "invalid_value", "input"),
     ({"input": [{"type": "function_call_output", "output": "7"}]}, "invalid_value", "input"),
@@ -246,7 +248,8 @@ def test_in_the_background_it_is_queued_first() -> None:
 
 def test_log_probabilities_come_once() -> None:
     entry = TokenLogprob(97, -0.5, ((97, -0.5),))
-    entries = log(HEADER, Delta(0, (97,), "a", logprobs=(entry,)), Delta(0, (97,), "a", "stop", logprobs=(entry,)))
+    header = replace(HEADER, logprobs=True)
+    entries = log(header, Delta(0, (97,), "a", logprobs=(entry,)), Delta(0, (97,), "a", "stop", logprobs=(entry,)))
     events = told(entries)
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     assert [len(event["logprobs"]) for event in deltas] == [1, 1]
@@ -262,7 +265,7 @@ def test_log_probabilities_are_whole_however_tokens_were_gathered() -> None:
              for number, (text, reason) in enumerate(drawn)]
     together = [Delta(0, (0, 1, 2, 3), "éb", "stop", logprobs=tuple(entries))]
     for deltas, counts in ((alone, [2, 1, 1]), (together, [4])):
-        events = told(log(HEADER, *deltas))
+        events = told(log(replace(HEADER, logprobs=True), *deltas))
         told_logprobs = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
         assert [len(logprobs) for logprobs in told_logprobs] == counts
         (part,) = events[-1]["response"]["output"][0]["content"]

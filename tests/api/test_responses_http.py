@@ -81,6 +81,29 @@ async def test_a_conversation_goes_on(pods: list[httpx.AsyncClient], pair_worker
     await third
 
 
+async def test_items_of_stored_responses_can_be_referred_to(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
+                                                            ) -> None:
+    """As clients that keep the ids of what was said do; what they stand for is kept with the new response."""
+    first = await respond(pods[0], pair_worker, "One")
+    said = first["output"][0]["id"]
+    [asked] = (await pods[0].get(f"{ADDRESS}/{first['id']}/input_items")).json()["data"]
+    items = [{"type": "item_reference", "id": asked["id"]}, {"id": said}, {"role": "user", "content": "Next"}]
+    running = asyncio.create_task(pods[1].post(ADDRESS, json=ask(pair_worker, input=items)))
+    script = await pair_worker.claim()
+    assert prompt_of(script) == "user\nHi\nassistant\nOne\nuser\nNext\nassistant\n"
+    await script.answer("Two")
+    second = (await running).json()
+    assert (await pods[0].delete(f"{ADDRESS}/{first['id']}")).status_code == 200
+    listed = (await pods[0].get(f"{ADDRESS}/{second['id']}/input_items", params={"order": "asc"})).json()["data"]
+    assert [item["content"][0]["text"] for item in listed] == ["Hi", "One", "Next"] and listed[1]["id"] == said
+    unstored = await respond(pods[0], pair_worker, store=False)
+    for unknown in (said, unstored["output"][0]["id"], "msg_9_" + second["id"], "msg_x", ""):
+        refused = await pods[0].post(ADDRESS, json=ask(pair_worker, input=[{"type": "item_reference", "id": unknown}]))
+        assert error_of(refused, 404)["code"] == "item_not_found"
+    counted = await pods[0].post(COUNT, json=ask(pair_worker, input=[{"id": second["output"][0]["id"]}]))
+    assert counted.json()["input_tokens"] == len("<assistant\nTwo>\n<assistant\n")
+
+
 async def test_a_conversation_needs_no_worker_of_its_past(pair: System, pods: list[httpx.AsyncClient],
                                                           pair_worker: ScriptedWorker) -> None:
     """It goes on with another model, though nobody can tell the log probabilities of its last answer any more."""
