@@ -28,7 +28,7 @@ EXIT_BROKEN = 2
 POLL_S = 0.1
 RESTART_S = 1.0                                         # pause before a child that died is started again
 START_TIMEOUT_S = 600.0                                 # until the first model is announced
-STOP_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 20.0                                   # for the pods, once they have drained; then for the workers
 DRAIN_S = 3.0                                           # one machine, one person: no need to wait for long streams
 
 
@@ -96,7 +96,7 @@ def serve(settings: Settings) -> int:
     finally:
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
-        _stop(children)
+        _stop(children, _drain_s(settings))
         if redis:
             redis.stop()
 
@@ -118,7 +118,8 @@ def _find_redis(settings: Settings, port: int) -> tuple[str, RedisServer | None]
 
 
 def _children(settings: Settings, redis_url: str, listening: socket.socket) -> list[Child]:
-    environment = os.environ | {"BATON_DRAIN_S": str(DRAIN_S)} | settings.environment() | {"BATON_REDIS_URL": redis_url}
+    environment = os.environ | settings.environment() | {
+        "BATON_DRAIN_S": str(_drain_s(settings)), "BATON_REDIS_URL": redis_url}
     if settings.workers > 1 and not settings.threads:   # each alone would take nearly all cores
         environment |= {"BATON_THREADS": str(threads_of_each(num_cores(), settings.workers))}
     baton = [sys.executable, "-m", "deploy.cli"]
@@ -166,9 +167,13 @@ def _keep_running(children: list[Child], redis: RedisServer | None) -> None:
             child.start()
 
 
-def _stop(children: list[Child]) -> None:
-    deadline_s = time.monotonic() + STOP_TIMEOUT_S
-    for room in ("api", "worker"):
+def _drain_s(settings: Settings) -> float:
+    return settings.drain_s if "drain_s" in settings.model_fields_set else DRAIN_S
+
+
+def _stop(children: list[Child], drain_s: float) -> None:
+    for room, patience_s in (("api", drain_s + STOP_TIMEOUT_S), ("worker", STOP_TIMEOUT_S)):
+        deadline_s = time.monotonic() + patience_s
         members = [child for child in children if child.name.startswith(room)]
         for child in members:
             child.terminate()

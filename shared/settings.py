@@ -31,6 +31,8 @@ SERVE_ONLY = frozenset({"apis", "workers", "data_dir"})
 PREFIX = "BATON_"
 TEST_PREFIX = "BATON_TEST_"                             # read only by tests/
 
+MAX_S = 315_576_000.0                                   # ten years, of any duration
+Seconds = Annotated[float, Field(le=MAX_S, allow_inf_nan=False)]
 Words = Annotated[tuple[str, ...], NoDecode]            # in a variable: separated by commas
 
 
@@ -51,30 +53,30 @@ class Settings(BaseSettings):
     tool_dialect: Literal[
         "auto", "none", "harmony", "deepseek", "pythonic", "qwen3_coder", "hermes", "mistral", "llama"] = Field(
         "auto", description="how models write calls of tools; auto: as their chat template shows")
-    heartbeat_s: float = Field(10.0, gt=0, description="longest silence on a stream before a comment is sent")
+    heartbeat_s: Seconds = Field(10.0, gt=0, description="longest silence on a stream before a comment is sent")
     max_pending_entries: int = Field(256, gt=0, description="log entries kept in memory for a slow client")
-    sweep_s: float = Field(0.5, gt=0, description="silence after which a pod looks into a stream's log itself")
-    disconnect_grace_s: float = Field(
+    sweep_s: Seconds = Field(0.5, gt=0, description="silence after which a pod looks into a stream's log itself")
+    disconnect_grace_s: Seconds = Field(
         2.0, ge=0, description="how long a job waits for its client to return; 0 cancels at once")
-    reader_ttl_s: float = Field(
+    reader_ttl_s: Seconds = Field(
         30.0, ge=3, description="how long a job whose pod died waits for a reader; outlives a Redis that stalls")
-    drain_s: float = Field(30.0, ge=0, description="how long running streams may go on after SIGTERM")
+    drain_s: Seconds = Field(30.0, ge=0, description="how long running streams may go on after SIGTERM")
 
     # ── the line ──
     max_queued: int = Field(4096, gt=0, description="jobs in line, per shard, before submit refuses")
     max_tenant_choices: int = Field(4096, gt=0, description="live choices of one API key, per shard")
     max_redis_fraction: float = Field(0.85, gt=0, le=1, description="share of Redis' maxmemory before submit refuses")
-    request_deadline_s: float = Field(3600.0, gt=0, description="what a request may take, waiting included")
-    retain_s: float = Field(600.0, gt=0, description="how long the log of a finished answer is kept")
-    store_s: float = Field(86_400.0, gt=0, description="how long, where the answer is to be stored")
+    request_deadline_s: Seconds = Field(3600.0, gt=0, description="what a request may take, waiting included")
+    retain_s: Seconds = Field(600.0, gt=0, description="how long the log of a finished answer is kept")
+    store_s: Seconds = Field(86_400.0, gt=0, description="how long, where the answer is to be stored")
     max_tenant_stored_bytes: int = Field(
         512 << 20, gt=0, description="what one API key asked in requests that are stored, before more are refused")
 
     # ── files and batches ──
     max_file_bytes: int = Field(100 << 20, gt=0, description="largest file")
     max_tenant_file_bytes: int = Field(512 << 20, gt=0, description="all files of one API key, before it may add more")
-    file_s: float = Field(604_800.0, gt=0, description="how long a file is kept, and a batch that is over")
-    batch_s: float = Field(86_400.0, gt=0, description="how long a batch may take; then its rest is given up")
+    file_s: Seconds = Field(604_800.0, gt=0, description="how long a file is kept, and a batch that is over")
+    batch_s: Seconds = Field(86_400.0, gt=0, description="how long a batch may take; then its rest is given up")
 
     # ── the worker ──
     model: str = Field("", description="folder or hub name of a model; empty: the built-in one")
@@ -94,23 +96,24 @@ class Settings(BaseSettings):
     num_speculative_tokens: int = Field(8, ge=0, le=31, description="most draft tokens of an answer in a step; 0: none")
     numerics: Literal["exact", "fast"] = Field(
         "exact", description="fast: prompts and answers share a forward; no answer is promised to be the same again")
-    flush_s: float = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
+    flush_s: Seconds = Field(0.025, ge=0, description="tokens that come faster than this are gathered into one delta")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it computes; auto: a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="what the model computes in")
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: weights in half the memory, on a GPU; other answers, and a name of their own")
     threads: int = Field(
         0, ge=0, description="threads of a forward; 0: all, or OMP_NUM_THREADS; one less for a small model by torch")
-    step_timeout_s: float = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
+    step_timeout_s: Seconds = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 
     # ── the protocol ──
-    lease_s: float = Field(3.0, gt=0, description="silence after which a worker's jobs go to others")
-    idle_poll_s: float = Field(1.0, gt=0, description="an idle worker claims at least this often; under lease_s / 2")
-    reap_s: float = Field(0.5, gt=0, description="how often anyone looks for expired leases and deadlines")
-    announce_s: float = Field(1.0, gt=0, description="how often a worker says that it is there")
-    announce_ttl_s: float = Field(10.0, gt=0, description="how long its word is believed")
-    patience_s: float = Field(2.0, ge=0, description="how long a job waits for a like worker, or for an empty one")
-    prefix_patience_s: float = Field(0.2, ge=0, description="how long a job waits for the worker that holds its prefix")
+    lease_s: Seconds = Field(3.0, gt=0, description="silence after which a worker's jobs go to others")
+    idle_poll_s: Seconds = Field(1.0, gt=0, description="an idle worker claims at least this often; under lease_s / 2")
+    reap_s: Seconds = Field(0.5, gt=0, description="how often anyone looks for expired leases and deadlines")
+    announce_s: Seconds = Field(1.0, gt=0, description="how often a worker says that it is there")
+    announce_ttl_s: Seconds = Field(10.0, gt=0, description="how long its word is believed")
+    patience_s: Seconds = Field(2.0, ge=0, description="how long a job waits for a like worker, or for an empty one")
+    prefix_patience_s: Seconds = Field(
+        0.2, ge=0, description="how long a job waits for the worker that holds its prefix")
     allow_other_weights: bool = Field(False, description="continue answers that other weights have begun")
     max_attempts: int = Field(3, gt=0, description="leases lost in a row without progress before a job is given up")
     max_claims: int = Field(100, gt=0, description="claims of one job, whatever its progress")

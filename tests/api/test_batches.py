@@ -183,7 +183,7 @@ async def test_responses_are_asked_in_lines_too(pods: list[httpx.AsyncClient], w
     lines = [{"custom_id": name, "method": "POST", "url": address, "body": body} for name, body in bodies.items()]
     async with answering(worker):
         batch = await until(pods[1], await create(pods[0], lines, address), "completed")
-    assert batch["request_counts"] == {"total": 3, "completed": 1, "failed": 2}
+    assert batch["request_counts"] == {"total": 4, "completed": 1, "failed": 3}
     body = (await results(pods[0], batch["output_file_id"]))["right"]["response"]["body"]
     assert (body["status"], body["output"][0]["content"][0]["text"]) == ("completed", "Yes")
     assert (body["instructions"], body["store"]) == ("Be short.", False)

@@ -1,0 +1,39 @@
+"""What the supervisor of one machine does with its children."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy import local
+from deploy.local import Child
+
+# Ends at SIGTERM, when it has finished what it does.
+SLOW = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(float(sys.argv[2]))
+    pathlib.Path(sys.argv[1], "ended").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1], "begun").touch()
+time.sleep(60)
+"""
+
+
+def test_pods_may_drain_and_workers_have_time_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "STOP_TIMEOUT_S", 1.0)
+    children = []
+    for name, takes_s in (("api 0", 1.5), ("worker 0", 0.3), ("worker 1", 30.0)):
+        (tmp_path / name).mkdir()
+        children.append(Child(name, [sys.executable, "-c", SLOW, str(tmp_path / name), str(takes_s)], dict(os.environ)))
+        children[-1].start()
+    while not all((tmp_path / child.name / "begun").exists() for child in children):
+        time.sleep(0.02)
+    local._stop(children, 2.0)
+    assert all(child.exit_code is not None for child in children)
+    assert [(tmp_path / child.name / "ended").exists() for child in children] == [True, True, False]
