@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from worker.model import attention, check, cpu, experts, identity, memory
+from worker.model import attention, check, cpu, identity, memory
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder
 from worker.model.fused import fuse_blocks, hand_over
 from worker.model.linear import pack_linears
 from worker.model.model import LONG_PREFILL_BUDGET, PREFILL_BUDGET, Model
+from worker.model.weights import load_module
 
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
@@ -135,20 +135,6 @@ def computes_bfloat16() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):              # a build of torch without oneDNN
         return False
-
-
-def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    try:
-        module = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            attn_implementation="eager")
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelRefused(f"{folder} does not load: {(str(error).splitlines() or [''])[0]}") from error
-    module.set_experts_implementation(experts.NAME)
-    try:
-        return module.to(device).eval().requires_grad_(False)
-    except torch.OutOfMemoryError:
-        raise ModelRefused(f"{folder} has more weights than the device has memory") from None
 
 
 def try_plain(module: Any, token_ids: list[int]) -> tuple[Tensor, Recorder]:

@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save
 from worker.model import check
 from worker.model.fused import FusedAttention, FusedLayer, FusedMLP, fuse_blocks
-from worker.model.loading import load, load_module, read_config
+from worker.model.loading import load, read_config
+from worker.model.weights import load_module
 
 ALL, BOTH, NEITHER = {"attention", "mlp", "layer"}, {"attention", "mlp"}, set[str]()
 FUSED = {"llama": ALL, "qwen2": ALL, "qwen3": ALL, "mistral": ALL, "gemma2": BOTH, "gemma3": BOTH, "granite": ALL,

@@ -1,0 +1,76 @@
+"""Weights from a model's files into a module of transformers: all that it has, or none.
+
+It knows names and shapes of tensors. It knows nothing of attention, lengths or identity.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from worker.model import experts
+from worker.model.folder import ModelRefused
+
+DRAFT_PARTS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})   # of layers that only predict further tokens
+
+
+def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Raises ModelRefused, also for what transformers would fill with random numbers."""
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelRefused(f"{folder} does not load: {(str(error).splitlines() or [''])[0]}") from error
+    wrong = wrong_weights(report, module.state_dict())
+    if wrong:
+        raise ModelRefused(f"{folder} does not load: {wrong}")
+    module.set_experts_implementation(experts.NAME)
+    try:
+        return module.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError:
+        raise ModelRefused(f"{folder} has more weights than the device has memory") from None
+
+
+def wrong_weights(report: Mapping[str, Any], own: Iterable[str]) -> str | None:
+    """What the files lack, or have beyond the config, by transformers' report and the module's own names.
+
+    The report knows what is tied to another weight or computed, and leaves it out.
+    """
+    for name, in_files, in_config in sorted(report["mismatched_keys"]):
+        return f"{name} has shape {list(in_files)}, and config.json says {list(in_config)}"
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f", nor are {len(missing) - 1} others" if missing[1:] else ""
+        return f"{missing[0]} is not among its weights{more}: fetch its *.safetensors again, or correct config.json"
+    layer = unused_layer(own, report["unexpected_keys"])
+    return f"config.json makes no use of layer {layer}: correct num_hidden_layers" if layer else None
+
+
+def unused_layer(own: Iterable[str], unexpected: Iterable[str]) -> str | None:
+    """The first layer in the files that continues a list of the module's own.
+
+    Other names without use are no reason to refuse: towers of another modality, further heads, tables that are computed
+    today. Nor are layers that predict further tokens, though some families number them after the decoder's.
+    """
+    known = {place for place in map(_layer, own) if place}
+    lists = {name for name, _ in known}
+    parts: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for name in unexpected:
+        place = _layer(name)
+        if place and place[0] in lists and place not in known:
+            parts[place].update(name.split("."))
+    return next((f"{name}.{number}" for name, number in sorted(parts) if not parts[name, number] & DRAFT_PARTS), None)
+
+
+def _layer(name: str) -> tuple[str, int] | None:
+    """("model.layers", 3) for model.layers.3.mlp.up_proj.weight: of lists in lists, the outermost."""
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdecimal()), 0)
+    return (".".join(parts[:place]), int(parts[place])) if place else None
