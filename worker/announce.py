@@ -6,26 +6,24 @@ It knows tokenizers and templates. It knows nothing of Redis, and nothing of how
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 from shared.card import Card
 from shared.template import ChatTemplate
 from worker.engine.engine import Engine
 from worker.model.folder import ModelRefused
 
+log = logging.getLogger(__name__)
+
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def make_card(name: str, engine: Engine) -> Card:
     """Raises ModelRefused when the API cannot run the tokenizer."""
-    from transformers import AutoTokenizer
-
     model = engine.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.folder)
-    except (OSError, ValueError) as error:
-        raise ModelRefused(f"{model.folder}: no tokenizer can be loaded ({type(error).__name__}): "
-                           "add tokenizer.json") from None
+    tokenizer = load_tokenizer(model.folder)
     if not getattr(tokenizer, "is_fast", False):
         raise ModelRefused(f"{model.folder}: its tokenizer has no tokenizer.json and cannot be converted to one")
     templates = tokenizer.chat_template or {}
@@ -43,6 +41,36 @@ def make_card(name: str, engine: Engine) -> Card:
                 max_model_len=engine.max_model_len, max_num_seqs=engine.kv.num_slots,
                 prefill_chunk_tokens=engine.prefill_chunk,
                 weights_id=model.weights_id, numerics_id=engine.numerics_id, created_s=_created_s(model.folder))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, of a class of transformers: code in the folder is neither run nor asked about.
+
+    Where the folder names a class of its own, tokenizer.json is read as it stands: all such classes write it.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception:
+            if not _names_code(folder):
+                raise
+            log.info("the tokenizer's own class (auto_map) is not run: tokenizer.json is read without it")
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:          # of any kind: transformers reads these files without looking what they hold
+        reason = (str(error).splitlines() or [""])[0]
+        remedy = "fetch its tokenizer files again" if (folder / "tokenizer.json").is_file() else "add tokenizer.json"
+        raise ModelRefused(f"{folder}: no tokenizer can be loaded ({type(error).__name__}: {reason}): {remedy}"
+                           ) from None
+
+
+def _names_code(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    if not (folder / "tokenizer.json").is_file() or not path.is_file():
+        return False
+    config = json.loads(path.read_text())
+    return isinstance(config, dict) and bool(config.get("auto_map"))
 
 
 def _sampling_defaults(folder: Path) -> dict[str, float]:
