@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     revision: str = Field("main", description="branch, tag or commit on the hub")
     served_model_name: Words = Field((), description="names that clients use; the first is the canonical one")
     shard: int = Field(0, ge=0, description="number of the shard that this worker serves")
-    max_model_len: int | None = Field(None, gt=0, description="longest context, in tokens; none: the model's own")
+    max_model_len: int | None = Field(None, ge=2, description="longest context, in tokens; none: the model's own")
     max_num_seqs: int = Field(64, gt=0, le=1024, description="choices that run at once")
     kv_cache_bytes: int | None = Field(
         None, gt=0, description="memory for keys and values, kept prefixes too; none: 4 GiB, on a GPU what is free")
@@ -102,7 +102,8 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: weights in half the memory, on a GPU; other answers, and a name of their own")
     threads: int = Field(
-        0, ge=0, description="threads of a forward; 0: all, or OMP_NUM_THREADS; one less for a small model by torch")
+        0, ge=0, le=1024,
+        description="threads of a forward; 0: all, or OMP_NUM_THREADS; one less for a small model by torch")
     step_timeout_s: Seconds = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 
     # ── the protocol ──

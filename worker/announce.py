@@ -5,7 +5,6 @@ It knows tokenizers and templates. It knows nothing of Redis, and nothing of how
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from shared.card import Card
 from shared.template import ChatTemplate
 from worker.engine.engine import Engine
-from worker.model.folder import ModelRefused
+from worker.model.folder import ModelRefused, generation_config, one_line, read_json
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +58,17 @@ def load_tokenizer(folder: Path) -> Any:
             log.info("the tokenizer's own class (auto_map) is not run: tokenizer.json is read without it")
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:          # of any kind: transformers reads these files without looking what they hold
-        reason = (str(error).splitlines() or [""])[0]
         remedy = "fetch its tokenizer files again" if (folder / "tokenizer.json").is_file() else "add tokenizer.json"
-        raise ModelRefused(f"{folder}: no tokenizer can be loaded ({type(error).__name__}: {reason}): {remedy}"
-                           ) from None
+        raise ModelRefused(f"{folder}: no tokenizer can be loaded ({one_line(error)}): {remedy}") from None
 
 
 def _names_code(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
-    if not (folder / "tokenizer.json").is_file() or not path.is_file():
-        return False
-    config = json.loads(path.read_text())
-    return isinstance(config, dict) and bool(config.get("auto_map"))
+    return (folder / "tokenizer.json").is_file() and path.is_file() and bool(read_json(path).get("auto_map"))
 
 
 def _sampling_defaults(folder: Path) -> dict[str, float]:
-    """What the model's authors recommend, in generation_config.json."""
-    path = folder / "generation_config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
+    config = generation_config(folder)
     return {name: config[name] for name in SAMPLING_DEFAULTS if isinstance(config.get(name), (int, float))}
 
 

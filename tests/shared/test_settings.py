@@ -20,6 +20,7 @@ def test_variables_of_the_tests_are_let_through() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [
     ("port", "70000"), ("port", "http"), ("lease_s", "-1"), ("dtype", "int4"), ("max_num_seqs", "0"),
+    ("max_model_len", "1"), ("threads", "100000"),
     *((name, value) for name in Settings.model_fields if name.endswith("_s") for value in ("inf", "nan", "1e12"))])
 def test_a_wrong_value_is_named_in_one_line(name: str, value: str) -> None:
     with pytest.raises(BrokenEnvironment, match=f"BATON_{name.upper()}") as error:

@@ -70,8 +70,10 @@ def test_a_tokenizer_of_its_own_class_is_read_without_its_code(
     ("tokenizer_config.json", b"[]", "fetch its tokenizer files again"),
     ("chat_template.jinja", b"\xff\xfe", "fetch its tokenizer files again"),
     ("chat_template.jinja", b"{{ messages", "chat template default"),
+    ("generation_config.json", b"{", "fetch it again"),
+    ("generation_config.json", b"[]", "fetch it again"),
 ], ids=lambda value: str(value)[:24])
-def test_a_spoilt_tokenizer_is_one_line(engine: Engine, folder: Path, name: str, content: bytes | None, says: str
+def test_a_spoilt_file_is_one_line(engine: Engine, folder: Path, name: str, content: bytes | None, says: str
                                         ) -> None:
     if content is None:
         (folder / name).unlink()

@@ -69,6 +69,12 @@ def test_too_little_memory_is_refused_in_one_line() -> None:
         build(settings, model_folder(settings))
 
 
+@pytest.mark.usefixtures("threads")
+def test_the_shortest_context_is_one_token_and_its_answer() -> None:
+    settings = Settings(max_model_len=2)
+    assert build(settings, model_folder(settings)).max_model_len == 2
+
+
 def test_names() -> None:
     assert served_names(Settings()) == ("baton-tiny",)
     assert served_names(Settings(model="org/m")) == ("org/m",)

@@ -5,14 +5,39 @@ It imports no torch, so that a missing model is refused at once.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
          "special_tokens_map.json", "chat_template*"]
+MAX_REASON_CHARS = 300          # of an error of a library, in a line of ours
 
 
 class ModelRefused(Exception):
     """This model cannot be served; the message says what to do."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ModelRefused if it holds anything but an object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelRefused(f"{path} cannot be read ({one_line(error)}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise ModelRefused(f"{path} holds a {type(content).__name__} and no object: fetch it again")
+    return content
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """What the model's authors recommend; nothing where there is no such file."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:MAX_REASON_CHARS]}" if text else type(error).__name__
 
 
 def find_folder(folder_or_name: str, revision: str | None) -> Path:

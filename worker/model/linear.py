@@ -62,9 +62,21 @@ def _pack(layer: Any) -> nn.Module | None:
         return None
     try:
         packed = _packed(weight, layer.bias, getattr(layer, "is_gated", False))
-        return packed if packed is not None and _agree(layer, packed, weight) else None
+        if packed is None or not _agree(layer, packed, weight):
+            return None
+        if not hasattr(packed, "weight"):
+            packed.weight = _stand_in(layer.weight)
+        return packed
     except (RuntimeError, AttributeError, TypeError):       # no such operator in this build of torch, or another shape
         return None
+
+
+def _stand_in(weight: Tensor) -> Tensor:
+    """Of a weight that lies packed, for blocks that ask for its type, shape or device; it takes no memory.
+
+    It is not a number: a block that computes with it is found out by the first comparison with the plain model.
+    """
+    return weight.new_full((), torch.nan).expand(weight.shape)
 
 
 def _packed(weight: Tensor, bias: Tensor | None, is_gated: bool) -> nn.Module | None:

@@ -5,7 +5,6 @@ Safetensors only, no remote code: nothing in a model's files is ever executed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from worker.model import attention, check, cpu, identity, memory
 from worker.model.attention import Recorder
-from worker.model.folder import ModelRefused, find_folder
+from worker.model.folder import ModelRefused, find_folder, generation_config, one_line, read_json
 from worker.model.fused import fuse_blocks, hand_over
 from worker.model.linear import pack_linears
 from worker.model.model import LONG_PREFILL_BUDGET, PREFILL_BUDGET, Model
@@ -82,16 +81,20 @@ def try_program(model: Model) -> Forwards | None:
 
 
 def read_config(folder: Path) -> Any:
-    raw = json.loads((folder / "config.json").read_text())
+    raw, _ = read_json(folder / "config.json"), generation_config(folder)
+    model_type, quantization = raw.get("model_type"), raw.get("quantization_config")
     if raw.get("auto_map"):
         raise ModelRefused(f"{folder} brings code of its own (auto_map): only model classes of transformers are run")
-    if raw.get("quantization_config"):
-        raise ModelRefused(f"{folder} is quantized ({raw['quantization_config'].get('quant_method', 'unknown')}): "
-                           "give float32 or bfloat16 weights")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ModelRefused(f"{folder} is quantized ({method}): give float32 or bfloat16 weights")
+    if model_type not in list(CONFIG_MAPPING):
+        raise ModelRefused(f"{folder}: transformers does not know model_type {model_type!r}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelRefused(f"{folder}: transformers does not know model_type {raw.get('model_type')!r}") from error
+    except Exception as error:          # of any kind: families compute with the fields before they look at them
+        raise ModelRefused(f"{folder}: config.json is wrong for {model_type} ({one_line(error)}): correct it"
+                           ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelRefused(f"{folder}: {config.model_type} is not a causal language model in transformers")
     return config
@@ -182,9 +185,11 @@ def _steady_rope_len(config: Any) -> int | None:
 
 
 def eos_token_ids(module: Any, config: Any) -> frozenset[int]:
-    found: set[int] = set()
+    found: list[Any] = []
     for value in (module.generation_config.eos_token_id, getattr(config, "eos_token_id", None)):
-        found.update([value] if isinstance(value, int) else value or [])
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) for token_id in found):
+        raise ModelRefused(f"eos_token_id is {found}: correct generation_config.json, or config.json, to numbers")
     return frozenset(found)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from worker.model import experts
-from worker.model.folder import ModelRefused
+from worker.model.folder import ModelRefused, one_line
 
 DRAFT_PARTS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})   # of layers that only predict further tokens
 
@@ -26,8 +25,8 @@ def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.dev
         module, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
             attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelRefused(f"{folder} does not load: {(str(error).splitlines() or [''])[0]}") from error
+    except Exception as error:          # of any kind: families compute with fields of the config, whatever they are
+        raise ModelRefused(f"{folder} does not load: {one_line(error)}") from error
     wrong = wrong_weights(report, module.state_dict())
     if wrong:
         raise ModelRefused(f"{folder} does not load: {wrong}")

@@ -13,14 +13,17 @@ from transformers import (
     AttentionInterface,
     BloomConfig,
     BloomForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.worker.families import computing_by, save
-from worker.model import attention, check, cpu, identity
+from tests.worker.families import SMALL, computing_by, save
+from worker.model import attention, check, cpu, identity, loading
 from worker.model.folder import ModelRefused
 from worker.model.linear import PackedLinear
 from worker.model.loading import choose_device, computes_bfloat16, load
@@ -89,6 +92,46 @@ def test_rotary_angles_that_change_with_the_longest_row_are_not_reached(folder: 
 def test_an_unknown_architecture(folder: Path) -> None:
     change_config(folder, model_type="nobody-knows")
     assert "nobody-knows" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b'{"model_type": "llama",', b"[]", b"\xff\xfe\x00", b""], ids=str)
+def test_a_file_that_is_no_object(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    assert f"{name} " in refusal(folder)
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"hidden_size": "64"}, "'hidden_size' expected int"), ({"num_attention_heads": 0}, "config.json is wrong"),
+    ({"max_position_embeddings": None}, "'max_position_embeddings'"), ({"dtype": "float8"}, "float8"),
+    ({"eos_token_id": "</s>"}, "eos_token_id"), ({"model_type": None}, "model_type None"),
+    ({"model_type": []}, "model_type"), ({"quantization_config": "awq"}, "quantized"),
+    ({"hidden_act": "none"}, "does not load"), ({"rope_parameters": {"rope_type": "none"}}, "does not load"),
+], ids=str)
+def test_a_wrong_field(folder: Path, changes: dict[str, Any], says: str) -> None:
+    change_config(folder, **changes)
+    assert says in refusal(folder)
+
+
+def test_an_end_token_by_its_name(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    assert "eos_token_id is ['</s>'" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_may_ask_for_the_type_of_a_weight(tmp_path: Path, dtype: Any) -> None:
+    """As the routers of one family do, whose weights lie packed."""
+    module = HunYuanMoEV1ForCausalLM(HunYuanMoEV1Config(**SMALL, head_dim=16, num_experts=4, moe_topk=2))
+    module.save_pretrained(tmp_path)
+    assert load(str(tmp_path), dtype=dtype).vocab_size == SMALL["vocab_size"]
+
+
+def test_a_block_that_computes_with_a_packed_weight_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for it is not a number, and neither are the logits."""
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) + 0 * self.down_proj.weight.sum())
+    monkeypatch.setattr(loading, "fuse_blocks", lambda *_: 0)
+    assert "logits differ" in refusal(folder, dtype="bfloat16")
 
 
 def test_weights_that_are_cut_off(folder: Path) -> None:
