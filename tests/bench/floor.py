@@ -76,7 +76,7 @@ def measure(folder: Path, wanted: str, num_threads: int) -> Floor:
 
     torch.set_num_threads(num_threads)
     config = read_config(folder)
-    dtype = choose_dtype(config, wanted, torch.device("cpu"))
+    dtype = choose_dtype(config, folder, wanted, torch.device("cpu"))
     num_weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // SAVED_BYTES
     weight_bytes = num_weights * dtype.itemsize
     buffer = torch.ones(weight_bytes // torch.float32.itemsize)     # bytes are bytes: this sum is the fastest reader

@@ -22,13 +22,14 @@ from worker.model.folder import ModelRefused, find_folder, generation_config, on
 from worker.model.fused import fuse_blocks, hand_over
 from worker.model.linear import pack_linears
 from worker.model.model import LONG_PREFILL_BUDGET, PREFILL_BUDGET, Model
-from worker.model.weights import load_module
+from worker.model.weights import load_module, saved_dtype
 
 if TYPE_CHECKING:
     from worker.model.cpu.forward import Forwards
 
 log = logging.getLogger(__name__)
 
+HALF_BYTES = 2              # of a number in half precision
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -39,7 +40,7 @@ def load(folder_or_name: str, *, dtype: Literal["auto", "float32", "bfloat16"] =
     place = choose_device(device)
     folder = find_folder(folder_or_name, revision)
     config = read_config(folder)
-    chosen = choose_dtype(config, dtype, place)
+    chosen = choose_dtype(config, folder, dtype, place)
     return prove(load_module(folder, config, chosen, place), config, folder, max_model_len, max_num_seqs, quantization)
 
 
@@ -124,13 +125,13 @@ def missing_for_cuda() -> str | None:
     return None
 
 
-def choose_dtype(config: Any, wanted: str, device: torch.device) -> torch.dtype:
+def choose_dtype(config: Any, folder: Path, wanted: str, device: torch.device) -> torch.dtype:
     """Half precision is served in bfloat16 where the device computes it; elsewhere float32 is ten times faster."""
     if wanted != "auto":
         return DTYPES[wanted]
-    is_full = config.get_text_config(decoder=True).dtype == torch.float32
+    saved = config.get_text_config(decoder=True).dtype or config.dtype or saved_dtype(folder)
     is_slow = device.type == "cpu" and not computes_bfloat16()
-    return torch.float32 if is_full or is_slow else torch.bfloat16
+    return torch.bfloat16 if saved.itemsize <= HALF_BYTES and not is_slow else torch.float32
 
 
 def computes_bfloat16() -> bool:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from worker.model import experts
 from worker.model.folder import ModelRefused, one_line
 
+SAVED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DRAFT_PARTS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})   # of layers that only predict further tokens
 
 
@@ -35,6 +37,20 @@ def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.dev
         return module.to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError:
         raise ModelRefused(f"{folder} has more weights than the device has memory") from None
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """Of the first weight in the files that is no integer, where a config does not say it. Raises ModelRefused."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = [file.get_slice(name).get_dtype() for name in file.offset_keys()]
+        except (OSError, SafetensorError) as error:
+            raise ModelRefused(f"{path} cannot be read ({one_line(error)}): fetch it again") from error
+        found = next((SAVED[kind] for kind in kinds if kind in SAVED), None)
+        if found:
+            return found
+    raise ModelRefused(f"{folder} does not load: it has no weights in float32 or half precision")
 
 
 def wrong_weights(report: Mapping[str, Any], own: Iterable[str]) -> str | None:

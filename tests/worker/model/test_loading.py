@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
     BloomConfig,
@@ -242,6 +243,18 @@ def test_weights_are_float32_only_when_they_were_saved_so_or_nothing_else_is_fas
     assert load(str(folder)).dtype == torch.float32
     half = torch.bfloat16 if computes_bfloat16() else torch.float32
     assert load(str(save("llama", tmp_path / "half", torch.bfloat16))).dtype == half
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_where_the_config_says_no_type_the_weights_do(tmp_path: Path, saved: torch.dtype) -> None:
+    """Integers among them say nothing."""
+    folder = save("gpt2", tmp_path, saved)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    config.write_text(json.dumps({name: value for name, value in json.loads(config.read_text()).items()
+                                  if name not in ("dtype", "torch_dtype")}))
+    save_file(load_file(weights) | {"a_table": torch.arange(4)}, weights, metadata={"format": "pt"})
+    half = torch.bfloat16 if computes_bfloat16() else torch.float32
+    assert load(str(folder)).dtype == (torch.float32 if saved == torch.float32 else half)
 
 
 def test_a_gpu_is_taken_where_one_is_and_its_tools_are(monkeypatch: pytest.MonkeyPatch,
