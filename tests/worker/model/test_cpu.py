@@ -168,6 +168,19 @@ def check_pointwise(num_rows: int, dtype: torch.dtype) -> None:
     assert torch.equal(pointwise.add(x, added), x + added)
 
 
+def test_numbers_of_another_type_are_refused() -> None:
+    """A kernel would read or write beyond the end of them."""
+    x, other = torch.ones(2, 32), torch.ones(2, 32, dtype=torch.float64)
+    heads, pages = torch.ones(2, 1, 32, dtype=torch.float64), torch.zeros(1, 1, 1, 16, 32, 16, 1)
+    places = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    for call in (lambda: pointwise.add(x, other), lambda: pointwise.add_and_norm(x, None, other[0], 1e-6),
+                 lambda: pointwise.norm_heads(x[:, None], other[0], 1e-6),
+                 lambda: PanelLinear(torch.ones(8, 32), None)(other),
+                 lambda: attention.write(pages, torch.zeros(1, 1, 1, 256, 32), heads, heads, *places, heads)):
+        with pytest.raises(RuntimeError, match="float64 among"):
+            call()
+
+
 def test_an_older_processor_computes_the_same_in_float32(old: None) -> None:
     """With half as many registers, of half the length: fewer rows at a time, the same sums in the same order."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from worker.model.cpu import LANES, LOWEST, WORD_BYTES, amx, amx_attention
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, INTEGER, LINE_BYTES, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, threads_for
-from worker.model.cpu.pointwise import angles_at, turn
+from worker.model.cpu.pointwise import angles_at, require_like, turn
 
 NO_WINDOW = 1 << 40         # tokens: longer than any context
 NUM_SUMS = 24               # vectors in registers: the sums of a tile's queries, over all dimensions
@@ -132,6 +132,7 @@ def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, table: Tenso
     if angles and any(each.shape != (num_rows, head_dim) for each in angles):
         raise RuntimeError(f"angles of {tuple(angles[0].shape)} do not turn heads of {tuple(key.shape)}")
     cos, sin = angles or (key, key)
+    require_like(keys, key, value, query, cos, sin)
     _write(keys, values, key, value, query, cos, sin, table, slots, positions, num_rows, table.stride(0), num_kv_heads,
            query.shape[1] // num_kv_heads, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
            query.stride(0), query.stride(1), cos.stride(0), sin.stride(0),

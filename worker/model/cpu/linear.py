@@ -96,6 +96,8 @@ class PanelLinear(torch.nn.Module):
         return out.view(*x.shape[:-1], -1)
 
     def _rows(self, x: Tensor) -> Tensor:
+        if x.dtype != self.dtype:
+            raise RuntimeError(f"{x.dtype} among {self.dtype}")
         rows = x.reshape(-1, self.num_columns)
         return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -45,6 +45,7 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
 def add(x: Tensor, added: Tensor) -> Tensor:
     """Of [..., n] each."""
     width = x.shape[-1]
+    require_like(x, added)
     rows, others = x.view(-1, width), added.view(-1, width)
     out = empty(rows.shape[0], width, x.dtype)
     _add(rows, others, out, rows.shape[0], width, rows.stride(0), others.stride(0),
@@ -55,6 +56,7 @@ def add(x: Tensor, added: Tensor) -> Tensor:
 def add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + added, and its root mean square norm, of [..., n] each."""
     width = x.shape[-1]
+    require_like(x, weight, *(() if added is None else (added,)))
     rows = x.view(-1, width)
     others = rows if added is None else added.view(-1, width)
     total = rows if added is None else empty(rows.shape[0], width, x.dtype)
@@ -68,9 +70,17 @@ def add_and_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) ->
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The root mean square norm of each head of [rows, heads, head_dim], in place."""
     num_rows, num_heads, head_dim = x.shape
+    require_like(x, weight)
     _norm_heads(x, weight, num_rows, num_heads, x.stride(0), x.stride(1), float(eps),
                 num_threads=threads_for(x.numel()), dtype=x.dtype, head_dim=head_dim)
     return x
+
+
+def require_like(x: Tensor, *others: Tensor) -> None:
+    """Kernels take addresses, and read all numbers as of one type."""
+    for other in others:
+        if other.dtype != x.dtype:
+            raise RuntimeError(f"{other.dtype} among {x.dtype}")
 
 
 @Kernel
