@@ -45,14 +45,14 @@ class Batches:
 
     # ── what clients do ──
 
-    async def create(self, tenant: str, asked: BatchRequest, input_file: File) -> Batch:
-        """Raises TooManyBatches."""
+    async def create(self, tenant: str, asked: BatchRequest) -> Batch:
+        """Raises NoSuchFile or TooManyBatches."""
         now_ms = round(time.time() * 1000)
         batch = Batch(f"batch_{secrets.token_hex(16)}", tenant, asked.endpoint, asked.input_file_id, now_ms,
                       now_ms // 1000 + round(self._settings.batch_s), asked.metadata,
                       asked.output_expires_after.seconds if asked.output_expires_after else 0)
         # Its input file must outlive the batch.
-        await self._files.publish(tenant, input_file, self._settings.batch_s + LATE_S)
+        await self._files.prolong(tenant, asked.input_file_id, self._settings.batch_s + LATE_S)
         # Into the index first: a batch that no pod can find would stay `validating` for ever.
         await self._redis.zadd(BATCHES, {_member(tenant, batch.id): batch.created_ms})
         fields = [part for pair in batch.encode().items() for part in pair]

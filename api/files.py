@@ -70,6 +70,7 @@ class Files:
         self._redis = redis
         self._settings = settings
         self._keep = register(redis, "keep")
+        self._prolong = register(redis, "prolong")
 
     async def append(self, tenant: str, file: File, piece: bytes) -> File:
         """Adds a piece to the file. Raises FileTooLarge or StorageFull."""
@@ -84,8 +85,16 @@ class Files:
         return await self._write(tenant, replace(file, is_whole=True), lifetime_s)
 
     async def publish(self, tenant: str, file: File, lifetime_s: float) -> File:
-        """As finish, without limits: for a file whose pieces exist already, or that is to be kept longer."""
+        """As finish, without limits: for a file whose pieces exist already."""
         return await self._write(tenant, replace(file, is_whole=True), lifetime_s, is_bounded=False)
+
+    async def prolong(self, tenant: str, file_id: str, lifetime_s: float) -> None:
+        """Keeps a file for at least so long from now on. Raises NoSuchFile, also when it is deleted meanwhile."""
+        with refusals():
+            is_known = await self._prolong(keys=[tenant_key(tenant, "files"), pieces_key(tenant, file_id)],
+                                           args=[file_id, round(lifetime_s * 1000)])
+        if not is_known:
+            raise NoSuchFile
 
     async def get(self, tenant: str, file_id: str) -> File:
         """Raises NoSuchFile."""

@@ -29,11 +29,11 @@ def router(pod: Pod, door: Door) -> APIRouter:
         pod.limits.check_memory()
         try:
             file = await pod.files.get(tenant, asked.input_file_id)
+            if file.purpose != "batch":
+                raise InvalidValue("The purpose of an input file is batch.", param="input_file_id")
+            return (await pod.batches.create(tenant, asked)).body()
         except NoSuchFile:
             raise NoSuchFile(param="input_file_id") from None
-        if file.purpose != "batch":
-            raise InvalidValue("The purpose of an input file is batch.", param="input_file_id")
-        return (await pod.batches.create(tenant, asked, file)).body()
 
     @routes.get(ADDRESS, openapi_extra=docs.says(gives="Page"))
     async def list_batches(after: After = None, limit: Limit = None, tenant: str = Depends(door)) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def router(pod: Pod, door: Door) -> APIRouter:
     async def download_file(file_id: str, tenant: str = Depends(door)) -> Response:
         """The bytes of a file."""
         file = await pod.files.get(tenant, file_id)
-        return StreamingResponse(pod.files.read(tenant, file), media_type="application/octet-stream",
+        pieces = pod.files.read(tenant, file)
+        first = await anext(pieces, b"")                # before the headers: what has no content is not found
+        return StreamingResponse(_chained(first, pieces), media_type="application/octet-stream",
                                  headers={"content-length": str(file.num_bytes)})
 
     @routes.delete(ADDRESS + "/{file_id}", openapi_extra=docs.says(gives="Deleted"))
@@ -72,6 +74,12 @@ def router(pod: Pod, door: Door) -> APIRouter:
         return {"id": file_id, "object": "file", "deleted": True}
 
     return routes
+
+
+async def _chained(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in pieces:
+        yield piece
 
 
 async def _take(pod: Pod, tenant: str, file: File, request: Request) -> File:

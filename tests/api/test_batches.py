@@ -14,14 +14,14 @@ import pytest
 from redis.asyncio import Redis
 
 from api.batches import Batches
-from api.files import Files, new_file
+from api.files import Files, new_file, pieces_key
 from api.pod import Pod
 from api.pump import MAX_PUMPED, RENEW_S, TURN_S, Turn, next_to_take, pump, to_give_way
 from api.wire.batches import Batch, BatchRequest
 from api.wire.lines import Raw, Result
 from deploy.redis import RedisServer
 from shared import connection
-from shared.errors import TooManyBatches
+from shared.errors import NoSuchFile, TooManyBatches
 from shared.job import Usage
 from shared.keys import BATCHES
 from shared.settings import Settings
@@ -513,7 +513,7 @@ def batches(each_redis: Redis) -> Batches:
 async def begin(batches: Batches) -> Batch:
     file = await batches._files.finish("t", await batches._files.append("t", new_file(), b"x"), 60)
     asked = BatchRequest(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-    batch = await batches.create("t", asked, file)
+    batch = await batches.create("t", asked)
     assert await batches.advance(batch, "in_progress", num_lines=3, num_requests=3)
     return await batches.get("t", batch.id)
 
@@ -559,6 +559,16 @@ async def test_a_batch_is_run_by_one_pod(batches: Batches, each_redis: Redis) ->
     assert await batches.some_live(9) == []
 
 
+async def test_a_file_that_is_deleted_as_a_batch_begins_stays_deleted(batches: Batches, each_redis: Redis) -> None:
+    file = await batches._files.finish("t", await batches._files.append("t", new_file(), b"x"), 60)
+    await batches._files.remove("t", file.id)
+    asked = BatchRequest(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    with pytest.raises(NoSuchFile):
+        await batches.create("t", asked)
+    assert not await batches._files.list("t") and not await batches.some_live(9)
+    assert not await each_redis.exists("{t.t}:files", pieces_key("t", file.id))
+
+
 async def test_a_batch_takes_the_step_that_was_meant(batches: Batches) -> None:
     batch = await begin(batches)
     assert await batches.advance(batch, "cancelling")
@@ -581,7 +591,7 @@ async def begin_on(pod: Pod, tenant: str, worker: ScriptedWorker, number: int) -
     lines = "\n".join(json.dumps(each) for each in lines_of(worker, number)).encode()
     file = await pod.files.finish(tenant, await pod.files.append(tenant, new_file(), lines), 60)
     asked = BatchRequest(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-    return await pod.batches.create(tenant, asked, file)
+    return await pod.batches.create(tenant, asked)
 
 
 async def end_on(pod: Pod, batch: Batch) -> Batch:

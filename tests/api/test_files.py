@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -124,6 +125,25 @@ async def test_a_file_is_seen_once_it_is_whole(files: Files, each_redis: Redis) 
     assert await each_redis.exists("{t.t}:pieces:" + file.id) == 0
 
 
+async def test_a_file_is_kept_longer_while_there_is_one(files: Files, each_redis: Redis) -> None:
+    file = await keep(files, b"x", 60)
+    await files.prolong("t", file.id, 2 * UPLOAD_TTL_S)
+    longer = await files.get("t", file.id)
+    assert replace(longer, expires_ms=0) == replace(file, expires_ms=0)
+    assert longer.expires_ms > file.expires_ms
+    for key in ("{t.t}:files", "{t.t}:pieces:" + file.id):
+        assert UPLOAD_TTL_S < await each_redis.pttl(key) / 1000 <= 2 * UPLOAD_TTL_S
+    await files.prolong("t", file.id, 60)
+    assert await files.get("t", file.id) == longer, "its life is never made shorter"
+    short = await files._write("t", new_file(), 0.05, piece=(0, b"x"))
+    await asyncio.sleep(0.1)
+    await files.remove("t", file.id)
+    for gone in (file, short):
+        with pytest.raises(NoSuchFile):
+            await files.prolong("t", gone.id, 3600)
+    assert await files.list("t") == []
+
+
 async def test_a_write_that_is_repeated_writes_once(files: Files) -> None:
     """As redis-py does when a reply was lost."""
     file = new_file()
@@ -205,6 +225,14 @@ async def test_what_is_uploaded_comes_back(own: System, http: httpx.AsyncClient)
             assert error_of(response, 404)["code"] == "file_not_found"
     assert (await http.delete(one)).json() == {"id": file["id"], "object": "file", "deleted": True}
     error_of(await http.get(f"{one}/content"), 404)
+
+
+async def test_a_file_without_its_content_is_not_found(own: System, http: httpx.AsyncClient) -> None:
+    """It is told before anything else is; of an empty file there is nothing to find."""
+    file, empty = await upload(http, b"x"), await upload(http, b"")
+    own.redis.delete(*(key for key in own.redis.scan_iter("{t.*}:pieces:*")))
+    assert error_of(await http.get(f"{ADDRESS}/{file['id']}/content"), 404)["code"] == "file_not_found"
+    assert (await http.get(f"{ADDRESS}/{empty['id']}/content")).content == b""
 
 
 async def test_a_list_has_pages(http: httpx.AsyncClient) -> None:
