@@ -9,11 +9,13 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from redis.asyncio import Redis
 
+from api import deleted
 from api.scripts import register
 from shared.connection import refusals
 from shared.errors import FileTooLarge, NoSuchFile, StorageFull
@@ -103,12 +105,19 @@ class Files:
             return file
         raise NoSuchFile
 
-    async def list(self, tenant: str) -> list[File]:
-        """All of them, the oldest first."""
+    async def list(self, tenant: str, after: str | None = None) -> list[File]:
+        """All of them, the oldest first; and a bare `after` if that was deleted lately, to show where it stood."""
         rows: Any = await self._redis.hgetall(tenant_key(tenant, "files"))
-        return sorted(_seen(rows), key=lambda file: (file.created_ms, file.id))
+        files = [*_seen(rows)]
+        if after is not None and all(file.id != after for file in files):
+            created_ms = await deleted.created_ms(self._redis, tenant, "files", after)
+            files += [] if created_ms is None else [File(after, created_ms=created_ms)]
+        return sorted(files, key=lambda file: (file.created_ms, file.id))
 
     async def remove(self, tenant: str, file_id: str) -> None:
+        with suppress(NoSuchFile):                      # an upload that never came to its end
+            file = await self.get(tenant, file_id)
+            await deleted.remember(self._redis, tenant, "files", file_id, file.created_ms)
         await self._redis.hdel(tenant_key(tenant, "files"), file_id)
         await self._redis.unlink(pieces_key(tenant, file_id))
 

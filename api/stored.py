@@ -13,6 +13,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from api import deleted
 from api.scripts import register
 from shared.connection import refusals
 from shared.errors import NOT_LISTED, InvalidValue, StorageFull
@@ -81,8 +82,12 @@ class Store:
         return changed
 
     async def remove(self, tenant: str, completion_id: str) -> None:
+        index = tenant_key(tenant, "completions")
+        created_ms: Any = await self._redis.zscore(index, completion_id)
+        if created_ms is not None:
+            await deleted.remember(self._redis, tenant, "completions", completion_id, int(created_ms))
         await self._place(tenant, completion_id, "")
-        await self._redis.zrem(tenant_key(tenant, "completions"), completion_id)
+        await self._redis.zrem(index, completion_id)
 
     async def _place(self, tenant: str, completion_id: str, record: str) -> bool:
         keys = [_key(tenant, completion_id), tenant_key(tenant, "stored"), tenant_key(tenant, "stored_bytes")]
@@ -91,18 +96,29 @@ class Store:
     async def listed(self, tenant: str, *, after: str | None, newest_first: bool) -> AsyncIterator[Record]:
         """The heads of the chat completions after `after`: what was asked may take megabytes for each. Raises
         InvalidValue when that is not in the list."""
-        index, begin = tenant_key(tenant, "completions"), 0
-        if after is not None:
-            rank: Any = await (self._redis.zrevrank if newest_first else self._redis.zrank)(index, after)
-            if rank is None:
-                raise InvalidValue(NOT_LISTED, param="after")
-            begin = rank + 1
+        index = tenant_key(tenant, "completions")
+        begin = 0 if after is None else await self._num_until(tenant, after, newest_first=newest_first)
         for start in range(begin, MAX_STORED, SCAN):
             ids: Any = await self._redis.zrange(index, start, start + SCAN - 1, desc=newest_first)
             async for record in self._heads([_key(tenant, each.decode()) for each in ids]):
                 yield record
             if len(ids) < SCAN:
                 return
+
+    async def _num_until(self, tenant: str, after: str, *, newest_first: bool) -> int:
+        """How many of a list come before what comes after `after`, which may be deleted by now."""
+        index = tenant_key(tenant, "completions")
+        created_ms: Any = await self._redis.zscore(index, after)
+        if created_ms is None:
+            created_ms = await deleted.created_ms(self._redis, tenant, "completions", after)
+        if created_ms is None:
+            raise InvalidValue(NOT_LISTED, param="after")
+        # Redis sorts what was made in the same millisecond by id.
+        peers: list[bytes] = await self._redis.zrangebyscore(index, created_ms, created_ms)
+        bounds = (f"({created_ms}", "+inf") if newest_first else ("-inf", f"({created_ms}")
+        num_before: int = await self._redis.zcount(index, *bounds)
+        here = after.encode()
+        return num_before + sum(each >= here if newest_first else each <= here for each in peers)
 
     async def _heads(self, keys: list[str]) -> AsyncIterator[Record]:
         async with self._redis.pipeline(transaction=False) as pipe:

@@ -49,6 +49,7 @@ TENANT_KEYS: dict[str, tuple[str, str, str]] = {
     "stored": ("zset", "scripts", "answers to be stored → the ms of Redis time at which what was asked expires"),
     "stored_bytes": ("hash", "scripts", "answer to be stored → the bytes of what was asked; field '': of all of them"),
     "completions": ("zset", "api", "chat completions that are stored → the ms at which they were asked for"),
+    "deleted:<list>:<id>": ("string", "api", "the ms at which what is deleted, chat or file, was made; 10 minutes"),
     "idempotency:<hash>": ("string", "api", "what an Idempotency-Key stands for; as long as its answer at most"),
     "files": ("hash", "scripts", "file → its bytes, the ms of Redis time at which it expires, and JSON of the rest"),
     "pieces:<file>": ("hash", "scripts", "number → bytes of a file, or the result of a line of a batch; `file_s`"),

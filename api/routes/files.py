@@ -48,7 +48,8 @@ def router(pod: Pod, door: Door) -> APIRouter:
     async def list_files(purpose: str | None = None, after: After = None, limit: FileLimit = None,
                          order: Sorting = None, tenant: str = Depends(door)) -> dict[str, Any]:
         """The files of the key."""
-        bodies = [file.body() for file in await pod.files.list(tenant) if purpose in (None, file.purpose)]
+        bodies = [file.body() for file in await pod.files.list(tenant, after)
+                  if purpose in (None, file.purpose) or not file.is_whole]
         return page_of(bodies, after, page_size(limit, default=MAX_LISTED, most=MAX_LISTED),
                        newest_first=is_newest_first(order, default="desc"))
 

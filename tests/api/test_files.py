@@ -244,6 +244,23 @@ async def test_a_list_has_pages(http: httpx.AsyncClient) -> None:
     assert [file["id"] for file in page["data"]] == [ids[0], ids[2]]
 
 
+@pytest.mark.parametrize(("order", "purpose"), [("asc", "batch"), ("desc", "batch"), ("asc", None), ("desc", None)])
+async def test_who_lists_and_deletes_in_turn_deletes_all(order: str, purpose: str | None, http: httpx.AsyncClient
+                                                         ) -> None:
+    ids = [(await upload(http, b"x"))["id"] for _ in range(5)]
+    params, seen = {"order": order, "limit": "2"} | ({"purpose": purpose} if purpose else {}), list[str]()
+    while True:
+        page = (await http.get(ADDRESS, params=params | ({"after": seen[-1]} if seen else {}))).json()
+        for file in page["data"]:
+            await http.delete(f"{ADDRESS}/{file['id']}")
+            seen.append(file["id"])
+        if not page["has_more"]:
+            break
+    assert seen == (ids if order == "asc" else ids[::-1])
+    for after in ("nope", f"chatcmpl-{ids[0]}"):
+        assert error_of(await http.get(ADDRESS, params={"after": after}), 400)["param"] == "after"
+
+
 @pytest.mark.parametrize(("fields", "param"), [
     ({"purpose": "assistants"}, "purpose"), ({"expires_after[anchor]": "created_at"}, "expires_after"),
     ({"expires_after[anchor]": "now", "expires_after[seconds]": "4000"}, "expires_after")])

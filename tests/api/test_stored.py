@@ -15,8 +15,9 @@ import pytest
 from redis.asyncio import Redis
 
 from api.cards import MAX_LOADED, Cards
+from api.deleted import REMEMBERED_S
 from api.stored import Record, Store
-from shared.errors import StorageFull
+from shared.errors import InvalidValue, StorageFull
 from shared.keys import Shard, tenant_key
 from shared.settings import Settings
 from tests.api.conftest import KEYS, client
@@ -121,6 +122,41 @@ async def test_a_list_has_pages_and_filters(pods: list[httpx.AsyncClient], pair_
     page = await listed(pods[0], **{"model": model, "metadata[parity]": "1"})
     assert [each["id"] for each in page["data"]] == [stored[1], stored[3]]
     assert page["data"][0]["metadata"] == {"parity": "1"}
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_who_lists_and_deletes_in_turn_deletes_all(order: Any, pair: System, pods: list[httpx.AsyncClient],
+                                                         pair_worker: ScriptedWorker) -> None:
+    stored = [await store(pods[0], pair_worker, str(i)) for i in range(5)]
+    model, seen = pair_worker.model, []
+    async with openai.AsyncClient(base_url=f"{pair.url}/v1", api_key=KEYS[0], max_retries=0, timeout=WAIT_S) as sdk:
+        async for each in sdk.chat.completions.list(model=model, order=order, limit=2):
+            await sdk.chat.completions.delete(each.id)
+            seen.append(each.id)
+    assert seen == (stored if order == "asc" else stored[::-1])
+    assert (await listed(pods[1], model=model))["data"] == []
+
+
+async def test_a_list_goes_on_after_what_is_deleted(each_redis: Redis) -> None:
+    """From where it stood, for a while; also among those that were made in the same millisecond."""
+    stored, now_ms = Store(each_redis, Settings()), round(time.time() * 1000)
+    records = [replace(record(number, 0), created_ms=now_ms + number // 3) for number in range(9)]
+    for each in records:
+        await stored.put("a", each)
+    for number in (4, 5, 7):
+        await stored.remove("a", records[number].id)
+    rest = [number for number in range(9) if number not in (4, 5, 7)]
+
+    async def found(after: int, *, newest_first: bool) -> list[str]:
+        return [each.id async for each in stored.listed("a", after=records[after].id, newest_first=newest_first)]
+
+    for after in range(9):
+        assert await found(after, newest_first=False) == [records[number].id for number in rest if number > after]
+        assert await found(after, newest_first=True) == [records[number].id for number in rest[::-1] if number < after]
+    assert 0 < await each_redis.ttl(tenant_key("a", f"deleted:completions:{records[4].id}")) <= REMEMBERED_S
+    await stored.put("b", records[0])
+    with pytest.raises(InvalidValue):
+        _ = [each async for each in stored.listed("b", after=records[4].id, newest_first=False)]
 
 
 async def test_a_page_is_filled_with_what_can_be_told(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker
