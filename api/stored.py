@@ -114,11 +114,12 @@ class Store:
         if created_ms is None:
             raise InvalidValue(NOT_LISTED, param="after")
         # Redis sorts what was made in the same millisecond by id.
-        peers: list[bytes] = await self._redis.zrangebyscore(index, created_ms, created_ms)
+        peers: Any = await self._redis.zrangebyscore(index, created_ms, created_ms)
         bounds = (f"({created_ms}", "+inf") if newest_first else ("-inf", f"({created_ms}")
         num_before: int = await self._redis.zcount(index, *bounds)
         here = after.encode()
-        return num_before + sum(each >= here if newest_first else each <= here for each in peers)
+        num_beside = sum(1 for each in peers if (each >= here if newest_first else each <= here))
+        return num_before + num_beside
 
     async def _heads(self, keys: list[str]) -> AsyncIterator[Record]:
         async with self._redis.pipeline(transaction=False) as pipe:
