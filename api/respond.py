@@ -29,6 +29,7 @@ from shared.queue import Found, Queue
 
 DRAINED_BYTES = 1 << 20                                 # of a refused body: closing at once can discard the response
 BODY_TIMEOUT_S = 60.0
+UNSTORED = {"store": False}                             # what an answer repeats if there was no room to store it
 TOO_LARGE = "The body of a request has at most {} bytes."
 
 
@@ -79,6 +80,8 @@ async def again(pod: Pod, order: Order, completion_id: str, after: int | None, r
                 ) -> Response:
     """An answer that may have begun before, in the form that its log's header gives."""
     queue, found = await find(pod, order.tenant, completion_id, order.language)
+    if asked and order.record and not await pod.store.has(order.tenant, completion_id):
+        asked = {**asked, **UNSTORED}                   # as it was told the first time, whatever room there is now
     if found.header.stream:
         return await rest(pod, queue, found, after, asked)
     fold_whole = whole_fold(completion_id, found.header, await token_bytes(pod, found), asked)

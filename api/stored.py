@@ -74,6 +74,9 @@ class Store:
     async def get(self, tenant: str, completion_id: str) -> Record | None:
         return _decode(await self._redis.get(_key(tenant, completion_id))) if shard_of(completion_id) else None
 
+    async def has(self, tenant: str, completion_id: str) -> bool:
+        return bool(await self._redis.exists(_key(tenant, completion_id)))
+
     async def update(self, tenant: str, record: Record, metadata: dict[str, str]) -> Record:
         """Replaces the metadata, which have a limit of their own: their growth is not counted."""
         changed = replace(record, metadata=metadata)

@@ -15,7 +15,7 @@ from api.conversation import before, resolved
 from api.directory import Served
 from api.jobs import Order, encode
 from api.pod import Pod
-from api.respond import Caller, read_body, read_order, respond, rest
+from api.respond import UNSTORED, Caller, read_body, read_order, respond, rest
 from api.resume import find, find_stored, whole
 from api.routes.listing import (
     After,
@@ -35,7 +35,7 @@ from api.submit import new_id, submit, submit_once
 from api.wire.items import listed
 from api.wire.languages import whole_fold
 from api.wire.responses import ResponseRequest, in_our_words, parse_response
-from shared.errors import Draining
+from shared.errors import Draining, StorageFull
 
 ADDRESS = "/v1/responses"
 
@@ -58,7 +58,12 @@ def router(pod: Pod, door: Door) -> APIRouter:
         with in_our_words():
             if asked.background and not asked.stream:
                 return await _begin(pod, served, order, caller, body)
-            return await respond(pod, served, order, caller, body, echo)
+            try:
+                return await respond(pod, served, order, caller, body, echo)
+            except StorageFull:
+                if asked.must_be_stored:
+                    raise
+                return await respond(pod, served, replace(order, record=None), caller, body, echo | UNSTORED)
 
     @routes.post(ADDRESS + "/input_tokens",
                  openapi_extra=docs.says(takes="ResponseRequest", gives="ResponseInputTokens"))

@@ -82,7 +82,7 @@ class ResponseRequest(Drawn):
     stream: bool | None = Field(None, description="answer with server-sent events")
     stream_options: dict[str, Any] | None = Field(None, description="with a stream alone; without effect")
     background: bool | None = Field(None, description="answer at once with its id; it goes on with nobody reading")
-    store: bool | None = Field(None, description="else true: it is kept for `store_s`")
+    store: bool | None = Field(None, description="else true, while there is room: it is kept for `store_s`")
     metadata: Metadata | None = Field(None, description="kept beside it")
     max_output_tokens: Count | None = Field(
         None, ge=1, description="most tokens of the response, thoughts included; else what the context leaves")
@@ -127,6 +127,11 @@ class ResponseRequest(Drawn):
     @property
     def is_stored(self) -> bool:
         return self.store is not False
+
+    @property
+    def must_be_stored(self) -> bool:
+        """Whether the client needs it stored; otherwise it is where there is room."""
+        return bool(self.store or self.background)
 
     @property
     def items(self) -> list[dict[str, Any]]:

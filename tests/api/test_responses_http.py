@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import secrets
 from typing import Any
 
 import httpx
@@ -133,6 +134,30 @@ async def test_a_conversation_needs_no_worker_of_its_past(pair: System, pods: li
         await script.answer("x")
         assert (await asked).json()["status"] == "completed"
     await other.leave()
+    pair.pods.pop(url).end()
+
+
+async def test_without_room_it_is_answered_unless_it_must_be_stored(pair: System, pods: list[httpx.AsyncClient],
+                                                                    pair_worker: ScriptedWorker) -> None:
+    """It says that it is not stored, also to a client that returns with its key when there is room again."""
+    url, key = pair.start_pod(max_tenant_stored_bytes=1500), {"idempotency-key": secrets.token_hex(8)}
+    async with client(url, KEYS[1]) as pod:
+        await until_known(pod, pair_worker)
+        long = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "x" * 100, "note": "x" * 1500}]
+        for fields in ({"store": True}, {"background": True}, {"background": True, "stream": True}):
+            refused = await pod.post(ADDRESS, json=ask(pair_worker, input=long, **fields))
+            assert error_of(refused, 400)["code"] == "storage_limit_exceeded"
+        told = await respond(pod, pair_worker, input=long)
+        assert (told["store"], told["status"]) == (False, "completed")
+        assert error_of(await pod.get(f"{ADDRESS}/{told['id']}"), 404)["code"] == "response_not_found"
+
+        body = ask(pair_worker, input=long, stream=True)
+        asked = asyncio.create_task(pod.post(ADDRESS, json=body, headers=key))
+        await (await pair_worker.claim()).answer("Yes")
+        first = (await asked).text
+        assert {each["response"]["store"] for each in events(first) if "response" in each} == {False}
+        for again in (pod, pods[0]):
+            assert (await again.post(ADDRESS, json=body, headers=key | dict(pod.headers))).text == first
     pair.pods.pop(url).end()
 
 
