@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, RedisCluster
+from redis.asyncio.cluster import ClusterPipeline
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
@@ -84,7 +85,8 @@ def connect(url: str) -> Redis:
     try:
         if is_cluster(url):
             # It has the commands that we use: each script touches one slot, and pipelines are not transactions.
-            return cast(Redis, _mended_cluster(RedisCluster.from_url(_node_url(url), **timeouts, **retry)))
+            timeouts["max_connections"] *= 2            # per node: of commands, and of pipelines
+            return cast(Redis, _mended_cluster(_Cluster.from_url(_node_url(url), **timeouts, **retry)))
         pool = BlockingConnectionPool.from_url(url, timeout=COMMAND_TIMEOUT_S, **timeouts, **retry)
     except ValueError:
         raise BrokenEnvironment("BATON_REDIS_URL (--redis-url): give redis://HOST:PORT/0, unix://PATH, or "
@@ -103,6 +105,27 @@ def _mended(kind: type[Any]) -> type[Any]:
                 raise ConnectionError("the connection was reset") from error
 
     return Connection
+
+
+class _Cluster(RedisCluster):
+    """Commands wait for a connection, as they do without a cluster; redis-py would raise MaxConnectionsError."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands, self.pipelines = asyncio.Semaphore(MAX_CONNECTIONS), asyncio.Semaphore(MAX_CONNECTIONS)
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        async with self.commands:
+            return await super().execute_command(*args, **kwargs)
+
+    def pipeline(self, transaction: Any = None, *_: Any) -> ClusterPipeline:
+        return _Pipeline(self, transaction)  # type: ignore[abstract]
+
+
+class _Pipeline(ClusterPipeline):
+    async def execute(self, *args: Any, **kwargs: Any) -> Any:
+        async with cast(_Cluster, self.cluster_client).pipelines:       # which may need a place among commands then
+            return await super().execute(*args, **kwargs)
 
 
 def _mended_cluster(cluster: RedisCluster) -> RedisCluster:

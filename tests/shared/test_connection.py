@@ -152,3 +152,21 @@ async def test_a_redis_that_is_silent_holds_up_no_other(tmp_path: Path) -> None:
         for redis in redises:
             await redis.aclose()
     server.stop()
+
+
+async def test_more_commands_than_connections_wait(each_redis_url: str) -> None:
+    """On one Redis and on a cluster, pipelines too."""
+    redis, key, number = connection.connect(each_redis_url), "{many}:added", 4 * connection.MAX_CONNECTIONS
+
+    async def add(member: int) -> None:
+        async with redis.pipeline(transaction=False) as pipe:
+            pipe.sadd(key, member)
+            pipe.sadd(key, -member)
+            await pipe.execute()
+
+    await redis.delete(key)                             # knows the cluster by now
+    await asyncio.gather(*(redis.sadd(key, number + each) for each in range(number)),
+                         *(add(each) for each in range(1, number)))
+    assert int(await redis.scard(key)) == 3 * number - 2
+    await redis.delete(key)
+    await redis.aclose()
