@@ -1,16 +1,16 @@
 """Layers in fewer and larger calls: q, k and v are one product, gate and up another, norms and activations one call.
 
 Small calls cost mostly their overhead, and every weight is read once either way. A block of the common shape is
-recognised by the names of its parts, and replaced if its replacement reproduces its recorded output: whatever else a
-family does in its blocks stays as transformers has it. The operations between products are kernels, of pointwise.py on
+recognised by the names of its parts, and replaced if its replacement does the same (fusing.py): whatever else a family
+does in its blocks stays as transformers has it. The operations between products are kernels, of pointwise.py on
 a GPU and of cpu/pointwise.py on a CPU that has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,8 @@ from torch.nn.functional import rms_norm
 from transformers.activations import SiLUActivation
 
 from worker.model import cpu
-from worker.model.attention import Context, KVShape, Scores
+from worker.model.attention import Context, Scores
 from worker.model.linear import agree
-from worker.model.memory import scratch
 
 Keep = Callable[[Tensor], Tensor]      # some rows of [1, rows, n]
 
@@ -222,70 +221,7 @@ Fused = FusedMLP | FusedAttention | FusedLayer
 FUSED: tuple[type[Fused], ...] = (FusedMLP, FusedAttention, FusedLayer)
 
 
-class Block(NamedTuple):
-    """A block that may be fused, and one recorded call of it."""
-
-    parent: nn.Module
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-
-    @property
-    def module(self) -> nn.Module:
-        return cast(nn.Module, getattr(self.parent, self.name))
-
-
-def fuse_blocks(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShape], scores: Mapping[int, Scores]
-                ) -> int:
-    """Replaces blocks below `module`, where the result is the same for `token_ids`; returns how many."""
-    num_fused = 0
-    with torch.inference_mode():
-        for block in _record(module, token_ids, shapes):
-            fused = _fuse(block, scores)
-            if fused is not None:
-                setattr(block.parent, block.name, fused)
-                num_fused += 1
-        fuse_norms(module)
-    return num_fused
-
-
-def _record(module: nn.Module, token_ids: Sequence[int], shapes: Sequence[KVShape]) -> list[Block]:
-    """Inputs and outputs of every block that may be fused, in one forward; a block's parts come before it."""
-    blocks: list[Block] = []
-    hooks = []
-    for parent in module.modules():
-        for name, child in parent.named_children():
-            if _kind(child) is not None:
-                def record(_: Any, args: Any, kwargs: Any, out: Any, parent: nn.Module = parent, name: str = name
-                           ) -> None:
-                    blocks.append(Block(parent, name, args, kwargs, out))
-
-                hooks.append(child.register_forward_hook(record, with_kwargs=True))
-    num_tokens, weight = len(token_ids), next(module.parameters())
-    context = scratch(shapes, 1, num_tokens, weight.dtype, weight.device).chunk(0, 0, num_tokens)
-    try:
-        module(input_ids=torch.tensor([token_ids], device=weight.device),
-               position_ids=torch.arange(num_tokens, device=weight.device)[None], use_cache=False, context=context)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return blocks
-
-
-def _fuse(block: Block, scores: Mapping[int, Scores]) -> nn.Module | None:
-    kind = _kind(block.module)
-    assert kind is not None
-    try:
-        fused = kind(block.module, scores)
-        out = fused(*block.args, **block.kwargs)
-    except Exception:                                   # equal names, but built differently in some way
-        return None
-    got, expected = (x[0] if isinstance(x, tuple) else x for x in (out, block.out))
-    return fused if agree(got, expected) else None
-
-
-def _kind(module: nn.Module) -> type[Fused] | None:
+def kind_of(module: nn.Module) -> type[Fused] | None:
     parts = {name for name, _ in module.named_children()}
     for kind in FUSED:
         linears = [getattr(module, name, None) for name in kind.PARTS if name.endswith("_proj")]

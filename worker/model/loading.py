@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from worker.model import attention, check, cpu, identity, memory
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder, generation_config, one_line, read_json
-from worker.model.fused import fuse_blocks, hand_over
+from worker.model.fused import hand_over
+from worker.model.fusing import fuse_blocks
 from worker.model.linear import pack_linears
 from worker.model.model import LONG_PREFILL_BUDGET, PREFILL_BUDGET, Model
 from worker.model.weights import load_module, saved_dtype
@@ -51,13 +52,14 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     token_ids = check.random_token_ids(text_config.vocab_size, check.NUM_TOKENS)
     expected, recorder = try_plain(module, token_ids)
     kv_shapes = tuple(recorder.shapes[layer] for layer in range(len(recorder.shapes)))
-    fuse_blocks(module, token_ids, kv_shapes, recorder.scores)
+    max_model_len = choose_max_model_len(text_config, max_model_len)
+    fuse_blocks(module, token_ids, kv_shapes, recorder.scores, max_model_len)
     if memory.is_paged(module.device):
         hand_over(module)
     pack_linears(module)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
-        max_model_len=choose_max_model_len(text_config, max_model_len),
+        max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(module, text_config),
         kv_shapes=kv_shapes,
         prefill_budget=LONG_PREFILL_BUDGET if cpu.has_matrices(module.dtype) else PREFILL_BUDGET,
