@@ -21,6 +21,7 @@ from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused, find_folder, generation_config, one_line, read_json
 from worker.model.fused import hand_over
 from worker.model.fusing import fuse_blocks
+from worker.model.length import choose_max_model_len, require_windows
 from worker.model.linear import pack_linears
 from worker.model.model import LONG_PREFILL_BUDGET, PREFILL_BUDGET, Model
 from worker.model.weights import load_module, saved_dtype
@@ -53,6 +54,7 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     expected, recorder = try_plain(module, token_ids)
     kv_shapes = tuple(recorder.shapes[layer] for layer in range(len(recorder.shapes)))
     max_model_len = choose_max_model_len(text_config, max_model_len)
+    require_windows(module, text_config, recorder, max_model_len)
     fuse_blocks(module, token_ids, kv_shapes, recorder.scores, max_model_len)
     if memory.is_paged(module.device):
         hand_over(module)
@@ -64,7 +66,6 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
         kv_shapes=kv_shapes,
         prefill_budget=LONG_PREFILL_BUDGET if cpu.has_matrices(module.dtype) else PREFILL_BUDGET,
         weights_id=identity.weights_id(folder, config.to_dict(), quantization))
-    require_windows(text_config, recorder, model.max_model_len)
     if cpu.computes(module.dtype):
         model.program = try_program(model)
     probe(model, expected, max_num_seqs)
@@ -168,25 +169,6 @@ def quantize(model: Model, expected: Tensor) -> None:
         raise ModelRefused(f"{model.folder} loses too much in int8: its logits differ by {error:.2g}")
 
 
-def choose_max_model_len(config: Any, wanted: int | None) -> int:
-    trained = int(config.max_position_embeddings)
-    original = _steady_rope_len(config)
-    limit = min(trained, original or trained)
-    if wanted is not None and wanted > limit:
-        raise ModelRefused(f"max_model_len {wanted} is more than this model's {limit}: lower it")
-    return wanted or limit
-
-
-def _steady_rope_len(config: Any) -> int | None:
-    """Some rotary embeddings change for the whole batch when its longest row exceeds a length: that is the limit."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    lengths = []
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            lengths.append(int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings))
-    return min(lengths, default=None)
-
-
 def eos_token_ids(module: Any, config: Any) -> frozenset[int]:
     found: list[Any] = []
     for value in (module.generation_config.eos_token_id, getattr(config, "eos_token_id", None)):
@@ -194,17 +176,6 @@ def eos_token_ids(module: Any, config: Any) -> frozenset[int]:
     if not all(isinstance(token_id, int) for token_id in found):
         raise ModelRefused(f"eos_token_id is {found}: correct generation_config.json, or config.json, to numbers")
     return frozenset(found)
-
-
-def require_windows(config: Any, recorder: Recorder, max_model_len: int) -> None:
-    """Raises ModelRefused for a window that reaches a layer only through transformers' mask, which we ignore."""
-    window = getattr(config, "sliding_window", None) or 0
-    kinds = getattr(config, "layer_types", None) or []
-    for layer, kind in enumerate(kinds):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ModelRefused(f"{config.model_type} is not supported: layer {layer} is of kind {kind}")
-        if kind == "sliding_attention" and recorder.scores[layer].sliding_window != window and max_model_len > window:
-            raise ModelRefused(f"{config.model_type} does not name its sliding window: set max_model_len to {window}")
 
 
 def probe(model: Model, expected: Tensor, max_num_seqs: int) -> None:

@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    DogeConfig,
     HunYuanMoEV1Config,
     HunYuanMoEV1ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PhimoeConfig,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -76,6 +79,22 @@ def test_a_window_that_does_not_reach_our_attention(folder: Path) -> None:
     change_config(folder, sliding_window=100, layer_types=["full_attention", "sliding_attention"])
     assert "set max_model_len to 100" in refusal(folder)
     assert load(str(folder), max_model_len=100).max_model_len == 100
+
+
+@pytest.mark.parametrize("config", [
+    PhimoeConfig(**SMALL, sliding_window=100, num_local_experts=4), DogeConfig(**SMALL, sliding_window=100),
+], ids=["phimoe", "doge"])
+def test_a_window_of_all_layers_that_does_not_reach_our_attention(config: Any, tmp_path: Path) -> None:
+    """One of the config alone, which names no kinds of layers."""
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    assert "set max_model_len to 100" in refusal(tmp_path)
+    model = load(str(tmp_path), max_model_len=100)
+    assert model.max_model_len == model.module.config.sliding_window == 100
+
+
+def test_a_window_that_the_family_does_not_know_is_no_window(folder: Path) -> None:
+    change_config(folder, sliding_window=100)
+    assert load(str(folder)).max_model_len == 512
 
 
 @pytest.mark.parametrize("rope", [
