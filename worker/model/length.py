@@ -13,26 +13,38 @@ from worker.model import check
 from worker.model.attention import Recorder
 from worker.model.folder import ModelRefused
 
+MIN_MODEL_LEN = 2           # tokens: one of a prompt, and one of its answer
 TRIAL_WINDOW = 4            # tokens
+CHANGING_ROPES = "dynamic", "longrope"      # for the whole batch, when its longest row exceeds the original length
+SCALED_ROPES = "linear", "yarn"             # that reach the original length times a factor, in every row alike
 
 
 def choose_max_model_len(config: Any, wanted: int | None) -> int:
-    trained = int(config.max_position_embeddings)
-    original = _steady_rope_len(config)
-    limit = min(trained, original or trained)
-    if wanted is not None and wanted > limit:
-        raise ModelRefused(f"max_model_len {wanted} is more than this model's {limit}: lower it")
-    return wanted or limit
+    """The length that the model was trained for, if none is wanted; rotary embeddings that are scaled reach further."""
+    trained = getattr(config, "max_position_embeddings", None)
+    if not isinstance(trained, int | float) or trained < MIN_MODEL_LEN:
+        raise ModelRefused(f"config.json says max_position_embeddings {trained}: correct it, to tokens")
+    trained, ropes = int(trained), _ropes(config)
+    steady = [_original(rope, trained) for rope in ropes if rope.get("rope_type") in CHANGING_ROPES]
+    scaled = [int(_original(rope, trained) * _factor(rope)) for rope in ropes]
+    most = min([*steady, max(trained, min(scaled, default=trained))])
+    if wanted is not None and wanted > most:
+        raise ModelRefused(f"max_model_len {wanted} is more than this model's {most}: lower it")
+    return wanted or min([*steady, trained])
 
 
-def _steady_rope_len(config: Any) -> int | None:
-    """Some rotary embeddings change for the whole batch when its longest row exceeds a length: that is the limit."""
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The parameters of rotary embeddings: one set for all layers, or one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
-    lengths = []
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            lengths.append(int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings))
-    return min(lengths, default=None)
+    return [value for value in rope.values() if isinstance(value, dict)] or ([rope] if rope else [])
+
+
+def _original(rope: dict[str, Any], trained: int) -> int:
+    return int(rope.get("original_max_position_embeddings") or trained)
+
+
+def _factor(rope: dict[str, Any]) -> float:
+    return float(rope.get("factor") or 1) if rope.get("rope_type") in SCALED_ROPES else 1.0
 
 
 def require_windows(module: Any, config: Any, recorder: Recorder, max_model_len: int) -> None:

@@ -109,6 +109,21 @@ def test_rotary_angles_that_change_with_the_longest_row_are_not_reached(folder: 
     assert "128" in refusal(folder, max_model_len=200)
 
 
+@pytest.mark.parametrize(("rope", "most"), [
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 512}, 2048),
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}, 512),
+    ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}, 512),
+    ({"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}, 1280),
+    ({"rope_type": "default", "rope_theta": 10000.0}, 512),
+], ids=["yarn", "yarn that counts the factor in", "yarn with less", "linear", "default"])
+def test_scaled_rotary_angles_reach_further_where_it_is_asked_for(folder: Path, rope: dict[str, Any], most: int
+                                                                  ) -> None:
+    change_config(folder, rope_parameters=rope)
+    assert load(str(folder)).max_model_len == 512
+    assert load(str(folder), max_model_len=most).max_model_len == most
+    assert f"more than this model's {most}" in refusal(folder, max_model_len=most + 1)
+
+
 def test_an_unknown_architecture(folder: Path) -> None:
     change_config(folder, model_type="nobody-knows")
     assert "nobody-knows" in refusal(folder)
@@ -123,7 +138,8 @@ def test_a_file_that_is_no_object(folder: Path, name: str, content: bytes) -> No
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({"hidden_size": "64"}, "'hidden_size' expected int"), ({"num_attention_heads": 0}, "config.json is wrong"),
-    ({"max_position_embeddings": None}, "'max_position_embeddings'"), ({"dtype": "float8"}, "float8"),
+    ({"max_position_embeddings": None}, "'max_position_embeddings'"),
+    ({"max_position_embeddings": 1}, "max_position_embeddings 1"), ({"dtype": "float8"}, "float8"),
     ({"eos_token_id": "</s>"}, "eos_token_id"), ({"model_type": None}, "model_type None"),
     ({"model_type": []}, "model_type"), ({"quantization_config": "awq"}, "quantized"),
     ({"hidden_act": "none"}, "does not load"), ({"rope_parameters": {"rope_type": "none"}}, "does not load"),
