@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-         "special_tokens_map.json", "chat_template*"]
+         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model", "chat_template*",
+         "additional_chat_templates/*.jinja"]
+NO_FILES = ["*/*.safetensors*", "consolidated*"]        # the same weights again, for other programs
 MAX_REASON_CHARS = 300          # of an error of a library, in a line of ours
 
 
@@ -59,7 +61,7 @@ def download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=NO_FILES))
     except Exception as error:          # the hub's errors, its client's and the network's have no common parent
         reason = (str(error).splitlines() or [""])[0]
         raise ModelRefused(f"no folder and no reachable hub model named {name}: {reason}") from error
