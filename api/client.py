@@ -18,20 +18,23 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-PATIENCE_S = 60.0                                       # from the last event to the last try
-MAX_TRIES = 60                                          # from the last event
-MAX_FORGOTTEN_ROUNDS = 6                                # some 2 s: then a Redis that lost its data has been restored
+PATIENCE_S = 60.0                                       # from the first failure since anything came to the last try
+MAX_TRIES = 60                                          # from the last event: a stream that ends without one is a try
+MAX_FORGOTTEN_ROUNDS = 7                                # some 2 s: then a Redis that lost its data has been restored
+MAX_CONNECTIONS, MAX_KEPT = 1000, 100                   # of the transport of its own, as the SDK has them
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0                   # once every server was tried; doubled from round to round
 RETURNABLE = ("draining", "service_unavailable")        # error codes that end a stream, but not its answer
 FORGOTTEN = ("completion_not_found", "response_not_found")
 LAST_EVENTS = (b"response.completed", b"response.incomplete", b"response.failed")
+PASSING = (408, 429, 500, 502, 503, 504)                # from who stands before a server, without an error code of ours
 COMPLETION_ID = "x-baton-completion-id"
 
 _Transport: Any = object                                # for type checkers: what httpx.Client and httpx2.Client take
 
 
 class ResumingTransport(_Transport):  # type: ignore[misc]
-    """For a synchronous client or an asynchronous one, over another transport of its kind, or one of its own.
+    """For a synchronous client or an asynchronous one, over another transport of its kind, or one of its own: limits,
+    TLS and proxies are those of that transport, since clients ignore theirs where they are given one.
 
     `origins` are further servers, https://HOST:PORT, tried in turn where there is no load balancer.
     """
@@ -60,7 +63,10 @@ class ResumingTransport(_Transport):  # type: ignore[misc]
 
     def _over(self, kind: str, request: Any) -> Any:
         with self._lock:
-            self._transport = self._transport or getattr(_library(request), kind)()
+            if self._transport is None:
+                library = _library(request)
+                limits = library.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_KEPT)
+                self._transport = getattr(library, kind)(limits=limits)
             return self._transport
 
     def close(self) -> None:
@@ -102,9 +108,12 @@ class _Body:
             if course.ended:
                 return
             self._response.close()
-            course.cut()
+            if (pause_s := course.cut()) is None:
+                yield _last_event(b"")
+                return
+            time.sleep(pause_s)
             self._response = _send(self._inner, course)
-        yield _last_event(self._response)
+        yield _last_event(self._response.content)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         course = self._course
@@ -118,9 +127,12 @@ class _Body:
             if course.ended:
                 return
             await self._response.aclose()
-            course.cut()
+            if (pause_s := course.cut()) is None:
+                yield _last_event(b"")
+                return
+            await asyncio.sleep(pause_s)
             self._response = await _send_async(self._inner, course)
-        yield _last_event(self._response)
+        yield _last_event(self._response.content)
 
     def close(self) -> None:
         self._response.close()
@@ -173,8 +185,8 @@ class _Course:
         self._completion_id = ""                        # once a stream has begun
         self._position: int | None = None               # of the last event that the application received
         self._half_event = b""
-        self._turn = 0
-        self._refresh()
+        self._turn = self._num_tries = 0                # tries that failed, since the last event
+        self._until_s: float | None = None              # the end of patience, while nothing comes
 
     # ── what is asked ──
 
@@ -187,7 +199,8 @@ class _Course:
     def request(self) -> Any:
         """The request, under the same key each time; once a stream has begun, for what follows its last event."""
         url, headers = self._urls[self._turn % len(self._urls)], self._request.headers.copy()
-        headers.pop("host", None)
+        if url is not self._request.url:
+            headers.pop("host", None)
         headers["accept-encoding"] = "identity"         # events are parsed here
         if not self._completion_id:
             headers["idempotency-key"] = self._key
@@ -195,23 +208,32 @@ class _Course:
                                         extensions=self._request.extensions)
         for name in ("content-length", "content-type", "idempotency-key"):
             headers.pop(name, None)
-        behind = b"" if self._position is None else b"&starting_after=%d" % self._position
-        url = url.copy_with(path=f"{url.path}/{self._completion_id}", query=b"stream=true" + behind)
+        behind = {} if self._position is None else {"starting_after": str(self._position)}
+        url = url.copy_with(path=f"{url.path}/{self._completion_id}").copy_merge_params({"stream": "true"} | behind)
         return self.library.Request("GET", url, headers=headers, extensions=self._request.extensions)
 
     def pause_s(self, response: Any, error: Exception | None) -> float | None:
         """The pause before the next try; None when this answer is final. Raises the error when it was the last try."""
-        is_final = error is None and not self._may_change(response)
+        if error is None and not self._may_change(response):
+            return None
+        pause_s = self._failed(_retry_after_s(response))
+        if error and pause_s is None:
+            raise error
+        return pause_s
+
+    def _failed(self, wished_s: float = 0.0) -> float | None:
+        """Counts a try that brought nothing. The pause before the next one; None when it was the last."""
+        now_s = time.monotonic()
+        if self._until_s is None:
+            self._until_s = now_s + self._patience_s
         self._num_tries += 1
         self._turn += 1
-        left_s = self._until_s - time.monotonic()
-        if is_final or left_s <= 0 or self._num_tries >= MAX_TRIES:
-            if error:
-                raise error
+        left_s = self._until_s - now_s
+        if left_s <= 0 or self._num_tries >= MAX_TRIES:
             return None
         rounds = (self._num_tries - 1) // len(self._urls)
         pause_s = min(FIRST_PAUSE_S * 2 ** (rounds - 1), MAX_PAUSE_S) * random.uniform(0.5, 1.0) if rounds else 0.0
-        return min(max(pause_s, _retry_after_s(response)), left_s)
+        return min(max(pause_s, wished_s), left_s)
 
     def _may_change(self, response: Any) -> bool:
         """Whether another server, or a later try, may answer differently."""
@@ -221,6 +243,8 @@ class _Course:
         if response.status_code == 404:
             num_rounds = self._num_tries // len(self._urls) + 1
             return bool(self._completion_id) and code in FORGOTTEN and num_rounds < MAX_FORGOTTEN_ROUNDS
+        if code is None:
+            return response.status_code in PASSING and (bool(self._completion_id) or response.status_code >= 502)
         returning = bool(self._completion_id) or self._num_tries > 0
         return response.status_code in (502, 503) and (returning or code == "draining")
 
@@ -235,17 +259,19 @@ class _Course:
         if not self.is_stream(response) or COMPLETION_ID not in response.headers:
             return response
         self._completion_id = response.headers[COMPLETION_ID]
-        self._refresh()
+        self._num_tries, self._until_s = 0, None
         streams = (_Body, self.library.SyncByteStream, self.library.AsyncByteStream)   # clients require their own types
         return self.library.Response(200, headers=response.headers, extensions=response.extensions,
                                      stream=type("Body", streams, {})(self, response, inner))
 
     def feed(self, piece: bytes) -> bytes:
-        """The complete events, without an error that only says that the server is stopping."""
+        """The complete events, without an error that only says that the server is stopping. A heartbeat too shows that
+        the server lives: patience begins with the next failure."""
+        self._until_s = None
         *events, self._half_event = (self._half_event + piece).split(b"\n\n")
         whole = b"".join(event + b"\n\n" for event in events if self._take(event))
         if whole:
-            self._refresh()
+            self._num_tries = 0
         return whole
 
     def _take(self, event: bytes) -> bool:
@@ -260,14 +286,11 @@ class _Course:
         self.ended = self.ended or code is not None or data == b"[DONE]" or event_name in LAST_EVENTS
         return True
 
-    def cut(self) -> None:
-        """The stream ended before its answer. An event that arrived in part is sent again as a whole."""
+    def cut(self) -> float | None:
+        """The stream ended before its answer. An event that arrived in part is sent again as a whole. Returns the pause
+        before the next try, or None."""
         self._half_event = b""
-        self._turn += 1
-
-    def _refresh(self) -> None:
-        self._num_tries = 0
-        self._until_s = time.monotonic() + self._patience_s
+        return self._failed()
 
 
 def _library(request: Any) -> Any:
@@ -296,13 +319,14 @@ def _retry_after_s(response: Any) -> float:
 
 def _error_code(body: bytes) -> str | None:
     try:
-        return str(json.loads(body)["error"]["code"])
+        code = json.loads(body)["error"]["code"]
     except (ValueError, LookupError, TypeError):
         return None
+    return None if code is None else str(code)
 
 
-def _last_event(response: Any) -> bytes:
-    """An answer that cannot be resumed: the server's own error, as an event."""
-    words = response.content if _error_code(response.content) else b'{"error":{"message":"The stream was cut.",' \
+def _last_event(content: bytes) -> bytes:
+    """Of an answer that cannot be resumed: the server's own error, as an event."""
+    words = content if _error_code(content) else b'{"error":{"message":"The stream was cut.",' \
         b'"type":"server_error","param":null,"code":"stream_lost"}}'
     return b"data: %b\n\n" % b" ".join(words.splitlines())

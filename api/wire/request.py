@@ -34,7 +34,7 @@ from shared.job import MAX_TOP_LOGPROBS
 
 log = logging.getLogger(__name__)
 
-MAX_TOOLS = 128
+MAX_TOOLS = 1024                                        # OpenAI takes 128; those of many servers together are more
 MAX_TEMPLATE_VARIABLES = 16
 MAX_NESTING = 64                                        # of a tool's schema, or of a call's arguments
 

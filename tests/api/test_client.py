@@ -137,6 +137,7 @@ async def test_further_servers_are_tried_in_turn(pair: System, worker: ScriptedW
 
 Reply = tuple[int, dict[str, str], str]
 HEAD = {"content-type": "text/event-stream", "x-baton-completion-id": "chatcmpl-1"}
+BEAT, BEAT_S = ": keep-alive\n", 0.1                    # a heartbeat, and how long it takes to come
 ONE, TWO = 'id: 1\ndata: {"n":1}\n\n', 'id: 2\ndata: {"n":2}\n\n'
 
 
@@ -167,7 +168,11 @@ class Server:
         status, headers, body = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         if status:
             lines = [f"HTTP/1.1 {status} x", "connection: close", *(f"{k}: {v}" for k, v in headers.items())]
-            writer.write(("\r\n".join(lines) + "\r\n\r\n" + body).encode())
+            writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+            for piece in body.splitlines(keepends=True):
+                if piece == BEAT:
+                    await asyncio.sleep(BEAT_S)
+                writer.write(piece.encode())
         writer.close()
 
 
@@ -228,7 +233,7 @@ async def test_a_completion_that_is_unknown_may_be_put_back(is_async: bool) -> N
         assert (await app.post(BODY)).text == ONE + DONE
     async with scripted(is_async, (200, HEAD, ONE), unknown) as (server, app):
         assert (await app.post(BODY)).text == ONE + event(CompletionNotFound())
-        assert server.asked[1:] == [f"{GET}1"] * MAX_FORGOTTEN_ROUNDS
+        assert server.asked[1:] == [f"{GET}1"] * (MAX_FORGOTTEN_ROUNDS - 1), "the cut was the first try"
 
 
 @EACH
@@ -259,6 +264,80 @@ async def test_patience_ends(is_async: bool) -> None:
         assert 3 < len(server.asked) < 20
     async with scripted(is_async, (200, HEAD, ONE), refusal(Unavailable()), patience_s=0.5) as (_, app):
         assert (await app.post(BODY)).text == ONE + event(Unavailable())
+
+
+@EACH
+@pytest.mark.parametrize("body", ["", ONE[:9], event(Draining()), BEAT], ids=["nothing", "half", "draining", "a beat"])
+async def test_a_server_that_sends_no_event_is_tried_no_faster_and_no_longer_than_one_that_refuses(
+        is_async: bool, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TRIES", 12)
+    async with scripted(is_async, (200, HEAD, ONE), (200, HEAD, body), patience_s=1.0) as (server, app):
+        answer = await asyncio.wait_for(app.post(BODY), WAIT_S)
+        assert answer.text.replace(BEAT, "").startswith(ONE + 'data: {"error":{"message":"The stream was cut."')
+        assert 3 < len(server.asked) <= 12
+        assert server.asked[1:] == [f"{GET}1"] * (len(server.asked) - 1)
+
+
+@EACH
+async def test_patience_begins_with_a_failure_however_long_nothing_was_said(is_async: bool) -> None:
+    """A stream may wait for long, with heartbeats; so may a whole answer, without them."""
+    silence = BEAT * 6
+    async with scripted(is_async, (200, HEAD, silence), refusal(Unavailable()), (200, HEAD, silence),
+                        refusal(Unavailable()), (200, HEAD, ONE + DONE), patience_s=0.5) as (server, app):
+        assert (await app.post(BODY)).text.replace(BEAT, "") == ONE + DONE
+        assert len(server.asked) == 5
+    head = {"content-type": "application/json", "content-length": "999"}
+    async with scripted(is_async, (200, head, silence), refusal(Draining()), (200, {}, "{}"),
+                        patience_s=0.5) as (server, app):
+        assert (await app.post(ask("m"))).json() == {}
+        assert len(server.asked) == 3
+
+
+@EACH
+async def test_what_a_gateway_says_in_place_of_a_server_passes(is_async: bool) -> None:
+    """Before the answer has begun the request is sent again, under the same key."""
+    said: list[Reply] = [(status, {}, "<html>") for status in (504, 500, 429, 408)]
+    async with scripted(is_async, (504, {}, ""), (200, HEAD, ONE), *said, (200, HEAD, DONE)) as (server, app):
+        assert (await app.post(BODY)).text == ONE + DONE
+        assert server.asked == [f"POST {CHAT}"] * 2 + [f"{GET}1"] * 5
+        keys = [re.search(r"idempotency-key: (\w+)", head) for head in server.heads[:2]]
+        assert keys[0] and keys[1] and keys[0][1] == keys[1][1]
+    for status in (500, 429):
+        async with scripted(is_async, (status, {}, "<html>")) as (server, app):
+            assert (await app.post(BODY)).status_code == status, "the SDK's own retries do"
+            assert len(server.asked) == 1
+
+
+@EACH
+async def test_the_host_and_the_query_of_a_client_are_kept(is_async: bool) -> None:
+    async with scripted(is_async, (200, HEAD, ONE), (200, HEAD, DONE)) as (server, app):
+        app.client.params = {"api-version": "7"}
+        assert (await app.post(BODY, host="api.internal")).text == ONE + DONE
+        assert all("host: api.internal\r\n" in head for head in server.heads)
+        assert server.asked[1] == f"GET {CHAT}/chatcmpl-1?api-version=7&stream=true&starting_after=1"
+
+
+@BOTH
+async def test_many_streams_run_at_once(library: Any) -> None:
+    """As many as with a client of the SDK's: the transports of httpx would let a hundred."""
+    number, all_here = 120, asyncio.Event()
+    num_open = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_open
+        await reader.readuntil(b"\r\n\r\n")
+        num_open += 1
+        if num_open == number:
+            all_here.set()
+        await all_here.wait()
+        head = "".join(f"{name}: {value}\r\n" for name, value in HEAD.items())
+        writer.write(f"HTTP/1.1 200 x\r\nconnection: close\r\n{head}\r\n{DONE}".encode())
+        writer.close()
+
+    async with (await asyncio.start_server(serve, "127.0.0.1", 0, backlog=number) as listening,
+                application(library, True, f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}") as app):
+        answers = await asyncio.wait_for(asyncio.gather(*(app.post(BODY) for _ in range(number))), WAIT_S)
+    assert {answer.text for answer in answers} == {DONE}
 
 
 @EACH
