@@ -146,7 +146,7 @@ def test_calls_are_blocks_behind_the_text(is_named: bool) -> None:
     assert len({call["id"] for call in calls}) == 2 and all(call["id"].startswith("toolu_") for call in calls)
 
 
-@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", '{"a": NaN}', '{"a": 1e999}'])
+@pytest.mark.parametrize("arguments", ['{"a": ', '{"a": NaN}', '{"a": 1e999}'])
 def test_a_call_that_was_cut_off_or_has_no_object_is_given_nothing(arguments: str) -> None:
     log = log_of('<tool_call>{"name": "f", "arguments": ' + arguments, reason="length")
     message = whole(log, tool_dialect="hermes")
