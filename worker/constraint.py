@@ -24,7 +24,7 @@ from shared.grammar import UNFORCED, Grammars
 BRIEF_S = 0.0005                                        # for a step's masks: below, a thread costs more than it saves
 MAY_TAKE_S = 0.002                                      # per token; the excess adds up to lateness,
 MAX_LATE_S = 0.5                                        # which faster tokens reduce; the grammar is given up above this
-MIN_WARY_TOKENS, MAX_WARY_TOKENS = 3, 128               # tokens drawn with a mask, after a refused token
+MIN_WARY_TOKENS, MAX_WARY_TOKENS = 1, 128               # tokens drawn with a mask, after a refused token
 
 
 class Masks:
