@@ -33,7 +33,7 @@ def response_of(item_id: str) -> str | None:
 
 def is_reference(item: Mapping[str, Any]) -> bool:
     """Whether it stands for an item of a stored response; its type may be left out."""
-    return item.get("type") == "item_reference" or item.keys() - {"type"} == {"id"}
+    return item.get("type") == "item_reference" or (item.get("type") is None and item.keys() - {"type"} == {"id"})
 
 
 def _known(item: dict[str, Any]) -> dict[str, Any]:

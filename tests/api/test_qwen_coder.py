@@ -159,7 +159,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "what must not be": {"not": {"required": ["s"]}}, "a reference": {"$ref": "#/$defs/x"},
     **{f"a string with {next(iter(more))}": {"properties": {"s": STRING | more}} for more in (
         {"allOf": [{"pattern": "^a$"}]}, {"not": {"const": "x"}}, {"anyOf": [{"maxLength": 2}]}, {"$ref": "#/$defs/x"},
-        {"enum": ["</parameter>", "\n<parameter=a>"]})}}
+        {"maxLength": 2.5}, {"minLength": float("inf")}, {"enum": ["</parameter>", "\n<parameter=a>"]})}}
 
 
 @pytest.mark.parametrize("parameters", REFUSED.values(), ids=REFUSED)

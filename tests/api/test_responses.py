@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from openai.types.responses import ResponseErrorEvent
 
-from api.wire.items import chat_messages
+from api.wire.items import chat_messages, is_reference
 from api.wire.response_fold import ResponseFold, ResponseWhole
 from api.wire.responses import ResponseRequest, parse_response
 from shared.errors import BadRequest, Draining
@@ -57,6 +57,14 @@ THOUGHT = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_t
 def test_items_are_messages(items: list[Any], messages: list[Any]) -> None:
     assert chat_messages(items, None) == messages
     assert chat_messages(items, "Be short.") == [{"role": "developer", "content": "Be short."}, *messages]
+
+
+def test_what_has_no_type_but_an_id_alone_is_a_reference() -> None:
+    assert [is_reference(item) for item in (
+        {"type": "item_reference", "id": "x"}, {"id": "x"}, {"type": None, "id": "x"},
+        {"type": "reasoning", "id": "x"}, {"id": "x", "role": "user", "content": "Hi"})] == [True] * 3 + [False] * 2
+    thought = {"type": "reasoning", "id": "rs_1"}
+    assert read(input=[thought, said("user", "Hi")]).items[0] == thought
 
 
 def test_a_request_is_a_chat() -> None:

@@ -123,13 +123,15 @@ def _require_enforced(schema: dict[str, Any]) -> None:
     """Raises InvalidGrammar when a strict tool's string is limited by what is not enforced here."""
     options = listed(schema, "anyOf")
     is_optional = bool(options) and all(each.keys() <= {"type", *NOTES} for each in options if isinstance(each, dict))
-    if schema.keys() - ENFORCED_OF_STRINGS - ({"anyOf"} if is_optional else set()):
+    has_no_length = any(key in schema and _length(schema, key) is None for key in LENGTHS)
+    if has_no_length or schema.keys() - ENFORCED_OF_STRINGS - ({"anyOf"} if is_optional else set()):
         raise InvalidGrammar("A strict tool's strings are limited by constants or lengths alone, for this model.")
 
 
 def _length(schema: dict[str, Any], key: str) -> int | None:
-    found = schema.get(key)
-    return int(found) if isinstance(found, (int, float)) and found == int(found) >= 0 else None
+    found: Any = schema.get(key)
+    is_whole = isinstance(found, int) or (isinstance(found, float) and found.is_integer())
+    return int(found) if is_whole and found >= 0 else None
 
 
 def _tail_but(words: Sequence[str]) -> str:
