@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from deploy import local
 from deploy.local import Child
+from tests.system import eventually
 
 # Ends at SIGTERM, when it has finished what it does.
 SLOW = """
@@ -32,8 +32,7 @@ def test_pods_may_drain_and_workers_have_time_of_their_own(tmp_path: Path, monke
         (tmp_path / name).mkdir()
         children.append(Child(name, [sys.executable, "-c", SLOW, str(tmp_path / name), str(takes_s)], dict(os.environ)))
         children[-1].start()
-    while not all((tmp_path / child.name / "begun").exists() for child in children):
-        time.sleep(0.02)
+    eventually("all have begun", lambda: all((tmp_path / child.name / "begun").exists() for child in children))
     local._stop(children, 2.0)
     assert all(child.exit_code is not None for child in children)
     assert [(tmp_path / child.name / "ended").exists() for child in children] == [True, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,3 +128,9 @@ def generate(folder: Path, prompt: list[int], num_tokens: int) -> tuple[list[int
         return_dict_in_generate=True)
     top = [logits[0].topk(2).values for logits in out.logits]
     return out.sequences[0, len(prompt):].tolist(), [float(first - second) for first, second in top]
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """In a folder that `save` has made."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.worker.families import SMALL, computing_by, save
+from tests.worker.families import SMALL, change_config, computing_by, save
 from worker.model import attention, check, cpu, identity, loading
 from worker.model.folder import ModelRefused
 from worker.model.linear import PackedLinear
@@ -44,11 +44,6 @@ def refusal(folder: Path | str, **options: Any) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save("llama", tmp_path / "llama")
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.worker.families import SMALL, save
+from tests.worker.families import SMALL, change_config, save
 from worker.model.folder import ModelRefused
 from worker.model.loading import load
 
@@ -21,11 +19,6 @@ from worker.model.loading import load
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save("llama", tmp_path / "llama")
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
