@@ -6,7 +6,7 @@ Every class here is frozen and carries its own codec. Nothing here knows Redis, 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -93,6 +93,7 @@ class Finish:
 
     usage: Usage
     error: str | None = None                            # a code of shared/errors.py; None: the answer is complete
+    ended_s: int = field(default=0, compare=False)      # Unix time; 0 in logs of earlier releases
 
     def encode(self) -> str:
         return _finish_adapter.dump_json(self).decode()

@@ -5,6 +5,7 @@ It knows text, positions and what was logged before. It knows nothing of Redis o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -112,7 +113,7 @@ class Answer:
 
     def _terminal(self) -> Write:
         usage = Usage(len(self.job.prompt_token_ids), self.num_tokens, self.num_cached_tokens)
-        return self._write("end", Finish(usage).encode())
+        return self._write("end", Finish(usage, ended_s=int(time.time())).encode())
 
     def _write(self, kind: str, data: str) -> Write:
         self.position += 1

@@ -137,9 +137,11 @@ class Response:
             error = {"code": "server_error", "message": str(job_error(finish.error))}
         elif finish:
             usage = _usage(with_reasoning(finish.usage, [self.output.parts]))
+        completed_s = finish.ended_s if finish and self.status == "completed" else 0
         cut = {"reason": "max_output_tokens"} if finish and self._is_cut else None
-        return self._head | {"status": self.status, "error": error if self.status == "failed" else None,
-                             "incomplete_details": cut, "output": self.output.settle(), "usage": usage, **self._asked}
+        return self._head | {"status": self.status, "completed_at": completed_s or None,
+                             "error": error if self.status == "failed" else None, "incomplete_details": cut,
+                             "output": self.output.settle(), "usage": usage, **self._asked}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class ResponseObject(TypedDict):
     model: Asked
     status: Annotated[Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"],
                       Field(description="how it stands")]
+    completed_at: Annotated[int | None, Field(description="in Unix seconds, where it is completed")]
     error: Annotated[ResponseError | None, Field(description="where it has failed")]
     incomplete_details: Annotated[IncompleteDetails | None, Field(description="where it is incomplete")]
     output: Annotated[list[MessageItem | ReasoningItem | FunctionCallItem], Field(description="in their order")]

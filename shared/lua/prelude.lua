@@ -90,8 +90,8 @@ local function terminate(job, error_code, outcome)
   local epoch, position, tokens = last(job)
   if epoch then
     epoch, position = epoch + 1, position + 1
-    local data = string.format('{"usage":{"num_prompt_tokens":%d,"num_completion_tokens":%d},"error":"%s"}',
-                               f[2], tokens, error_code)
+    local data = string.format('{"usage":{"num_prompt_tokens":%d,"num_completion_tokens":%d},"error":"%s",'
+                               .. '"ended_s":%d}', f[2], tokens, error_code, now_ms() / 1000)
     append(job, epoch .. '-' .. position, position, tokens, 'end', data)
     push(job, epoch, position, tokens, 'end', data)
   end

@@ -20,6 +20,7 @@ HEADER = Header(model="m", created_s=7, fingerprint="fp", seed=1, n=1, num_promp
                 stream=True)
 ID = "resp_0123456789-0-00112233445566778899aabbccddeeff"
 MAX_ITEMS = 8
+ENDED_S = 9
 
 
 def read(**fields: Any) -> ResponseRequest:
@@ -147,7 +148,7 @@ def log(header: Header, *deltas: Delta, error: str | None = None, is_whole: bool
     for position, delta in enumerate(deltas, 1):
         num_tokens += len(delta.token_ids)
         entries.append(Entry(1, position, num_tokens, "delta", encode_deltas([delta])))
-    finish = Finish(Usage(5, num_tokens, 2), error)
+    finish = Finish(Usage(5, num_tokens, 2), error, ENDED_S)
     return entries + [Entry(1, len(entries), num_tokens, "end", finish.encode())] * is_whole
 
 
@@ -197,6 +198,7 @@ def test_a_text_as_events() -> None:
     assert last["usage"] == {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 2, "cache_write_tokens": 0},
                              "output_tokens": 3, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 8}
     assert last["output"] == [events[-2]["item"]] and last == whole(TEXT)
+    assert (events[0]["response"]["completed_at"], last["completed_at"]) == (None, ENDED_S)
 
 
 def test_thoughts_text_and_calls_are_items() -> None:
@@ -231,6 +233,7 @@ def test_an_answer_that_was_cut_is_incomplete() -> None:
     assert last["type"] == "response.incomplete"
     assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
     assert last["response"]["output"][0]["status"] == "incomplete"
+    assert last["response"]["completed_at"] is None
 
 
 @pytest.mark.parametrize(("error", "status"), [("job_failed", "failed"), ("cancelled", "cancelled")])
@@ -240,6 +243,7 @@ def test_an_answer_that_failed_says_so(error: str, status: str) -> None:
     assert last["type"] == "response.failed" and last["response"]["status"] == status
     assert (last["response"]["error"] or {}).get("code") == ("server_error" if status == "failed" else None)
     assert last["response"]["output"][0]["status"] == "incomplete"
+    assert last["response"]["completed_at"] is None
     assert whole(entries) == last["response"]
 
 

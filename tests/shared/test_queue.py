@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -328,6 +329,7 @@ async def test_cancel_ends_a_job_in_every_state(queue: Queue) -> None:
     for job, num_tokens in ((queued, 0), (running, 1)):
         last = (await queue.read(job.id))[-1]
         assert last.finish == Finish(Usage(3, num_tokens), error="cancelled")
+        assert 0 <= time.time() - last.finish.ended_s < 60
     assert not any((await leftovers(queue)).values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def test_the_terminal_follows_the_last_delta_with_the_usage() -> None:
     assert delta.deltas[0].text == "Hi!"
     assert delta.deltas[0].finish_reason == "length"
     assert (end.position, end.finish) == (2, Finish(Usage(3, 3)))
+    assert 0 <= time.time() - end.finish.ended_s < 60
 
 
 def test_what_was_drawn_ahead_of_an_end_is_no_part_of_it() -> None:
