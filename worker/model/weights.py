@@ -6,7 +6,7 @@ It knows names and shapes of tensors. It knows nothing of attention, lengths or 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ DRAFT_PARTS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})   # of lay
 
 def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Raises ModelRefused, also for what transformers would fill with random numbers."""
+    require_plain(folder)
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
@@ -41,16 +42,27 @@ def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.dev
 
 def saved_dtype(folder: Path) -> torch.dtype:
     """Of the first weight in the files that is no integer, where a config does not say it. Raises ModelRefused."""
+    found = next((SAVED[kind] for _, kind in _kinds(folder) if kind in SAVED), None)
+    if found is None:
+        raise ModelRefused(f"{folder} does not load: it has no weights in float32 or half precision")
+    return found
+
+
+def require_plain(folder: Path) -> None:
+    """Raises ModelRefused for weights of eight bits or less, which need scales: not every config tells of them."""
+    for name, kind in _kinds(folder):
+        if name.endswith(".weight") and kind not in SAVED:
+            raise ModelRefused(f"{folder} is quantized ({name} is {kind}): give float32 or bfloat16 weights")
+
+
+def _kinds(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and type of each tensor in the files, as safetensors says it. Raises ModelRefused."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                kinds = [file.get_slice(name).get_dtype() for name in file.offset_keys()]
+                yield from [(name, file.get_slice(name).get_dtype()) for name in file.offset_keys()]
         except (OSError, SafetensorError) as error:
             raise ModelRefused(f"{path} cannot be read ({one_line(error)}): fetch it again") from error
-        found = next((SAVED[kind] for kind in kinds if kind in SAVED), None)
-        if found:
-            return found
-    raise ModelRefused(f"{folder} does not load: it has no weights in float32 or half precision")
 
 
 def wrong_weights(report: Mapping[str, Any], own: Iterable[str]) -> str | None:

@@ -73,3 +73,12 @@ def test_weights_that_have_no_use_are_let_through(folder: Path) -> None:
         "mtp.layers.5.mlp.up_proj.weight", "model.layers.2.eh_proj.weight", "model.layers.2.mlp.up_proj.weight",
         "score.weight")})
     load(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_weights_of_eight_bits_are_refused_where_no_config_tells_of_them(folder: Path, dtype: torch.dtype) -> None:
+    """Without the scales beside them, of which transformers says nothing, they are other numbers."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights | {
+        name: (100 * weights[name]).to(dtype), f"{name}_scale": torch.tensor(0.01)})
+    assert f"is quantized ({name} is " in refusal(folder)
