@@ -68,6 +68,13 @@ class UnsupportedParameter(BadRequest):
     text = "This field asks for something that this server does not do."
 
 
+class UnsupportedThread(UnsupportedParameter):
+    """Anthropic's SDKs know this code: they send the whole conversation then, and no thread."""
+
+    code = "thread_unsupported_request"
+    text = "This server keeps no threads: send the whole conversation."
+
+
 class PreviousResponseNotFound(BadRequest):
     """As ResponseNotFound, for the response that a request continues."""
 

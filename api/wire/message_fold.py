@@ -15,7 +15,7 @@ from api.wire.body import read_object
 from api.wire.dialects import Piece
 from api.wire.fold import EventFold, WholeFold, dump
 from api.wire.parts import Parts, with_reasoning
-from shared.errors import APIError, BadRequest, job_error
+from shared.errors import APIError, BadRequest, UnsupportedThread, job_error
 from shared.job import Delta, Entry, Finish, Header, Usage
 
 SIGNATURE = "unsigned"                                  # of reasoning: clients require one, but do not check it
@@ -26,7 +26,10 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 def error_body(error: APIError, request_id: str | None = None) -> dict[str, Any]:
     kind = ERROR_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": str(error)}}
+    said: dict[str, Any] = {"type": kind, "message": str(error)}
+    if isinstance(error, UnsupportedThread):
+        said |= {"details": {"error_code": error.code, "unsupported": []}}
+    body: dict[str, Any] = {"type": "error", "error": said}
     return body | ({"request_id": request_id} if request_id else {})
 
 

@@ -14,9 +14,9 @@ from api.wire.body import Fields, names_of, read_object, refuse_wishes, validate
 from api.wire.request import MAX_TOOLS, NAMES, ChatRequest, require_few_messages
 from api.wire.sampled import MAX_STOPS, Count, StopText
 from api.wire.turns import BLOCKS, TextPiece, Turn, given, joined, messages, require_calls
-from shared.errors import UnsupportedParameter
+from shared.errors import UnsupportedParameter, UnsupportedThread
 
-REFUSED = ("container", "mcp_servers")                  # they would change the answer
+REFUSED = ("compaction", "container", "mcp_servers", "thread")      # they would change the answer
 
 
 class Tool(Fields):
@@ -81,8 +81,10 @@ class CountRequest(Fields):
     thinking: Thinking | None = Field(None, description="enable_thinking of the chat template; a budget has no effect")
     output_config: OutputConfig | None = Field(None, description="the form of the answer, and how much it thinks")
     output_format: Format | None = Field(None, description="the older name of output_config.format")
+    compaction: Any = Field(None, description="refused")
     container: Any = Field(None, description="refused")
     mcp_servers: list[Any] | None = Field(None, description="refused")
+    thread: Any = Field(None, description="refused: the conversation is sent whole")
 
     _joined = field_validator("system", mode="before", json_schema_input_type=str | list[TextPiece] | None)(joined)
 
@@ -97,6 +99,8 @@ class CountRequest(Fields):
 
     @model_validator(mode="after")
     def _nothing_that_is_not_done(self) -> CountRequest:
+        if self.thread is not None:
+            raise UnsupportedThread(param="thread")
         refuse_wishes(self, REFUSED)
         return self
 

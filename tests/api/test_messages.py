@@ -168,7 +168,9 @@ RESULT = {"type": "tool_result", "tool_use_id": "t1"}
     ({"output_config": {"format": {"type": "json_schema"}}}, "missing_required_parameter",
      "output_config.format.schema"),
     ({"container": "c"}, "unsupported_parameter", "container"),
-    ({"mcp_servers": [{}]}, "unsupported_parameter", "mcp_servers")])
+    ({"mcp_servers": [{}]}, "unsupported_parameter", "mcp_servers"),
+    ({"compaction": {"type": "summary"}}, "unsupported_parameter", "compaction"),
+    ({"thread": {"type": "create"}}, "thread_unsupported_request", "thread")])
 def test_what_is_refused(fields: dict[str, Any], code: str, param: str) -> None:
     with pytest.raises(BadRequest) as refused:
         read(**fields)

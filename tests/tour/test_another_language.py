@@ -48,3 +48,21 @@ def test_it_calls_a_tool_and_tells_its_result(client: anthropic.Client) -> None:
     told = [*QUESTION, message.to_param(), {"role": "user", "content": [result]}]
     (said,) = client.messages.create(**options, messages=told).content
     assert said.type == "text" and "sunny" in said.text and "21" in said.text
+
+
+def test_it_runs_a_tool(client: anthropic.Client) -> None:
+    """The runner begins with a thread, and sends the whole conversation once it is told that there are none."""
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather in a city.
+
+        Args:
+            city: its name
+        """
+        return f"sunny, {len(city)} degrees"
+
+    runner = client.beta.messages.tool_runner(model=MODEL, max_tokens=200, tools=[get_weather], messages=QUESTION,
+                                              extra_body=GREEDY)
+    *_, last = list(runner)
+    (said,) = last.content
+    assert said.type == "text" and "sunny" in said.text and "5" in said.text
