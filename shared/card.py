@@ -68,6 +68,11 @@ class Announcement:
     names: tuple[str, ...]                              # the first is canonical
     card_hash: str
     expires_ms: int                                     # in Redis time
+    max_model_len: int = 0                              # of the card
+
+    def yields_to(self, other: Announcement, now_ms: int) -> bool:
+        """Whether a worker of the same shard has a longer context: its card counts while it is announced."""
+        return other.expires_ms > now_ms and other.max_model_len > self.max_model_len
 
     def encode(self) -> bytes:
         return _announcement_adapter.dump_json(self)

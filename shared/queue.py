@@ -27,7 +27,7 @@ VERBS = ("submit", "claim", "publish", "release", "reap", "cancel", "attend", "l
 MAX_REAPED = 64                                         # jobs put back by one reap
 MAX_PODS = 8                                            # that relay one answer: entries are pushed to the newest
 MAX_ATTENDED = 1024                                     # jobs per `attend`, during which Redis does nothing else
-MAX_CHOICES = 1 << 30                                   # of a worker whose limit is unknown
+UNLIMITED = 1 << 30                                     # a limit of a worker that is unknown
 ANY_JOB = ("*",)                                        # in place of the held jobs: unspecified
 STALLED_REAPS = 4                                       # that were due and did not run: Redis itself stood still
 ERASED_S = 60.0                                         # until erased data expires; meanwhile it cannot be found
@@ -126,18 +126,19 @@ class Queue:
         return int(num_queued)
 
     async def claim(self, worker: str, sequence: int, num_free: int, *, tokenizer_id: str, weights_id: str,
-                    numerics_id: str, most_choices: int = MAX_CHOICES, held: Iterable[str] | None = None) -> Claims:
+                    numerics_id: str, most_choices: int = UNLIMITED, max_model_len: int = UNLIMITED,
+                    held: Iterable[str] | None = None) -> Claims:
         """Takes jobs of at most `num_free` choices. Repeat a call whose reply was lost with the same `sequence`.
 
-        `most_choices`: the most that the worker ever has room for. `held`: all jobs that it computes; others that Redis
-        has assigned to it go back to the queue. None: unspecified.
+        `most_choices`, `max_model_len`: the most that the worker ever has room for. `held`: all jobs that it computes;
+        others that Redis has assigned to it go back to the queue. None: unspecified.
         """
         settings = self.settings
         look_again_ms, *rows = await self._run(
             "claim", worker, self._lease_ms, sequence, num_free, tokenizer_id, weights_id, numerics_id,
             round(settings.patience_s * 1000), settings.max_scan, round(settings.prefix_patience_s * 1000),
-            round(PREFIX_TTL_S * 1000), int(settings.allow_other_weights), most_choices, settings.max_attempts,
-            settings.max_claims, *(ANY_JOB if held is None else held))
+            round(PREFIX_TTL_S * 1000), int(settings.allow_other_weights), most_choices, max_model_len,
+            settings.max_attempts, settings.max_claims, *(ANY_JOB if held is None else held))
         jobs, malformed = [], []
         for job_id, epoch, position, num_tokens, alone, is_like, request, header in rows:
             try:

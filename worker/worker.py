@@ -175,7 +175,7 @@ class Worker:
             claims = await self.queue.claim(
                 self.name, self._claim_sequence, self._num_free, tokenizer_id=card.tokenizer_id,
                 weights_id=card.weights_id, numerics_id=card.numerics_id, most_choices=card.max_num_seqs,
-                held=self._answers)
+                max_model_len=card.max_model_len, held=self._answers)
             self._renewed_s = now_s
             if claims.look_again_s is not None:
                 self._claim_at_s = min(self._claim_at_s, now_s + claims.look_again_s)
@@ -373,12 +373,15 @@ class Worker:
         try:
             seconds, micros = await redis.time()
             now_ms = seconds * 1000 + micros // 1000
-            word = Announcement(self.queue.shard.id, self._names, self._card_hash, now_ms + ttl_ms)
+            word = Announcement(self.queue.shard.id, self._names, self._card_hash, now_ms + ttl_ms,
+                                self.card.max_model_len)
+            raw: Any = await redis.hget(DIRECTORY, word.shard)
             async with redis.pipeline(transaction=False) as pipe:
                 pipe.hset(key(f"worker:{self.name}"), mapping=self._portrait(tokens_per_s))
                 pipe.pexpire(key(f"worker:{self.name}"), ttl_ms)
                 pipe.set(key(f"card:{self._card_hash}"), self._card_bytes, px=ttl_ms)
-                pipe.hset(DIRECTORY, word.shard, word.encode())
+                if not ((heard := _heard(raw)) and word.yields_to(heard, now_ms)):
+                    pipe.hset(DIRECTORY, word.shard, word.encode())
                 pipe.hgetall(DIRECTORY)
                 *_, fields = await pipe.execute()
             stale = [field for field, raw in fields.items() if _is_forgotten(raw, now_ms)]
@@ -399,9 +402,14 @@ class Worker:
                 "card": self._card_hash, "numerics_id": self.card.numerics_id, "engine": repr(self.engine)}
 
 
+def _heard(announcement: bytes | None) -> Announcement | None:
+    """None also for one of another version."""
+    with contextlib.suppress(ValueError):
+        return Announcement.decode(announcement) if announcement else None
+    return None
+
+
 def _is_forgotten(announcement: bytes, now_ms: int) -> bool:
     """Whether no worker has served its model for `FORGET_MODEL_S`. Those of another version are left to its workers."""
-    try:
-        return Announcement.decode(announcement).expires_ms < now_ms - FORGET_MODEL_S * 1000
-    except ValueError:
-        return False
+    heard = _heard(announcement)
+    return heard is not None and heard.expires_ms < now_ms - FORGET_MODEL_S * 1000

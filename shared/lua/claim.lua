@@ -1,5 +1,6 @@
 -- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
---       prefix_patience_ms, prefix_ttl_ms, any_weights, most_choices, max_attempts, max_claims, job...)
+--       prefix_patience_ms, prefix_ttl_ms, any_weights, most_choices, max_len, max_attempts, max_claims,
+--       job...)
 --   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request, header}...}
 -- look_again_ms: time until this worker may take a job that was left to another; -1: no job was left.
 -- The same sequence number returns the same jobs again: a claim whose reply was lost loses nothing. The jobs given are
@@ -33,9 +34,9 @@ if before[1] == ARGV[3] then
 end
 
 local known = {}
-for i = 16, #ARGV do known[ARGV[i]] = true end
+for i = 17, #ARGV do known[ARGV[i]] = true end
 for _, job in ipairs(redis.call('SMEMBERS', held)) do
-  if not known['*'] and not known[job] then hand_back(worker, job, false, tonumber(ARGV[14]), tonumber(ARGV[15])) end
+  if not known['*'] and not known[job] then hand_back(worker, job, false, tonumber(ARGV[15]), tonumber(ARGV[16])) end
 end
 local empty = redis.call('SCARD', held) == 0
 
@@ -66,11 +67,11 @@ local function has_started(job) return (select(2, last(job)) or 0) > 0 end
 -- glance(job) -> what orders it in the queue; nil if this worker can never compute it, or it is no longer a job
 local function glance(job)
   local f = redis.call('HMGET', key('job:' .. job), 'tokenizer_id', 'weights_id', 'choices', 'prefix', 'ready_ms',
-                       'priority')
+                       'priority', 'length')
   if not f[1] then redis.call('ZREM', key('ready'), job) return nil end
   if f[1] ~= ARGV[5] then return nil end
   if f[2] ~= ARGV[6] and ARGV[12] ~= '1' and has_started(job) then return nil end
-  if tonumber(f[3]) > tonumber(ARGV[13]) then return nil end
+  if tonumber(f[3]) > tonumber(ARGV[13]) or tonumber(f[7] or 0) > tonumber(ARGV[14]) then return nil end
   return {job = job, choices = tonumber(f[3]), prefix = f[4], warmth = warmth(f[4]), ready_ms = tonumber(f[5]),
           priority = tonumber(f[6])}
 end

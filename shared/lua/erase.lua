@@ -3,6 +3,7 @@
 -- relays it would take a missing log for one that Redis has lost, and restore it.
 local hash = key('job:' .. ARGV[1])
 if redis.call('EXISTS', hash) == 0 then return nil end
+insist()
 terminate(ARGV[1], 'cancelled', 'cancelled')
 flush_pushes()
 redis.call('HSET', hash, 'erased', 1)

@@ -6,6 +6,7 @@ local pod, grace_ms, job = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local hash = key('job:' .. job)
 local pods = redis.call('HGET', hash, 'pods')
 if not pods or not redis.call('ZSCORE', key('readers'), job) then return 'none' end
+insist()
 local others, outcome = {}, 'waits'
 for other in string.gmatch(pods, '%S+') do
   if other ~= pod then

@@ -17,6 +17,10 @@ end
 
 local function count(name, by) redis.call('HINCRBY', key('counters'), name, by or 1) end
 
+-- A full Redis refuses what may need memory, but only until a script has written something: the verbs that end jobs,
+-- which frees memory, begin with this.
+local function insist() redis.call('DEL', KEYS[1]) end
+
 local function renew(worker, lease_ms) redis.call('ZADD', key('leases'), now_ms() + lease_ms, worker) end
 
 -- last(job) -> epoch, position, tokens of the log's last entry; nil when the log is gone
@@ -118,7 +122,8 @@ local function requeue(job, has_failed, max_attempts, max_claims)
     return 'dead'
   end
   append(job, (epoch + 1) .. '-0', position, tokens, 'fence', '"' .. QUEUED .. '"')
-  redis.call('HSET', hash, 'state', 'queued', 'attempts', attempts, 'ready_ms', now_ms())
+  -- Its start tag may be of a busy period that is over: it would move the virtual time of this one.
+  redis.call('HSET', hash, 'state', 'queued', 'attempts', attempts, 'ready_ms', now_ms(), 'start_tag', 0)
   redis.call('HDEL', hash, 'worker')
   assign(f[6], QUEUED)
   redis.call('ZADD', key('ready'), f[7] * BAND, job)
@@ -154,10 +159,10 @@ local function accept()
   local start = math.max(virtual_time, tonumber(redis.call('HGET', key('fair'), tenant) or 0))
   redis.call('HSET', key('fair'), tenant, start + math.ceil(ARGV[11] / 16))
 
-  local now = now_ms()
+  local now, length = now_ms(), ARGV[10] + (ARGV[11] - ARGV[10]) / choices     -- of a choice with its prompt, at most
   redis.call('HSET', key('job:' .. job), 'state', QUEUED, 'entry', entry, 'request', ARGV[2], 'tenant', tenant,
              'choices', choices, 'pods', pod, 'priority', priority, 'start_tag', start, 'deadline_ms', now + ARGV[8],
-             'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'tokenizer_id', ARGV[12], 'weights_id', ARGV[13],
+             'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'length', length, 'tokenizer_id', ARGV[12], 'weights_id', ARGV[13],
              'prefix', ARGV[14], 'numerics_id', '', 'attempts', 0, 'claims', 0, 'claim_position', 0,
              'submitted_ms', now, 'ready_ms', now)
   redis.call('XADD', key('out:' .. job), '0-1', 'position', 0, 'tokens', 0, 'kind', 'header', 'data', ARGV[3])

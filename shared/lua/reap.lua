@@ -5,15 +5,18 @@ local now, budget = now_ms(), tonumber(ARGV[3])
 local requeued, dead, late, unread = 0, 0, 0, 0
 
 -- If no reap ran for so long, Redis itself was stopped: live workers get time to renew before they count as dead.
-local looked = tonumber(redis.call('GETSET', key('looked'), now) or now)
-if now - looked > tonumber(ARGV[5]) then
+-- A full one lets nobody renew: leases and readers stand still then, and only what nobody wants any more is ended.
+local looked = redis.pcall('GETSET', key('looked'), now)
+local is_full = type(looked) == 'table'
+if is_full and not string.find(looked.err, 'OOM', 1, true) then error(looked.err) end
+if is_full then insist() elseif now - (tonumber(looked) or now) > tonumber(ARGV[5]) then
   for _, worker in ipairs(redis.call('ZRANGE', key('leases'), 0, -1)) do renew(worker, ARGV[4]) end
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now)) do
     redis.call('ZADD', key('readers'), now + ARGV[4], job)
   end
 end
 
-for _, worker in ipairs(redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now, 'LIMIT', 0, 16)) do
+for _, worker in ipairs(redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now, 'LIMIT', 0, is_full and 0 or 16)) do
   local held = key('held:' .. worker)
   for _, job in ipairs(redis.call('SRANDMEMBER', held, budget)) do
     local outcome = requeue(job, true, tonumber(ARGV[1]), tonumber(ARGV[2]))
@@ -32,8 +35,10 @@ end
 
 budget = math.max(budget - late, 1)
 for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now, 'LIMIT', 0, budget)) do
-  if not terminate(job, 'cancelled', 'cancelled') then redis.call('ZREM', key('readers'), job) end
-  unread = unread + 1
+  if not is_full or redis.call('HGET', key('job:' .. job), 'pods') == '' then
+    if not terminate(job, 'cancelled', 'cancelled') then redis.call('ZREM', key('readers'), job) end
+    unread = unread + 1
+  end
 end
 
 count('requeued', requeued)

@@ -596,6 +596,15 @@ async def test_a_prefix_is_waited_for_with_patience_and_not_behind_the_dead(each
     assert [c.job for c in heir.jobs] == [dead], "nobody waits for a worker without a lease"
 
 
+async def test_a_worker_claims_what_its_context_has_room_for(queue: Queue) -> None:
+    """Prompt and answer; workers of one model may differ in what they hold."""
+    long = await submit(queue, make_job(n=2, sampling=Sampling(max_tokens=98)))
+    short = await submit(queue, make_job(sampling=Sampling(max_tokens=97)))
+    await lose_patience(queue)
+    assert [c.job for c in (await queue.claim("w1", 1, 4, **LIKE, max_model_len=100)).jobs] == [short]
+    assert [c.job for c in (await queue.claim("w2", 1, 4, **LIKE, max_model_len=101)).jobs] == [long]
+
+
 async def test_what_is_warm_does_not_overtake_for_ever(each_redis: Redis) -> None:
     queue = make_queue(each_redis, prefix_patience_s=0.05)
     await submit(queue, make_job(prefix=("a",)))
@@ -635,6 +644,21 @@ async def test_a_flood_of_one_tenant_does_not_hide_another(queue: Queue) -> None
         await submit(queue, make_job(tenant="loud"))
     quiet = await submit(queue, make_job(tenant="quiet"))
     first_two = [c.job for c in (await queue.claim("w1", 1, 2, **LIKE)).jobs]
+    assert quiet in first_two
+
+
+async def test_a_job_of_an_earlier_rush_that_comes_back_does_not_hide_another_tenant(queue: Queue) -> None:
+    """Tenants take turns by what they have had since the line was empty; its own turn was before that."""
+    for _ in range(10):
+        await submit(queue, make_job(tenant="early"))
+    claims = (await queue.claim("w1", 1, 10, **LIKE)).jobs
+    await queue.publish("w1", [end(claimed, 1) for claimed in claims[:-1]])
+    for _ in range(5):
+        await submit(queue, make_job(tenant="loud"))
+    assert await queue.release("w1") == 1
+    assert (await claim_one(queue, "w2", free=1)).job == claims[-1].job
+    quiet = await submit(queue, make_job(tenant="quiet"))
+    first_two = [c.job for c in (await queue.claim("w3", 1, 2, **LIKE)).jobs]
     assert quiet in first_two
 
 

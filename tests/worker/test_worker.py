@@ -131,8 +131,8 @@ async def test_a_job_that_could_harm_the_batch_ends_alone(worker: Worker, wrong:
     healthy, poison = make_job(worker), make_job(worker, **wrong)
     await ask(worker, healthy)
     await ask(worker, poison)
-    if wrong.get("n") == 5:
-        # No worker of four slots ever claims it: its deadline ends it, or a larger worker takes it.
+    if "n" in wrong or len(poison.prompt_token_ids) > worker.card.max_model_len:
+        # No worker of this size ever claims it: its deadline ends it, or a larger worker takes it.
         assert len(token_ids(await read_until(worker, healthy, ended))) == 40
         assert (await worker.queue.describe(poison.id))["state"] == "queued"
         await worker.queue.cancel(poison.id)
@@ -511,6 +511,29 @@ async def test_the_card_says_what_the_api_must_know(worker: Worker) -> None:
     assert announcement.names == ("m",)
     (portrait,) = await worker.queue.workers()
     assert portrait["name"] == worker.name
+
+
+async def test_the_card_of_the_longest_context_counts(worker: Worker) -> None:
+    """While its worker is there: what one of them can compute is no bad request."""
+    redis, shard, ours = worker.queue.redis, worker.queue.shard.id, worker.card.max_model_len
+
+    async def announced(card_hash: str) -> None:
+        async with asyncio.timeout(WAIT_S):
+            raw: Any = None
+            while not raw or Announcement.decode(raw).card_hash != card_hash:
+                await asyncio.sleep(0.01)
+                raw = await redis.hget(DIRECTORY, shard)
+
+    card_hash, _ = worker.card.pack()
+    await announced(card_hash)
+    for length, lasts_ms in ((ours + 1, 1000), (ours - 1, 60_000)):
+        now_ms = int(time.time() * 1000)
+        other = Announcement(shard, ("m",), "other", now_ms + lasts_ms, length)
+        await redis.hset(DIRECTORY, shard, other.encode())
+        if length > ours:
+            await asyncio.sleep(5 * worker.settings.announce_s)
+            await announced("other")
+        await announced(card_hash)
 
 
 def test_a_card_whose_bytes_were_changed_is_refused(engine: Engine) -> None:
