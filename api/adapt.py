@@ -1,7 +1,7 @@
 """Messages as a model's chat template expects them.
 
-Templates accept different things of earlier calls. What one accepts is found once, by rendering a conversation with two
-calls. It knows templates and messages, nothing of dialects.
+Templates accept different things of earlier calls, and of the order of messages. What one accepts is found once, by
+rendering conversations. It knows templates and messages, nothing of dialects.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import product
-from typing import Any, NamedTuple
+from itertools import groupby, product
+from typing import Any, Literal, NamedTuple
 
 from api.wire.request import Message
 from shared.errors import TemplateRefused
@@ -24,11 +24,27 @@ SHORT_ID = re.compile("[a-zA-Z0-9]{9}")                 # the only ids of calls 
 SPECIAL_TOKENS = {f"{name}_token": "" for name in ("bos", "eos", "unk", "pad")}
 OFFERED = {"type": "function", "function": {"name": "offered", "description": "", "parameters": {
     "type": "object", "properties": {"given": {"type": "integer", "description": ""}}}}}
-ASKED = {"role": "user", "content": "asked"}
+ASKED, AGAIN = ({"role": "user", "content": words} for words in ("asked", "wondered"))
+SAID = {"role": "assistant", "content": "said"}
+INSTRUCTIONS = ("system", "developer")
 NAMES = ("called_first", "called_second")
 SILENT: tuple[dict[str, str | None], ...] = ({}, {"content": None}, {"content": ""})
 
 Messages = list[dict[str, Any]]
+
+
+class TurnOrder(NamedTuple):
+    """Where a template accepts instructions, and whether it accepts two turns of a user in a row."""
+
+    instructions: Literal["anywhere", "first", "of the user"] = "anywhere"
+    joins_users: bool = False
+
+    def apply(self, messages: Messages) -> Messages:
+        told = [message for message in messages if message["role"] in INSTRUCTIONS]
+        if told and self.instructions != "anywhere":
+            first = told[0] | {"content": _text(told)} | ({"role": "user"} if self.instructions != "first" else {})
+            messages = [first, *(message for message in messages if message["role"] not in INSTRUCTIONS)]
+        return list(_without_pairs(messages)) if self.joins_users else messages
 
 
 class Form(NamedTuple):
@@ -71,7 +87,25 @@ def adapted(said: Sequence[Message], template: ChatTemplate | None) -> Messages:
         for message in messages:
             if message["role"] == "developer":
                 message["role"] = "system"
+    messages = turn_order_of(template).apply(messages)
     return form_of(template).apply(messages) if any("tool_calls" in message for message in messages) else messages
+
+
+@lru_cache(MAX_FORMS)
+def turn_order_of(template: ChatTemplate) -> TurnOrder:
+    """The first order in which the template shows all that is said; the usual one if there is none."""
+    early, next_, late = ({"role": "system", "content": f"told_{when}"} for when in ("early", "next", "late"))
+
+    def shows(*messages: dict[str, Any]) -> bool:
+        text = _rendered(template, list(messages), tools=None)
+        return text is not None and all(message["content"] in text for message in messages)
+
+    if not shows(ASKED):
+        return TurnOrder()
+    joins_users = not shows(ASKED, AGAIN)
+    if shows(early, next_, ASKED, SAID, AGAIN, late):
+        return TurnOrder("anywhere", joins_users)
+    return TurnOrder("first" if shows(early, ASKED) else "of the user", joins_users)
 
 
 @lru_cache(MAX_FORMS)
@@ -101,11 +135,23 @@ def _trial() -> Messages:
               for number, name in enumerate(NAMES, 1))]
 
 
-def _rendered(template: ChatTemplate, messages: Messages) -> str | None:
+def _rendered(template: ChatTemplate, messages: Messages, tools: Sequence[dict[str, Any]] | None = (OFFERED,)
+              ) -> str | None:
     try:
-        return template.render(messages, tools=[OFFERED], special_tokens=SPECIAL_TOKENS)
+        return template.render(messages, tools=tools, special_tokens=SPECIAL_TOKENS)
     except TemplateRefused:
         return None
+
+
+def _without_pairs(messages: Messages) -> Iterator[dict[str, Any]]:
+    """What a user says in several turns in a row as one."""
+    for is_user, same in groupby(messages, lambda message: message["role"] == "user"):
+        first, *more = same
+        yield from [first | {"content": _text([first, *more])}] if is_user and more else [first, *more]
+
+
+def _text(messages: Messages) -> str:
+    return "\n\n".join(filter(None, (message.get("content") for message in messages)))
 
 
 def _one_by_one(messages: Messages) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.adapt import Form, adapted, form_of
+from api.adapt import Form, TurnOrder, adapted, form_of, turn_order_of
 from api.wire.request import Message
 from shared.errors import TemplateRefused
 from shared.template import ChatTemplate
@@ -108,3 +108,52 @@ def test_a_template_that_shows_no_calls_gets_the_usual_form() -> None:
     assert form_of(ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")) == Form()
     with pytest.raises(TemplateRefused):
         rendered("{{ raise_exception('never') }}", talk("f"))
+
+
+# ── the order of messages ──
+
+# Lines as Qwen's (2.5; 3.5), gpt-oss', Gemma's (3; 2) and Mistral's (v0.2) templates have them.
+LINE = "{{ '<' + m['role'] + '>' + m['content'] }}"
+ANYWHERE = "{% for m in messages %}" + LINE + "{% endfor %}"
+FIRST = """{% for m in messages %}{% if m.role == 'system' and not loop.first %}
+{{- raise_exception('System message must be at the beginning.') }}{% endif %}""" + LINE + "{% endfor %}"
+DROPPED = """{% if messages[0].role in ('system', 'developer') %}<instructions>{{ messages[0].content }}
+{%- set messages = messages[1:] %}{% endif %}{% for m in messages if m.role in ('user', 'assistant') %}""" + (
+    LINE + "{% endfor %}")
+IN_TURNS = """{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+{{- '<' + m['role'] + '>' + m['content'] }}{% endfor %}"""
+PREFIXED = """{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}
+{%- set messages = messages[1:] %}{% endif %}""" + IN_TURNS
+UNTOLD = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}
+{%- endif %}""" + IN_TURNS
+ORDERS = {
+    ANYWHERE: TurnOrder(), FIRST: TurnOrder("first"), DROPPED: TurnOrder("first"), PREFIXED: TurnOrder("first", True),
+    UNTOLD: TurnOrder("of the user", True)}
+
+
+def spoken(*turns: tuple[str, str]) -> list[Message]:
+    return [Message.model_validate({"role": role, "content": content}) for role, content in turns]
+
+
+@pytest.mark.parametrize(("source", "expected"), [
+    (ANYWHERE, "<system>a<system>b<user>c<user>d<assistant>e<user>f<system>g"),
+    (FIRST, "<system>a\n\nb\n\ng<user>c<user>d<assistant>e<user>f"),
+    (DROPPED, "<instructions>a\n\nb\n\ng<user>c<user>d<assistant>e<user>f"),
+    (PREFIXED, "<system>a\n\nb\n\ng<user>c\n\nd<assistant>e<user>f"),
+    (UNTOLD, "<user>a\n\nb\n\ng\n\nc\n\nd<assistant>e<user>f")],
+    ids=["anywhere", "first", "dropped", "prefixed", "untold"])
+def test_all_that_is_said_reaches_the_prompt(source: str, expected: str) -> None:
+    """Instructions that come late too, as coding agents send them."""
+    assert turn_order_of(ChatTemplate(source)) == ORDERS[source]
+    assert rendered(source, spoken(("system", "a"), ("developer", "b"), ("user", "c"), ("user", "d"),
+                                   ("assistant", "e"), ("user", "f"), ("system", "g"))) == expected
+
+
+def test_what_a_template_accepts_is_left_as_it_is() -> None:
+    said = spoken(("user", "a"), ("assistant", "b"), ("user", "c"))
+    for source in (FIRST, PREFIXED, UNTOLD):
+        assert rendered(source, said) == "<user>a<assistant>b<user>c"
+    assert turn_order_of(ChatTemplate("{{ raise_exception('never') }}")) == TurnOrder()
+    with pytest.raises(TemplateRefused):
+        rendered(IN_TURNS, spoken(("assistant", "a"), ("user", "b")))
