@@ -24,7 +24,6 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterError,
     ConnectionError,
-    MovedError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
@@ -47,6 +46,7 @@ SUBSCRIBE_S = 0.1                                       # until a new channel is
 MIN_VERSION = (6, 2)
 MIN_CLUSTER_VERSION = (7,)                              # sharded pub/sub
 HEALTH_CHECK_S = 15
+SUBSCRIPTION_CHECK_S = 5
 CLUSTER = "+cluster"                                    # ends the scheme of a cluster's URL
 MAX_HEARD = 4096                                        # messages of all shards that wait for the relay
 
@@ -192,7 +192,8 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
                 ) -> AsyncGenerator[tuple[str, bytes | None], None]:
     """Yields the messages of one connection until it is lost."""
     pool = ConnectionPool(**{"socket_timeout": None, "socket_connect_timeout": COMMAND_TIMEOUT_S,
-                             "health_check_interval": 5, "retry": Retry(ExponentialWithJitterBackoff(), 0), **address})
+                             "health_check_interval": SUBSCRIPTION_CHECK_S,
+                             "retry": Retry(ExponentialWithJitterBackoff(), 0), **address})
     pool.connection_class = _mended(pool.connection_class)
     try:
         async with Redis.from_pool(pool) as client, client.pubsub() as pubsub:
@@ -208,7 +209,7 @@ async def _hear(address: Mapping[str, Any], channels: Collection[str], *, is_sha
                 if message and message["type"] in ("subscribe", "message", "ssubscribe", "smessage"):
                     is_message = message["type"].endswith("message")
                     yield message["channel"].decode(), message["data"] if is_message else None
-    except (*UNREACHABLE, MovedError, OSError) as error:
+    except TROUBLE as error:                            # a busy Redis, and one that cannot save, refuse even a PING
         log.warning("subscription lost (%s), connecting again", type(error).__name__)
         await asyncio.sleep(RECONNECT_S)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -148,32 +148,35 @@ class Queue:
                 malformed.append(job_id.decode())
         return Claims(tuple(jobs), tuple(malformed), look_again_ms / 1000 if look_again_ms >= 0 else None)
 
-    async def publish(self, worker: str, writes: Sequence[Write], sequence: int = 1) -> list[Outcome]:
+    async def publish(self, worker: str, writes: Sequence[Write], sequence: int = 1, claim: int = 0) -> list[Outcome]:
         """Appends one step's entries and renews the lease; returns the outcome of each.
 
-        `sequence` counts the publishes of a worker; 1 starts a new count. Redis must know the one before, or this one.
-        If not, raises Behind, and nothing was written.
+        `sequence` counts the publishes of a worker; 1 starts a new count. Redis must know the one before, or this one;
+        and `claim`, the number of the worker's last claim, 0: of none. If not, raises Behind, and nothing was written.
         """
         args: list[Any] = []
         for w in writes:
             args += (w.job_id, w.epoch, w.position, w.num_tokens, w.kind, w.data)
-        outcomes = [outcome.decode() for outcome in await self._run("publish", worker, self._lease_ms, sequence, *args)]
+        outcomes = [outcome.decode() for outcome in await self._run(
+            "publish", worker, self._lease_ms, sequence, claim, *args)]
         if outcomes == ["behind"]:
             raise Behind
         return outcomes
 
     async def restore(self, job: Job, header: str, entries: Sequence[Entry], *, epoch: int, worker: str = "",
-                      numerics_id: str = "") -> int | None:
+                      weights_id: str = "", numerics_id: str = "") -> int | None:
         """Restores what Redis has lost of a job: `entries` are all that is known, from position 1 on.
 
         A worker that still computes it gets its new epoch; 0 when others compute it, None when it has ended.
+        `weights_id`, `numerics_id`: of that worker.
         """
         rest_s = max(job.created_s + job.deadline_s - time.time(), MIN_DEADLINE_S)
         args: list[Any] = []
         for entry in entries:
             args += (entry.position, entry.num_tokens, entry.kind, entry.data)
         found: int | None = await self._run(
-            "restore", *self._acceptance(job, header, rest_s), worker, self._lease_ms, numerics_id, epoch, *args)
+            "restore", *self._acceptance(replace(job, weights_id=weights_id or job.weights_id), header, rest_s), worker,
+            self._lease_ms, numerics_id, epoch, *args)
         return found
 
     async def read(self, job_id: str, after: Entry | None = None, limit: int | None = None) -> list[Entry]:
@@ -298,10 +301,9 @@ class Queue:
     def _acceptance(self, job: Job, header: str, deadline_s: float) -> tuple[Any, ...]:
         """The arguments of accept() in lua/prelude.lua."""
         num_prompt_tokens, retain_s = len(job.prompt_token_ids), job.retain_s or self.settings.retain_s
-        cost = job.n * job.sampling.max_tokens + num_prompt_tokens
         reader_ttl_s = self.settings.reader_ttl_s if job.pod else 0
         return (job.id, job.encode(), header, job.tenant, job.n, job.pod, job.priority, round(deadline_s * 1000),
-                round(retain_s * 1000), num_prompt_tokens, cost, job.tokenizer_id, job.weights_id,
+                round(retain_s * 1000), num_prompt_tokens, job.sampling.max_tokens, job.tokenizer_id, job.weights_id,
                 " ".join(job.prefix), round(reader_ttl_s * 1000))
 
     async def _run(self, verb: str, *args: Any) -> Any:

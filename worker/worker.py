@@ -64,6 +64,7 @@ class Worker:
         self.is_broken = False                          # its logits were NaN: a new process must load the model
         self._alone = ""                                # this job lost a worker: no other starts until it has a token
         self._claim_sequence = 1
+        self._last_claim = 0                            # that Redis must know; 0: none
         self._claim_at_s = self._renewed_s = self._asked_s = self._announced_s = float("-inf")
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -188,6 +189,7 @@ class Worker:
             log.warning("claim: Redis is away (%s)", type(error).__name__)
             await asyncio.sleep(connection.RECONNECT_S)
             return                                      # the same sequence returns the same jobs
+        self._last_claim = self._claim_sequence
         self._claim_sequence += 1
         self._alone = next((claimed.job.id for claimed in claims.jobs if claimed.alone), "")
 
@@ -299,7 +301,7 @@ class Worker:
                 has_lost = False
                 writes = [replace(write, epoch=self._answers[write.job_id].epoch)
                           for write in writes if write.job_id in self._answers]
-                outcomes = await self.queue.publish(self.name, writes, self._publish_sequence)
+                outcomes = await self.queue.publish(self.name, writes, self._publish_sequence, self._last_claim)
                 self._publish_sequence += 1
                 writes = self._note(writes, outcomes)
                 if not writes:
@@ -339,12 +341,12 @@ class Worker:
         for job_id, answer in list(self._answers.items()):
             epoch = may_restore and await self.queue.restore(
                 answer.job, answer.header, answer.log, epoch=answer.epoch, worker=self.name,
-                numerics_id=self.card.numerics_id)
+                weights_id=self.card.weights_id, numerics_id=self.card.numerics_id)
             if epoch:
                 answer.epoch = epoch
             elif job_id in self._answers:               # it may have been refused meanwhile
                 self._drop(job_id)
-        self._publish_sequence = 1
+        self._publish_sequence, self._last_claim = 1, 0
 
     def _drop(self, job_id: str) -> None:
         log.info("job %s is not ours any more", job_id)

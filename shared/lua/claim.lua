@@ -8,7 +8,7 @@
 -- queue ('*': unspecified).
 local SHARE_MS = 10  -- for others to take their share of the queue
 local PROOF_MS = 50  -- for jobs to get their first token
-local MAX_PAGES = 16 -- of max_scan jobs each, searched for jobs that this worker can compute
+local MAX_PAGES = 16 -- of max_scan jobs each, searched for jobs that this worker can compute; its next claim goes on there
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
 local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
 local self, held = key('sequence:' .. worker), key('held:' .. worker)
@@ -18,7 +18,7 @@ renew(worker, ARGV[2])
 local function describe(job, alone)
   local epoch, position, tokens = last(job)
   local f = redis.call('HMGET', key('job:' .. job), 'request', 'numerics_id')
-  local is_like = (position == 0 or f[2] == '' or f[2] == ARGV[7]) and 1 or 0
+  local is_like = (position == 0 or f[2] == ARGV[7]) and 1 or 0         -- of what a pod restored nobody knows
   local header = redis.call('XRANGE', key('out:' .. job), '-', '+', 'COUNT', 1)[1][2][8]
   return {job, epoch, position, tokens, alone, is_like, f[1] or '', header}
 end
@@ -46,7 +46,7 @@ end
 
 -- Whether a job still waits for a better worker; if so, this one looks again when that time is over.
 local function is_patient(waited_ms, limit_ms)
-  local rest_ms = limit_ms - waited_ms
+  local rest_ms = limit_ms - math.abs(waited_ms)        -- negative after Redis' clock was set back
   if rest_ms > 0 then leave_for(rest_ms) end
   return rest_ms > 0
 end
@@ -84,9 +84,11 @@ end
 
 -- The head of the queue. Within the first priority band, jobs whose prefix this worker has cached come first, unless
 -- one of the others has waited too long.
+local page = tonumber(redis.call('HGET', self, 'page') or 0)
 local function candidates()
   local line, mine, others, behind = {}, {}, {}, {}
-  for page = 0, MAX_PAGES - 1 do
+  local first, is_over = page, false
+  while not is_over and page < first + MAX_PAGES do
     local jobs = redis.call('ZRANGE', key('ready'), page * max_scan, (page + 1) * max_scan - 1)
     for _, job in ipairs(jobs) do
       local candidate = #line < max_scan and glance(job)
@@ -96,8 +98,9 @@ local function candidates()
         table.insert(is_behind and behind or candidate.warmth == 'mine' and mine or others, candidate)
       end
     end
-    if #line >= max_scan or #jobs < max_scan then break end
+    page, is_over = page + 1, #line >= max_scan or #jobs < max_scan
   end
+  if #line > 0 or is_over then page = 0 else leave_for(SHARE_MS) end
   if #others == 0 or now - others[1].ready_ms >= prefix_patience_ms then return line end
   for _, part in ipairs({others, behind}) do
     for _, candidate in ipairs(part) do table.insert(mine, candidate) end
@@ -118,8 +121,9 @@ local function is_proven()
   return proven
 end
 
--- A job that killed one worker starts only beside proven jobs, one that killed two only alone. When all workers are
--- busy, one of them is reserved: it takes no other job until this one can start.
+-- A job that killed one worker starts only beside proven jobs, one that killed two only alone, and one of many choices
+-- where there is room for all. When all workers are busy, one of them is reserved: it takes no other job until this one
+-- can start.
 local function reserve(hash)
   local r = redis.call('HMGET', hash, 'reserved_by', 'reserved_ms')
   if r[1] and r[1] ~= worker and now - r[2] < 2 * ARGV[2] then return false end
@@ -138,7 +142,7 @@ local function suits(j)
     if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
     return 'skip'
   end
-  if j.choices > free then return waited_ms > patience_ms and 'stop' or 'skip' end
+  if j.choices > free then return waited_ms > patience_ms and reserve(j.hash) and 'stop' or 'skip' end
   return 'take'
 end
 
@@ -183,6 +187,6 @@ for _, j in ipairs(line) do
     empty, proven = false, false
   end
 end
-redis.call('HSET', self, 'claim', ARGV[3], 'claimed', table.concat(claimed, ' '))
+redis.call('HSET', self, 'claim', ARGV[3], 'claimed', table.concat(claimed, ' '), 'page', page)
 flush_pushes()
 return {look_again_ms, unpack(taken)}

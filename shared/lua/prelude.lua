@@ -6,6 +6,7 @@
 
 local GROUP, QUEUED = 'workers', 'queued'
 local PUBLISH = 'PUBLISH'  -- in a cluster SPUBLISH, which queue.py puts here: PUBLISH would go to every node
+local ASSUMED_TOKENS = 512  -- of an answer, for the fair queue: what it really takes is settled at its end
 local BAND = 2 ^ 36  -- a score in `ready`: priority · BAND + start tag, and the order of arrival in 12 bits of fraction
 
 local function key(name) return KEYS[1] .. ':' .. name end
@@ -66,11 +67,22 @@ local function flush_pushes()
   end
 end
 
+-- The tenant was charged an assumed cost: its next job has the place in line that follows from the true one. Nothing is
+-- to be settled where the line was empty since.
+local function settle(job, tenant, prompt_tokens, cost)
+  local _, _, tokens = last(job)
+  if not cost or not tokens or redis.call('HEXISTS', key('fair'), tenant) == 0 then return end
+  local used = tokens > 0 and prompt_tokens + tokens or 0
+  redis.call('HINCRBY', key('fair'), tenant, string.format('%d', (used - cost) / 16))
+end
+
 -- The job has its terminal: takes it out of the queue, gives back what it held, starts the expiry of its log.
 local function retire(job, outcome)
   local hash = key('job:' .. job)
-  local f = redis.call('HMGET', hash, 'entry', 'tenant', 'choices', 'worker', 'retain_ms', 'ended_ms')
+  local f = redis.call('HMGET', hash, 'entry', 'tenant', 'choices', 'worker', 'retain_ms', 'ended_ms', 'prompt_tokens',
+                       'cost')
   if not f[1] or f[6] then return end
+  settle(job, f[2], f[7], f[8])
   redis.call('XACK', key('jobs'), GROUP, f[1])
   redis.call('XDEL', key('jobs'), f[1])
   redis.call('ZREM', key('ready'), job)
@@ -139,7 +151,7 @@ local function hand_back(worker, job, has_failed, max_attempts, max_claims)
   redis.call('SREM', key('held:' .. worker), job)
 end
 
--- accept(ARGV job, request, header, tenant, choices, pod, priority, deadline_ms, retain_ms, prompt_tokens, cost,
+-- accept(ARGV job, request, header, tenant, choices, pod, priority, deadline_ms, retain_ms, prompt_tokens, max_tokens,
 --        tokenizer_id, weights_id, prefix, reader_ttl_ms): a new job with its log, in line. 0: it needs no reader.
 local function accept()
   local job, tenant, choices, pod, priority = ARGV[1], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
@@ -157,12 +169,13 @@ local function accept()
   if redis.call('EXISTS', key('ready')) == 0 then redis.call('DEL', key('fair')) end
   local virtual_time = tonumber(redis.call('HGET', key('fair'), '') or 0)
   local start = math.max(virtual_time, tonumber(redis.call('HGET', key('fair'), tenant) or 0))
-  redis.call('HSET', key('fair'), tenant, start + math.ceil(ARGV[11] / 16))
+  local cost = ARGV[10] + choices * math.min(ARGV[11], ASSUMED_TOKENS)
+  redis.call('HSET', key('fair'), tenant, start + math.ceil(cost / 16))
 
-  local now, length = now_ms(), ARGV[10] + (ARGV[11] - ARGV[10]) / choices     -- of a choice with its prompt, at most
+  local now = now_ms()
   redis.call('HSET', key('job:' .. job), 'state', QUEUED, 'entry', entry, 'request', ARGV[2], 'tenant', tenant,
              'choices', choices, 'pods', pod, 'priority', priority, 'start_tag', start, 'deadline_ms', now + ARGV[8],
-             'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'length', length, 'tokenizer_id', ARGV[12], 'weights_id', ARGV[13],
+             'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'cost', cost, 'length', ARGV[10] + ARGV[11], 'tokenizer_id', ARGV[12], 'weights_id', ARGV[13],
              'prefix', ARGV[14], 'numerics_id', '', 'attempts', 0, 'claims', 0, 'claim_position', 0,
              'submitted_ms', now, 'ready_ms', now)
   redis.call('XADD', key('out:' .. job), '0-1', 'position', 0, 'tokens', 0, 'kind', 'header', 'data', ARGV[3])

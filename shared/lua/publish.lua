@@ -1,13 +1,16 @@
--- publish(tag; worker, lease_ms, sequence, (job, epoch, position, tokens, kind, data)...) -> {outcome...}
+-- publish(tag; worker, lease_ms, sequence, claim, (job, epoch, position, tokens, kind, data)...) -> {outcome...}
 -- One script per engine step for the whole batch: append, push what was appended, finish what ended, renew the lease.
 -- outcome: 'ok', 'refused' (the job is no longer this worker's: lease lost, cancelled, past its deadline), 'gone'
 -- (there is no log). kind 'hold' appends nothing: it asks whether the job is still this worker's.
--- `sequence` counts a worker's publishes; 1 starts a new count. If the previous one is missing, this Redis lacks
--- acknowledged data, and the next entry would leave a gap: {'behind'} alone, and nothing was written.
+-- `sequence` counts a worker's publishes; 1 starts a new count. If the previous one is missing, or the worker's last
+-- claim, this Redis lacks acknowledged data, and the next entry would leave a gap: {'behind'} alone, and nothing was
+-- written.
 local worker, sequence, outcomes = ARGV[1], tonumber(ARGV[3]), {}
 local self = key('sequence:' .. worker)
-local before = tonumber(redis.call('HGET', self, 'published') or 0)
+local known = redis.call('HMGET', self, 'published', 'claim')
+local before = tonumber(known[1] or 0)
 if sequence > 1 and before ~= sequence - 1 and before ~= sequence then return {'behind'} end
+if tonumber(known[2] or 0) < tonumber(ARGV[4]) then return {'behind'} end
 redis.call('HSET', self, 'published', sequence)
 
 local function hold(job, epoch)
@@ -17,7 +20,7 @@ local function hold(job, epoch)
   return is_held and 'ok' or 'refused'
 end
 
-for i = 4, #ARGV, 6 do
+for i = 5, #ARGV, 6 do
   local job, epoch, position, tokens, kind, data = unpack(ARGV, i, i + 5)
   local is_hold = kind == 'hold'
   local outcome = is_hold and hold(job, epoch) or append(job, epoch .. '-' .. position, position, tokens, kind, data)

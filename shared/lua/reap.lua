@@ -1,6 +1,7 @@
 -- reap(tag; max_attempts, max_claims, max_jobs, lease_ms, stall_ms) -> {requeued, dead, past their deadline, unread}
 -- Run by any process, on a clock: jobs of expired leases go back to the head of the queue; jobs past their deadline, or
 -- without readers, are ended.
+local SET_BACK_MS = 1000  -- less is no step of a clock
 local now, budget = now_ms(), tonumber(ARGV[3])
 local requeued, dead, late, unread = 0, 0, 0, 0
 
@@ -9,7 +10,16 @@ local requeued, dead, late, unread = 0, 0, 0, 0
 local looked = redis.pcall('GETSET', key('looked'), now)
 local is_full = type(looked) == 'table'
 if is_full and not string.find(looked.err, 'OOM', 1, true) then error(looked.err) end
-if is_full then insist() elseif now - (tonumber(looked) or now) > tonumber(ARGV[5]) then
+local passed_ms = is_full and 0 or now - (tonumber(looked) or now)
+if is_full then insist() end
+if passed_ms < -SET_BACK_MS then                        -- the clock was: what is counted by it moves with it
+  for _, name in ipairs({'leases', 'readers', 'deadlines'}) do
+    for _, member in ipairs(redis.call('ZRANGE', key(name), 0, -1)) do
+      redis.call('ZINCRBY', key(name), passed_ms, member)
+    end
+  end
+end
+if passed_ms > tonumber(ARGV[5]) then
   for _, worker in ipairs(redis.call('ZRANGE', key('leases'), 0, -1)) do renew(worker, ARGV[4]) end
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now)) do
     redis.call('ZADD', key('readers'), now + ARGV[4], job)

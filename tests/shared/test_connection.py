@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, RedisError
 
 from deploy.redis import RedisServer
 from shared import connection
@@ -95,6 +95,38 @@ async def test_a_subscription_that_is_cut_says_so_and_goes_on(each_redis: Redis,
     await until(4)
     assert heard == [None, b"one", None, b"two"]
     task.cancel()
+
+
+async def test_a_subscription_outlives_a_busy_redis(tmp_path: Path) -> None:
+    """Which refuses even the PING of an idle connection, while a script of anybody runs."""
+    server = RedisServer(tmp_path / "r", options=("--lua-time-limit", "50")).start()
+    heard: list[bytes | None] = []
+
+    async def listen() -> None:
+        async for _, message in connection.listen(server.url, ["channel"]):
+            heard.append(message)
+
+    redis: Any = connection.connect(server.url)
+    task = asyncio.create_task(listen())
+    try:
+        async with asyncio.timeout(30):
+            while not heard:
+                await asyncio.sleep(0.01)
+            script = asyncio.create_task(redis.eval("while true do end", 0))
+            await asyncio.sleep(connection.SUBSCRIPTION_CHECK_S + 1.5)
+            assert not task.done()
+            await redis.script_kill()
+            await asyncio.wait([script])
+            assert isinstance(script.exception(), RedisError)
+            while len(heard) < 2:
+                await asyncio.sleep(0.01)
+            await redis.publish("channel", "one")
+            while heard[-1] != b"one":
+                await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+        await redis.aclose()
+        server.stop()
 
 
 def test_a_connection_that_was_reset_is_replaced_in_silence(redis_url: str) -> None:

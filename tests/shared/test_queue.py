@@ -17,7 +17,7 @@ from shared import connection
 from shared.errors import Overloaded, TenantOverloaded
 from shared.job import Delta, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import Shard, new_completion_id
-from shared.queue import MAX_ATTENDED, MAX_PODS, MAX_REAPED, Claimed, Found, Queue, Write, parse_push
+from shared.queue import MAX_ATTENDED, MAX_PODS, MAX_REAPED, Behind, Claimed, Found, Queue, Write, parse_push
 from shared.settings import Settings
 
 LIKE: dict[str, Any] = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
@@ -605,6 +605,19 @@ async def test_a_worker_claims_what_its_context_has_room_for(queue: Queue) -> No
     assert [c.job for c in (await queue.claim("w2", 1, 4, **LIKE, max_model_len=101)).jobs] == [long]
 
 
+async def test_thousands_of_jobs_that_it_could_never_compute_hide_no_others(each_redis: Redis) -> None:
+    """A claim looks at a part of the line, and the next one goes on there."""
+    queue = make_queue(each_redis, max_scan=2)
+    for _ in range(40):
+        await submit(queue, make_job(tokenizer_id="old"))
+    new = await submit(queue)
+    assert not (first := await queue.claim("w1", 1, 2, **LIKE)).jobs
+    assert first.look_again_s is not None and first.look_again_s < 0.1
+    assert [claimed.job for claimed in (await queue.claim("w1", 2, 2, **LIKE)).jobs] == [new]
+    urgent = await submit(queue, make_job(priority=-1))
+    assert [claimed.job for claimed in (await queue.claim("w1", 3, 2, **LIKE)).jobs] == [urgent]
+
+
 async def test_what_is_warm_does_not_overtake_for_ever(each_redis: Redis) -> None:
     queue = make_queue(each_redis, prefix_patience_s=0.05)
     await submit(queue, make_job(prefix=("a",)))
@@ -676,6 +689,62 @@ async def test_a_wide_job_is_not_starved_by_narrow_ones(queue: Queue) -> None:
     await lose_patience(queue)
     assert (await queue.claim("w2", 1, 2, **LIKE)).jobs == ()
     assert (await claim_one(queue, "w3", free=4)).job == wide
+
+
+async def test_a_wide_job_that_waits_for_room_keeps_one_worker_alone(queue: Queue) -> None:
+    wide = await submit(queue, make_job(n=4))
+    await lose_patience(queue)
+    narrow = await submit(queue, make_job(tenant="u"))
+    assert (await queue.claim("w1", 1, 3, **LIKE)).jobs == ()
+    assert (await claim_one(queue, "w2", free=3)).job == narrow
+    assert (await claim_one(queue, "w1", sequence=2, free=4)).job == wide
+
+
+async def test_an_answer_that_was_shorter_than_it_might_have_been_is_charged_as_it_was(queue: Queue) -> None:
+    """A key whose clients limit nothing has the same share as one whose clients do."""
+    unlimited = Sampling(max_tokens=100_000)
+    await submit(queue, make_job(tenant="open", sampling=unlimited))
+    first = await claim_one(queue)
+    await submit(queue, make_job(tenant="other"))       # the line does not become empty
+    await queue.publish("w1", [delta(first, 1), end(first, 2)])
+    for _ in range(3):
+        await submit(queue, make_job(tenant="busy", sampling=Sampling(max_tokens=64)))
+    again = await submit(queue, make_job(tenant="open", sampling=unlimited))
+    first_three = [c.job for c in (await queue.claim("w2", 1, 3, **LIKE)).jobs]
+    assert again in first_three
+
+
+async def test_jobs_are_lost_as_soon_if_the_clock_was_set_back(queue: Queue) -> None:
+    """As if it had been an hour ahead when all this was written."""
+    job, step_ms = await submit(queue), 3_600_000
+    await claim_one(queue)
+    await queue.reap()
+    for name in ("leases", "readers", "deadlines"):
+        members: Any = await queue.redis.zrange(SHARD.key(name), 0, -1)
+        for member in members:
+            await queue.redis.zincrby(SHARD.key(name), step_ms, member)
+    await queue.redis.incrby(SHARD.key("looked"), step_ms)
+    deadline_ms: Any = await queue.redis.zscore(SHARD.key("deadlines"), job.id)
+    assert (await queue.reap()).num_requeued == 0
+    moved_ms: Any = await queue.redis.zscore(SHARD.key("deadlines"), job.id)
+    assert abs(deadline_ms - moved_ms - step_ms) < 1000
+    await lose_lease(queue)
+    assert (await queue.reap()).num_requeued == 1
+
+
+async def test_a_claim_that_redis_has_lost_is_found_out(queue: Queue) -> None:
+    """A promoted replica that lagged: what its new worker appends would leave a gap."""
+    await submit(queue)
+    first = await claim_one(queue, "w1")
+    await queue.publish("w1", [delta(first, 1)])
+    await queue.publish("w1", [delta(first, 2), delta(first, 3)], 2)
+    await queue.release("w1")
+    heir = await claim_one(queue, "w2")
+    for key in ("sequence:w2", "held:w2"):
+        await queue.redis.delete(SHARD.key(key))
+    with pytest.raises(Behind):
+        await queue.publish("w2", [delta(heir, 1)], claim=1)
+    assert await queue.publish("w2", [delta(heir, 1)]) == ["ok"], "the same, of one that names no claim"
 
 
 async def test_what_is_appended_is_pushed_to_the_pod_and_a_waiting_worker_is_woken(
