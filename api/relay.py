@@ -15,7 +15,7 @@ from typing import Any
 
 from api.delivered import Delivered, Room
 from shared import connection
-from shared.errors import DeadlineExceeded, StreamLost, Unavailable
+from shared.errors import DeadlineExceeded, StreamLost, Unavailable, job_error
 from shared.job import Entry
 from shared.keys import Shard
 from shared.queue import Behind, Queue, parse_push
@@ -46,6 +46,7 @@ class Stream:
         self._settings = settings
         self._pending: list[Entry] = []
         self._behind = False                            # the log has entries that we lack
+        self._given_up: str | None = None               # the error code of a terminal that was pushed
         self._sweep_at_s = settings.sweep_s             # the next sweep, in seconds of silence
         self._wake = asyncio.Event()
 
@@ -67,6 +68,8 @@ class Stream:
         position = newest.position if newest else 0     # position 0, the header, is known before any push
         if entry.position <= position and (newest is None or entry.epoch == newest.epoch):
             return
+        if entry.kind == "end":
+            self._given_up = entry.finish.error
         is_next = entry.position == position + 1 and (not position or newest is None or entry.epoch == newest.epoch)
         if not is_next or len(self._pending) >= self._settings.max_pending_entries:
             self.look()
@@ -127,7 +130,9 @@ class Stream:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 try:
                     return await self.read()
-                except (StreamLost, Behind):
+                except (StreamLost, Behind) as lost:
+                    if self._given_up and isinstance(lost, StreamLost):
+                        raise job_error(self._given_up) from None       # its log has expired: it was not lost
                     await self.delivered.put_back(self.queue)
                     log.warning("%r was restored: Redis had lost it", self)
                     self.look()

@@ -68,11 +68,11 @@ class Announcement:
     names: tuple[str, ...]                              # the first is canonical
     card_hash: str
     expires_ms: int                                     # in Redis time
-    max_model_len: int = 0                              # of the card
+    room: tuple[int, int] = (0, 0)                      # the card's max_model_len and max_num_seqs
 
     def yields_to(self, other: Announcement, now_ms: int) -> bool:
-        """Whether a worker of the same shard has a longer context: its card counts while it is announced."""
-        return other.expires_ms > now_ms and other.max_model_len > self.max_model_len
+        """Whether a worker of the same shard has more room: its card counts while it is announced."""
+        return other.expires_ms > now_ms and other.room > self.room
 
     def encode(self) -> bytes:
         return _announcement_adapter.dump_json(self)

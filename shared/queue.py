@@ -148,17 +148,16 @@ class Queue:
                 malformed.append(job_id.decode())
         return Claims(tuple(jobs), tuple(malformed), look_again_ms / 1000 if look_again_ms >= 0 else None)
 
-    async def publish(self, worker: str, writes: Sequence[Write], sequence: int = 1, claim: int = 0) -> list[Outcome]:
+    async def publish(self, worker: str, writes: Sequence[Write], sequence: int = 1) -> list[Outcome]:
         """Appends one step's entries and renews the lease; returns the outcome of each.
 
-        `sequence` counts the publishes of a worker; 1 starts a new count. Redis must know the one before, or this one;
-        and `claim`, the number of the worker's last claim, 0: of none. If not, raises Behind, and nothing was written.
+        `sequence` counts the publishes of a worker; 1 starts a new count. Redis must know the one before, or this one.
+        If not, raises Behind, and nothing was written.
         """
         args: list[Any] = []
         for w in writes:
             args += (w.job_id, w.epoch, w.position, w.num_tokens, w.kind, w.data)
-        outcomes = [outcome.decode() for outcome in await self._run(
-            "publish", worker, self._lease_ms, sequence, claim, *args)]
+        outcomes = [outcome.decode() for outcome in await self._run("publish", worker, self._lease_ms, sequence, *args)]
         if outcomes == ["behind"]:
             raise Behind
         return outcomes

@@ -64,7 +64,6 @@ class Worker:
         self.is_broken = False                          # its logits were NaN: a new process must load the model
         self._alone = ""                                # this job lost a worker: no other starts until it has a token
         self._claim_sequence = 1
-        self._last_claim = 0                            # that Redis must know; 0: none
         self._claim_at_s = self._renewed_s = self._asked_s = self._announced_s = float("-inf")
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -189,7 +188,6 @@ class Worker:
             log.warning("claim: Redis is away (%s)", type(error).__name__)
             await asyncio.sleep(connection.RECONNECT_S)
             return                                      # the same sequence returns the same jobs
-        self._last_claim = self._claim_sequence
         self._claim_sequence += 1
         self._alone = next((claimed.job.id for claimed in claims.jobs if claimed.alone), "")
 
@@ -301,7 +299,7 @@ class Worker:
                 has_lost = False
                 writes = [replace(write, epoch=self._answers[write.job_id].epoch)
                           for write in writes if write.job_id in self._answers]
-                outcomes = await self.queue.publish(self.name, writes, self._publish_sequence, self._last_claim)
+                outcomes = await self.queue.publish(self.name, writes, self._publish_sequence)
                 self._publish_sequence += 1
                 writes = self._note(writes, outcomes)
                 if not writes:
@@ -346,7 +344,7 @@ class Worker:
                 answer.epoch = epoch
             elif job_id in self._answers:               # it may have been refused meanwhile
                 self._drop(job_id)
-        self._publish_sequence, self._last_claim = 1, 0
+        self._publish_sequence = 1
 
     def _drop(self, job_id: str) -> None:
         log.info("job %s is not ours any more", job_id)
@@ -376,7 +374,7 @@ class Worker:
             seconds, micros = await redis.time()
             now_ms = seconds * 1000 + micros // 1000
             word = Announcement(self.queue.shard.id, self._names, self._card_hash, now_ms + ttl_ms,
-                                self.card.max_model_len)
+                                (self.card.max_model_len, self.card.max_num_seqs))
             raw: Any = await redis.hget(DIRECTORY, word.shard)
             async with redis.pipeline(transaction=False) as pipe:
                 pipe.hset(key(f"worker:{self.name}"), mapping=self._portrait(tokens_per_s))

@@ -142,6 +142,7 @@ local function suits(j)
     if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
     return 'skip'
   end
+  if j.choices > free then leave_for(PROOF_MS) end
   if j.choices > free then return waited_ms > patience_ms and reserve(j.hash) and 'stop' or 'skip' end
   return 'take'
 end
@@ -169,13 +170,11 @@ end
 
 -- One claim takes at most an equal share per live worker, so that the first to ask leaves work to idle ones.
 local line, taken, claimed = candidates(), {}, {}
-local share = math.ceil(#line / redis.call('ZCOUNT', key('leases'), now, '+inf'))
+local num_workers = redis.call('ZCOUNT', key('leases'), now, '+inf')
+local share = math.ceil(#line / num_workers)
 for _, j in ipairs(line) do
   if free <= 0 then break end
-  if #taken >= share then
-    leave_for(SHARE_MS)
-    break
-  end
+  if #taken >= share then break end
   load(j)
   local verdict = suits(j)
   if verdict == 'stop' then break end
@@ -187,6 +186,8 @@ for _, j in ipairs(line) do
     empty, proven = false, false
   end
 end
+-- What is left goes to others first; then, as soon as it has room, to this worker.
+if #taken > 0 and redis.call('EXISTS', key('ready')) == 1 then leave_for(num_workers > 1 and SHARE_MS or 0) end
 redis.call('HSET', self, 'claim', ARGV[3], 'claimed', table.concat(claimed, ' '), 'page', page)
 flush_pushes()
 return {look_again_ms, unpack(taken)}

@@ -44,7 +44,8 @@ for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 
 end
 
 budget = math.max(budget - late, 1)
-for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now, 'LIMIT', 0, budget)) do
+for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now, 'LIMIT', 0, is_full and 4096 or budget)) do
+  if unread >= budget then break end
   if not is_full or redis.call('HGET', key('job:' .. job), 'pods') == '' then
     if not terminate(job, 'cancelled', 'cancelled') then redis.call('ZREM', key('readers'), job) end
     unread = unread + 1

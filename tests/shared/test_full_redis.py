@@ -11,7 +11,7 @@ import pytest
 
 from deploy.redis import RedisServer, binaries
 from shared import connection
-from shared.queue import STALLED_REAPS, Queue, Reaped
+from shared.queue import MAX_REAPED, STALLED_REAPS, Queue, Reaped
 from tests.conftest import short_folder
 from tests.shared.test_queue import LIKE, claim_one, delta, lose_lease, make_job, make_queue, submit
 
@@ -47,6 +47,19 @@ async def test_what_ends_a_job_goes_through(queue: Queue) -> None:
     assert await queue.num_live() == 0
     for job, code in ((asked, "cancelled"), (late, "deadline_exceeded"), (left, "cancelled")):
         assert (await queue.read(job.id))[-1].finish.error == code
+
+
+async def test_clients_that_leave_are_found_among_many_that_stay(queue: Queue) -> None:
+    """Their readers have expired like all others', which nobody could renew."""
+    stay = [await submit(queue) for _ in range(MAX_REAPED + 1)]
+    left = await submit(queue)
+    for job in (*stay, left):
+        await queue.redis.zadd(queue.shard.key("readers"), {job.id: 1})
+    await fill(queue)
+    assert await queue.leave("pod1", left.id, grace_s=0.05) == "waits"
+    await asyncio.sleep(0.1)
+    assert await queue.reap() == Reaped(0, 0, 0, 1)
+    assert await queue.num_live() == len(stay)
 
 
 async def test_the_rest_waits(queue: Queue) -> None:

@@ -17,7 +17,7 @@ from shared import connection
 from shared.errors import Overloaded, TenantOverloaded
 from shared.job import Delta, Finish, Header, Job, Sampling, Usage, encode_deltas
 from shared.keys import Shard, new_completion_id
-from shared.queue import MAX_ATTENDED, MAX_PODS, MAX_REAPED, Behind, Claimed, Found, Queue, Write, parse_push
+from shared.queue import MAX_ATTENDED, MAX_PODS, MAX_REAPED, Claimed, Found, Queue, Write, parse_push
 from shared.settings import Settings
 
 LIKE: dict[str, Any] = {"tokenizer_id": "tok", "weights_id": "w", "numerics_id": "n"}
@@ -732,19 +732,25 @@ async def test_jobs_are_lost_as_soon_if_the_clock_was_set_back(queue: Queue) -> 
     assert (await queue.reap()).num_requeued == 1
 
 
-async def test_a_claim_that_redis_has_lost_is_found_out(queue: Queue) -> None:
-    """A promoted replica that lagged: what its new worker appends would leave a gap."""
+async def test_a_log_takes_no_entry_twice_and_leaves_no_gap(queue: Queue) -> None:
+    """A promoted replica may lack entries, and a restored log the claims of workers that have not published yet."""
     await submit(queue)
-    first = await claim_one(queue, "w1")
-    await queue.publish("w1", [delta(first, 1)])
-    await queue.publish("w1", [delta(first, 2), delta(first, 3)], 2)
-    await queue.release("w1")
-    heir = await claim_one(queue, "w2")
-    for key in ("sequence:w2", "held:w2"):
-        await queue.redis.delete(SHARD.key(key))
-    with pytest.raises(Behind):
-        await queue.publish("w2", [delta(heir, 1)], claim=1)
-    assert await queue.publish("w2", [delta(heir, 1)]) == ["ok"], "the same, of one that names no claim"
+    claimed = await claim_one(queue)
+    assert await queue.publish("w1", [delta(claimed, 1)]) == ["ok"]
+    assert await queue.publish("w1", [delta(claimed, 3)]) == ["gone"], "2 is missing"
+    unknown = replace(claimed, epoch=5)
+    assert await queue.publish("w2", [delta(unknown, 1, "y")]) == ["refused"], "another worker has said it"
+    assert await queue.publish("w2", [delta(unknown, 3)]) == ["gone"]
+    assert await queue.publish("w1", [delta(claimed, 1), delta(claimed, 2)]) == ["ok", "ok"], "repeated, and the next"
+
+
+async def test_a_line_that_is_longer_than_a_worker_has_room_is_looked_at_again_at_once(queue: Queue) -> None:
+    """Not at the next poll: nothing wakes a worker when an answer of its own ends."""
+    for _ in range(3):
+        await submit(queue)
+    claims = await queue.claim("w1", 1, 2, **LIKE)
+    assert len(claims.jobs) == 2 and claims.look_again_s is not None and claims.look_again_s < 0.1
+    assert len((last := await queue.claim("w1", 2, 2, **LIKE)).jobs) == 1 and last.look_again_s is None
 
 
 async def test_what_is_appended_is_pushed_to_the_pod_and_a_waiting_worker_is_woken(

@@ -142,7 +142,7 @@ class Verbs(RuleBasedStateMachine):
         if not any(known.attempts for known in line):
             share = math.ceil(len(line) / len(self.leases))
             assert len(claims.jobs) == min(free, share), "what could run was left in line"
-            assert (claims.look_again_s is not None) == (share < min(free, len(line)))
+            assert (claims.look_again_s is not None) == (0 < len(claims.jobs) < len(line))
         for claimed in claims.jobs:
             known = self.jobs[claimed.job.id]
             assert known.state == "queued"

@@ -528,7 +528,7 @@ async def test_the_card_of_the_longest_context_counts(worker: Worker) -> None:
     await announced(card_hash)
     for length, lasts_ms in ((ours + 1, 1000), (ours - 1, 60_000)):
         now_ms = int(time.time() * 1000)
-        other = Announcement(shard, ("m",), "other", now_ms + lasts_ms, length)
+        other = Announcement(shard, ("m",), "other", now_ms + lasts_ms, (length, 1))
         await redis.hset(DIRECTORY, shard, other.encode())
         if length > ours:
             await asyncio.sleep(5 * worker.settings.announce_s)
