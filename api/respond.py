@@ -69,7 +69,7 @@ async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: 
     if header.stream:
         if order.is_unread:                             # its job names no pod to push to
             await attend(pod, stream)
-        fold = event_fold(stream.job_id, header, token_bytes, asked)
+        fold = event_fold(stream.job_id, header, token_bytes, asked, is_numbered=False)
         return EventStream(stream, fold, {COMPLETION_ID: stream.job_id}, said=fold.begin(),
                            on_first=lambda: pod.metrics.ttft_s.observe(time.monotonic() - began_s),
                            on_close=partial(pod.part, stream))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.wire.fold import HEARTBEAT, EventFold
+from api.wire.fold import EventFold
 from shared.errors import APIError, Draining
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache, no-transform",
@@ -66,7 +66,7 @@ class EventStream(Response):
                 return
             began = False
             async for entries in self._stream.batches():
-                body = b"".join(map(self._fold.feed, entries)) if entries else HEARTBEAT
+                body = b"".join(map(self._fold.feed, entries)) if entries else self._fold.heartbeat
                 if entries and not began:
                     began = True
                     self._on_first()

@@ -26,15 +26,17 @@ def num_events_until(language: Language, position: int | None) -> int:
 
 
 def event_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None, *,
-               after: int = 0) -> EventFold:
-    """The fold of a stream that continues after its first `after` events."""
+               after: int = 0, is_numbered: bool = True) -> EventFold:
+    """The fold of a stream that continues after its first `after` events. OpenAI's older APIs number no events, and
+    many of their clients read lines of data alone: there only who returns needs numbers."""
     if header.language == "responses":
         return ResponseFold(completion_id, header, token_bytes, asked or {}, after)
-    if header.language == "completions":
-        return TextChunkFold(completion_id, header, after)
     if header.language == "messages":
         return MessageEventFold(completion_id, header, after)
-    return ChunkFold(completion_id, header, token_bytes, after)
+    fold = (TextChunkFold(completion_id, header, after) if header.language == "completions" else
+            ChunkFold(completion_id, header, token_bytes, after))
+    fold.is_numbered = is_numbered
+    return fold
 
 
 def whole_fold(completion_id: str, header: Header, token_bytes: TokenBytes, asked: Asked | None = None) -> WholeFold:

@@ -50,7 +50,7 @@ async def say_all(script: Script) -> None:
 
 async def finished(pod: httpx.AsyncClient, worker: ScriptedWorker) -> tuple[str, str]:
     """The id of an answer, and its stream as it was sent."""
-    async with streaming(pod, worker, **OPTIONS) as body:
+    async with streaming(pod, worker, is_numbered=True, **OPTIONS) as body:
         script = await worker.claim()
         await say_all(script)
         return script.job.id, await body.end()
@@ -98,7 +98,7 @@ async def test_the_header_of_event_sources_names_a_position_too(pods: list[httpx
 async def test_a_running_stream_is_followed_from_any_event_by_several_readers(
         pods: list[httpx.AsyncClient], worker: ScriptedWorker) -> None:
     """On both pods, several on one: each gets its rest, as it is said, while the first reads on."""
-    async with streaming(pods[0], worker, **OPTIONS) as body:
+    async with streaming(pods[0], worker, is_numbered=True, **OPTIONS) as body:
         script = await worker.claim()
         await script.say(drawn("a", 0), drawn("b", 1))
         await body.has("id: 4\n")
@@ -113,7 +113,7 @@ async def test_a_running_stream_is_followed_from_any_event_by_several_readers(
 async def test_a_reader_hears_at_once_what_is_said_on_another_pod(pods: list[httpx.AsyncClient],
                                                                   worker: ScriptedWorker) -> None:
     """It is pushed to as the first one is: it does not wait for a sweep, which comes ever more rarely in silence."""
-    async with streaming(pods[0], worker) as body:
+    async with streaming(pods[0], worker, is_numbered=True) as body:
         script = await worker.claim()
         async with pods[1].stream("GET", f"{CHAT}/{script.job.id}", params={"stream": "true"}) as response:
             assert len((await worker.queue.describe(script.job.id))["pods"].split()) == 2, "at once, not with a clock"
@@ -131,7 +131,7 @@ async def test_a_reader_hears_at_once_what_is_said_on_another_pod(pods: list[htt
 async def test_an_answer_that_ended_badly_ends_badly_again(pods: list[httpx.AsyncClient], worker: ScriptedWorker,
                                                            code: str, status: int) -> None:
     """The rest and its error event, which has a position; behind it nothing is left but the error."""
-    async with streaming(pods[0], worker) as body:
+    async with streaming(pods[0], worker, is_numbered=True) as body:
         script = await worker.claim()
         await script.say(say("H"))
         await script.end(code)
@@ -191,7 +191,7 @@ async def test_log_probabilities_need_their_tokenizer(pair: System, pods: list[h
                                                       worker: ScriptedWorker) -> None:
     """A pod that nobody has told of it says so; an answer without them is read all the same."""
     with_logprobs, _ = await finished(pods[0], worker)
-    async with streaming(pods[0], worker) as body:
+    async with streaming(pods[0], worker, is_numbered=True) as body:
         script = await worker.claim()
         await script.answer("Hi")
         raw = await body.end()
@@ -211,7 +211,7 @@ async def test_log_probabilities_need_their_tokenizer(pair: System, pods: list[h
 async def test_an_answer_is_cancelled_by_its_id(pods: list[httpx.AsyncClient], worker: ScriptedWorker) -> None:
     """In line and running, from another pod than the one that relays it; again it is the same; ended, it says how."""
     for claimed in (False, True):
-        async with streaming(pods[0], worker) as body:
+        async with streaming(pods[0], worker, is_numbered=True) as body:
             await body.has(HEARTBEAT)
             completion_id = body.response.headers["x-baton-completion-id"]
             if claimed:
@@ -222,7 +222,7 @@ async def test_an_answer_is_cancelled_by_its_id(pods: list[httpx.AsyncClient], w
             assert (await body.events())[-1]["error"]["code"] == "cancelled"
     completion_id, _ = await finished(pods[0], worker)
     assert (await pods[1].post(f"{CHAT}/{completion_id}/cancel")).json()["status"] == "completed"
-    async with streaming(pods[0], worker):
+    async with streaming(pods[0], worker, is_numbered=True):
         script = await worker.claim()
         await script.end("job_failed")
         assert (await pods[1].post(f"{CHAT}/{script.job.id}/cancel")).json()["status"] == "failed"
@@ -276,7 +276,7 @@ async def test_what_is_no_position_is_refused(pods: list[httpx.AsyncClient], wor
 async def test_a_position_that_a_running_answer_has_not_reached_is_a_conflict(
         pods: list[httpx.AsyncClient], worker: ScriptedWorker) -> None:
     """Others may be about to put it back. It is said when to come back, and who is refused was no reader."""
-    async with streaming(pods[0], worker) as body:
+    async with streaming(pods[0], worker, is_numbered=True) as body:
         script = await worker.claim()
         await script.say(say("H"))
         await body.has('"H"')

@@ -50,7 +50,8 @@ def asks(system: System, **options: Any) -> dict[str, Any]:
 def test_a_stream_that_was_cut_goes_on_at_its_last_event(pods: System) -> None:
     """On the other pod, with curl's means: the id: lines say where one is, a header says which completion it was."""
     first, second = pods.pods
-    with httpx.stream("POST", first + CHAT, json=asks(pods, max_tokens=300, ignore_eos=True)) as response:
+    with httpx.stream("POST", first + CHAT, json=asks(pods, max_tokens=300, ignore_eos=True),
+                      headers={"idempotency-key": "a stream that is cut"}) as response:
         completion_id = response.headers["x-baton-completion-id"]
         lines = response.iter_lines()
         seen = [next(lines) for _ in range(60)]         # 20 events of three lines each; then the client is gone

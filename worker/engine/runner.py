@@ -93,8 +93,9 @@ class Runner:
         if decodes:
             parts.append((self.kv.memory.rows(rows.slots[:num_rows], rows.positions[:num_rows]), num_rows))
         parts += [(self.kv.memory.chunk(*span), span.end - span.begin) for span in prefills]
-        logits = self.model.together(self._known(rows.token_ids, rows.slots), parts, rows.positions, rows.kept)
-        return self._done(Forward(decodes, prefills), rows, sequences, logits)
+        kept = rows.kept or [0]                         # none, where all are replayed tokens
+        logits = self.model.together(self._known(rows.token_ids, rows.slots), parts, rows.positions, kept)
+        return self._done(Forward(decodes, prefills), rows, sequences, logits[:len(rows.kept)])
 
     def _done(self, forward: Forward, rows: _Rows, sequences: Mapping[int, Sequence], logits: Tensor
               ) -> tuple[list[Sequence], Tensor, Tensor]:

@@ -102,7 +102,8 @@ def has_threads() -> bool:
 @cache
 def _openmp() -> Any:
     """The OpenMP library that torch has loaded; None if it is of another kind."""
-    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}      # a path may have spaces
     found = [path for path in mapped if "/torch" in path]
     if len(found) != 1:
         return None
