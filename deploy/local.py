@@ -81,7 +81,11 @@ def serve(settings: Settings) -> int:
     try:
         with bind(settings.host, settings.port) as listening:
             port = listening.getsockname()[1]
-            url, redis = _find_redis(settings, port)
+            url = _given_redis(settings)
+            if not url:
+                redis = _own_redis(settings, port)      # known before it starts, so that it is ended in any case
+                url = redis.start().url
+                print(f"baton: redis   {redis.binary} in {redis.folder}", flush=True)
             children += _children(settings, url, listening)
             for child in children:
                 child.start()
@@ -105,16 +109,14 @@ def _raise_stopped(*_: object) -> None:
     raise Stopped
 
 
-def _find_redis(settings: Settings, port: int) -> tuple[str, RedisServer | None]:
-    """The given URL, or a server of our own."""
-    if "redis_url" in settings.model_fields_set:
-        return settings.redis_url, None
-    if url := os.environ.get("REDIS_URL"):
-        return url, None
+def _given_redis(settings: Settings) -> str | None:
+    return settings.redis_url if "redis_url" in settings.model_fields_set else os.environ.get("REDIS_URL")
+
+
+def _own_redis(settings: Settings, port: int) -> RedisServer:
+    """Not started yet."""
     folder = Path(settings.data_dir or Path.home() / ".local" / "state" / "baton" / str(port)).expanduser().absolute()
-    server = RedisServer(folder).start()
-    print(f"baton: redis   {server.binary} in {folder}", flush=True)
-    return server.url, server
+    return RedisServer(folder)
 
 
 def _children(settings: Settings, redis_url: str, listening: socket.socket) -> list[Child]:
