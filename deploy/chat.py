@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,8 @@ def chat(url: str, model: str | None, api_key: str) -> None:
     """Chats until the user leaves. Raises BrokenEnvironment when no API answers."""
     console = Console(highlight=False)
     headers = {"authorization": f"Bearer {api_key}"}
-    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(READ_S, connect=CONNECT_S)) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(READ_S, connect=CONNECT_S),
+                      trust_env=not _is_this_machine(url)) as client:
         model = model or _first_model(client)
         console.print(f"[bold]{model}[/] at {url}. {HELP}", style="dim")
         messages: list[dict[str, str]] = []
@@ -35,6 +37,17 @@ def chat(url: str, model: str | None, api_key: str) -> None:
                 messages.clear()
             elif line:
                 _turn(console, client, model, messages, line)
+
+
+def _is_this_machine(url: str) -> bool:
+    """Whether no proxy leads there."""
+    try:
+        host = httpx.URL(url).host
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except httpx.InvalidURL as error:
+        raise BrokenEnvironment(f"{url} is no address ({error}): give another --url") from None
+    except ValueError:                                  # a name
+        return False
 
 
 def _turn(console: Console, client: httpx.Client, model: str, messages: list[dict[str, str]], line: str) -> None:

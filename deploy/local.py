@@ -136,7 +136,8 @@ def _await_model(children: list[Child], redis: RedisServer | None, port: int, se
     """Returns when the API serves a model; without workers of ours, when the API is ready."""
     print(f"baton: starting {settings.apis} API, {settings.workers} workers", flush=True)
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    with httpx.Client(base_url=f"http://{_reachable(settings.host)}:{port}", timeout=2.0) as client:
+    with httpx.Client(base_url=f"http://{_reachable(settings.host)}:{port}", timeout=2.0,
+                      trust_env=False) as client:       # our own service is behind no proxy
         while time.monotonic() < deadline_s:
             _keep_running(children, redis)
             try:

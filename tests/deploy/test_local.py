@@ -10,6 +10,8 @@ import pytest
 
 from deploy import local
 from deploy.local import Child
+from shared.settings import Settings
+from tests.deploy.web import PROXIES, serving
 from tests.system import eventually
 
 # Ends at SIGTERM, when it has finished what it does.
@@ -36,3 +38,11 @@ def test_pods_may_drain_and_workers_have_time_of_their_own(tmp_path: Path, monke
     local._stop(children, 2.0)
     assert all(child.exit_code is not None for child in children)
     assert [(tmp_path / child.name / "ended").exists() for child in children] == [True, True, False]
+
+
+def test_no_proxy_is_asked_for_our_own_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROXIES:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(local, "START_TIMEOUT_S", 5.0)
+    with serving({"/ready": b'{"models": ["m"]}'}) as port:
+        local._await_model([], None, port, Settings())
