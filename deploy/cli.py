@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
-from deploy.listening import bind
+from deploy.listening import bind, raise_file_limit
 from shared import log, settings, threads
 from shared.errors import BrokenEnvironment
 from shared.settings import API_ONLY, SERVE_ONLY, WORKER_ONLY, Settings
@@ -101,6 +101,7 @@ def _api(args: argparse.Namespace) -> None:
 
     read = _settings(args)
     log.configure("api", read.log_level)
+    raise_file_limit()
     with socket.socket(fileno=args.fd) if args.fd is not None else bind(read.host, read.port) as listening:
         uvloop.run(serve(read, listening))
 
