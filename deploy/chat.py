@@ -72,7 +72,7 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.is_error:
             response.read()
-            raise RuntimeError(response.json()["error"]["message"])
+            raise RuntimeError(_refusal(response))
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
@@ -83,6 +83,13 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
                 yield choice["delta"].get("content") or ""
 
 
+def _refusal(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):        # another web server's, or a proxy's
+        return f"HTTP {response.status_code}"
+
+
 def _first_model(client: httpx.Client) -> str:
     try:
         answer = client.get("/v1/models")
@@ -90,7 +97,11 @@ def _first_model(client: httpx.Client) -> str:
         raise BrokenEnvironment(f"no API answers at {client.base_url}: run `baton serve`, or give --url") from None
     if answer.status_code == 401:
         raise BrokenEnvironment("the API wants a key: give --api-key, or set OPENAI_API_KEY")
-    models = answer.json().get("data") or []
+    try:
+        models = [str(model["id"]) for model in answer.json()["data"]]
+    except (ValueError, LookupError, TypeError):
+        why = _refusal(answer)
+        raise BrokenEnvironment(f"no list of models at {client.base_url} ({why}): is --url right?") from None
     if not models:
         raise BrokenEnvironment("the API serves no model at the moment: start a worker with `baton worker`")
-    return str(models[0]["id"])
+    return models[0]

@@ -115,8 +115,11 @@ def _given_redis(settings: Settings) -> str | None:
 
 def _own_redis(settings: Settings, port: int) -> RedisServer:
     """Not started yet."""
-    folder = Path(settings.data_dir or Path.home() / ".local" / "state" / "baton" / str(port)).expanduser().absolute()
-    return RedisServer(folder)
+    folder = Path(settings.data_dir or f"~/.local/state/baton/{port}")
+    try:
+        return RedisServer(folder.expanduser().absolute())
+    except RuntimeError:
+        raise BrokenEnvironment(f"{folder} is in no home that is known here: give another --data-dir") from None
 
 
 def _children(settings: Settings, redis_url: str, listening: socket.socket) -> list[Child]:

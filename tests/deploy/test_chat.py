@@ -16,3 +16,15 @@ def test_no_proxy_is_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
         for host in ("127.0.0.1", "localhost"):
             with pytest.raises(BrokenEnvironment, match="serves no model at the moment"):
                 chat(f"http://{host}:{port}", None, "EMPTY")
+
+
+@pytest.mark.parametrize("page", [None, b"<h1>It works</h1>", b"[]", b'{"data": [1]}', b'{"models": []}'])
+def test_another_web_server_is_one_line(page: bytes | None) -> None:
+    says = r"no list of models at \S+ \(HTTP (200|404)\): is --url right"
+    with serving({"/v1/models": page} if page else {}) as port, pytest.raises(BrokenEnvironment, match=says):
+        chat(f"http://127.0.0.1:{port}", None, "EMPTY")
+
+
+def test_what_is_no_address_is_one_line() -> None:
+    with pytest.raises(BrokenEnvironment, match="is no address"):
+        chat("http://127.0.0.1:none", None, "EMPTY")

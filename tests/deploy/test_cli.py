@@ -58,6 +58,13 @@ def test_a_port_that_is_taken_is_one_line() -> None:
         assert f"127.0.0.1:{port}" in refusal("serve", "--port", port)
 
 
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (str(tmp_path / "file"), "~nouser/x"):
+        line = refusal("serve", "--port", "0", "--data-dir", folder, REDIS_URL="")
+        assert folder in line and "--data-dir" in line
+
+
 @pytest.mark.parametrize("command", ["serve", "api", "worker", "chat"])
 def test_every_command_has_help(command: str) -> None:
     helped = baton(command, "--help")
