@@ -45,6 +45,7 @@ async def serve(settings: Settings, listening: socket.socket) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     gc.freeze()                                         # objects from start-up are not collected again
     async with pod.running(pump(pod)):
+        log.info("listening on %s", address(listening))
         serving = asyncio.create_task(server.serve([listening]))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -53,6 +54,11 @@ async def serve(settings: Settings, listening: socket.socket) -> None:
             server.should_exit = True
         stop.cancel()
         await serving
+
+
+def address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def drain(pod: Pod) -> None:

@@ -52,6 +52,17 @@ def test_a_missing_model_is_one_line(redis_url: str, tmp_path: Path) -> None:
     assert "config.json" in refusal("worker", str(tmp_path / "empty"), *options)
 
 
+def test_a_pod_says_where_it_listens(redis_url: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [*BATON, "api", "--port", "0", "--redis-url", redis_url, "--allow-no-aof"]
+    with log.open("w") as stderr, subprocess.Popen(command, cwd=REPOSITORY, stderr=stderr) as pod:
+        try:
+            said = eventually("it says where", lambda: re.search(r"listening on (http://127\S+)", log.read_text()))
+            assert httpx.get(f"{said[1]}/health").status_code == 200
+        finally:
+            pod.terminate()
+
+
 def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
