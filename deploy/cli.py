@@ -88,9 +88,18 @@ def _settings(args: argparse.Namespace) -> Settings:
     return settings.load({name: value for name, value in vars(args).items() if name in Settings.model_fields})
 
 
+def _refuse_model_among_keys(args: argparse.Namespace) -> None:
+    """A flag that takes several words takes a MODEL behind it as well. Raises BrokenEnvironment."""
+    _, *others = getattr(args, "api_key", [""])
+    if not hasattr(args, "model") and any("/" in key for key in others):
+        raise BrokenEnvironment("a word behind --api-key looks like a model: put MODEL before the flags, "
+                                "or separate keys with commas")
+
+
 def _serve(args: argparse.Namespace) -> int:
     from deploy.local import serve
 
+    _refuse_model_among_keys(args)
     return serve(_settings(args))
 
 

@@ -33,7 +33,7 @@ TEST_PREFIX = "BATON_TEST_"                             # read only by tests/
 
 MAX_S = 315_576_000.0                                   # ten years, of any duration
 Seconds = Annotated[float, Field(le=MAX_S, allow_inf_nan=False)]
-Words = Annotated[tuple[str, ...], NoDecode]            # in a variable: separated by commas
+Words = Annotated[tuple[str, ...], NoDecode]            # separated by commas
 
 
 class Settings(BaseSettings):
@@ -129,7 +129,8 @@ class Settings(BaseSettings):
     @field_validator("served_model_name", "api_key", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+        parts = [value] if isinstance(value, str) else value    # a flag takes several, each of which may be a list
+        return tuple(word.strip() for part in parts for word in part.split(",") if word.strip())
 
     @model_validator(mode="after")
     def _relations(self) -> Settings:

@@ -45,6 +45,14 @@ def test_a_wrong_setting_is_one_line() -> None:
     assert "BATON_PORT (--port)" in refusal("api", "--port", "none")
 
 
+def test_a_model_is_not_taken_for_a_key() -> None:
+    for model in ("/no/such/model", "owner/name"):
+        line = refusal("serve", "--api-key", "k1", model)
+        assert "put MODEL before the flags" in line and model not in line   # it may be a key after all
+    assert "BATON_PORT" in refusal("serve", "owner/name", "--api-key", "k1", "k/2", "--port", "none")
+    assert "BATON_PORT" in refusal("serve", "--api-key", "k/1,k/2", "--port", "none")
+
+
 def test_a_missing_model_is_one_line(redis_url: str, tmp_path: Path) -> None:
     options = ("--redis-url", redis_url, "--allow-no-aof")
     assert str(tmp_path / "none") in refusal("worker", str(tmp_path / "none"), *options)

@@ -44,6 +44,7 @@ def test_flags_beat_variables_and_variables_beat_defaults(monkeypatch: pytest.Mo
 def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATON_SERVED_MODEL_NAME", "a/b, c")
     assert settings.load({}).served_model_name == ("a/b", "c")
+    assert settings.load({"served_model_name": ["d, e", "f"]}).served_model_name == ("d", "e", "f")
 
 
 def test_a_child_reads_what_its_parent_read(monkeypatch: pytest.MonkeyPatch) -> None:
