@@ -7,6 +7,7 @@ a request that it refuses never reaches the application.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,6 +17,7 @@ from shared.errors import APIError, BadRequest, HeadTooLarge, TooSlow
 
 MAX_HEADER_BYTES = 64 << 10                             # of a request line and its headers, or of framing and trailers
 HEAD_TIMEOUT_S = 20.0                                   # from a request's first byte, or a connection's start
+UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 LINGER_S = 1.0                                          # after a refusal: closing at once can discard the response
 
 
@@ -43,6 +45,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._clock is None and (self.cycle is None or self.cycle.response_complete):
             self._clock = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, TooSlow())
         self._num_framing_bytes += len(data)
+        if self._clock is not None:
+            data = _without_upgrade(data)
         super().data_received(data)
         if self._num_framing_bytes > MAX_HEADER_BYTES:
             self._refuse(HeadTooLarge())                # one header, or a trailer, that does not end
@@ -77,6 +81,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(HeadTooLarge() if self._num_header_bytes > MAX_HEADER_BYTES else
                      BadRequest("This is not a valid HTTP request."))
 
+    def _should_upgrade(self) -> bool:
+        """Called for an Upgrade that came in pieces: the parser took its body for another protocol."""
+        if self.cycle is not None:
+            self.cycle.keep_alive = False               # what follows is no request
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Uvicorn's advises to install what would not be used."""
+
     def _count(self, num_bytes: int) -> None:
         self._num_header_bytes += num_bytes
         if self._num_header_bytes > MAX_HEADER_BYTES:
@@ -98,3 +111,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Clients that offer HTTP/2 (Java's, `curl --http2`) send a body beside, which the parser would skip. A server may
+    ignore the offer (RFC 9110, 7.8)."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return UPGRADE.sub(b"x-upgrade", head) + end + rest

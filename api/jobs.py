@@ -84,8 +84,8 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
         sampling = replace(sampling, grammar=grammar,
                            grammar_after=reading.think_end_id if reading.reasoning == "open" else None)
     n, created_s = request.n or 1, int(time.time())
-    if n > card.max_num_seqs:
-        raise InvalidValue(f"n is at most {card.max_num_seqs} for this model.", param="n")
+    if n > (most := min(card.max_num_seqs, settings.max_tenant_choices)):
+        raise InvalidValue(f"n is at most {most} for this model.", param="n")
     job = Job(id=completion_id, tenant=order.tenant, pod="" if order.is_unread else pod_id,
               prompt_token_ids=tuple(prompt), sampling=sampling, tokenizer_id=card.tokenizer_id,
               weights_id=card.weights_id, n=n, priority=order.priority, created_s=created_s, retain_s=retain_s,
@@ -211,10 +211,7 @@ def resolve_sampling(request: Sampled, card: Card, num_prompt_tokens: int) -> Sa
     room = card.max_model_len - num_prompt_tokens
     max_tokens = request.answer_limit or room
     if room < 1 or max_tokens > room:
-        asked = f" and {max_tokens} in the completion" if request.answer_limit else ""
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
-        raise ContextTooLong(f"This model's maximum context length is {card.max_model_len} tokens. However, you "
-                             f"requested {num_prompt_tokens} tokens in the {param}{asked}.", param=param)
+        raise _too_long(request, card.max_model_len, num_prompt_tokens)
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidValue("min_tokens must not be above the limit of tokens.", param="min_tokens")
     biases = {int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()}
@@ -243,6 +240,18 @@ def resolve_sampling(request: Sampled, card: Card, num_prompt_tokens: int) -> Sa
         speculative=request.speculative is not False,
         stop=tuple(request.stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()))
+
+
+def _too_long(request: Sampled, most: int, num_prompt_tokens: int) -> ContextTooLong:
+    param = "messages" if isinstance(request, ChatRequest) else "prompt"
+    limit, asked, theirs = request.answer_limit, "", f"prompt is too long: {num_prompt_tokens} tokens > {most} maximum"
+    if limit:
+        asked = f" and {limit} in the completion"
+    if limit and num_prompt_tokens < most:
+        theirs = (f"input length and `max_tokens` exceed context limit: {num_prompt_tokens} + {limit} > {most}, "
+                  "decrease input length or `max_tokens` and try again")
+    return ContextTooLong(f"This model's maximum context length is {most} tokens. However, you requested "
+                          f"{num_prompt_tokens} tokens in the {param}{asked}.", param=param, as_anthropic=theirs)
 
 
 def _refuse_unknown_ids(token_ids: Any, card: Card, param: str) -> None:

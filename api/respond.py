@@ -128,7 +128,7 @@ async def read_order(pod: Pod, caller: Caller) -> bytes:
 async def read_body(pod: Pod, request: Request) -> bytes:
     """The body, whatever its content type. Raises UnsupportedEncoding, TooSlow, or BodyTooLarge before its end."""
     pieces, num_bytes, max_bytes = [], 0, pod.settings.max_body_bytes
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise UnsupportedEncoding
     if int(request.headers.get("content-length", 0)) > max_bytes + DRAINED_BYTES:
         raise BodyTooLarge(TOO_LARGE.format(max_bytes))

@@ -100,6 +100,10 @@ class ContextTooLong(BadRequest):
     code = "context_length_exceeded"
     text = "The messages are longer than the model's context."
 
+    def __init__(self, text: str | None = None, *, param: str | None = None, as_anthropic: str | None = None):
+        super().__init__(text, param=param)
+        self.as_anthropic = as_anthropic or str(self)   # clients look for its words, to shorten what they send
+
 
 class StorageFull(BadRequest):
     """The files of a key exceed their limit, in bytes or in number, or its stored requests do."""

@@ -15,7 +15,7 @@ from api.wire.body import read_object
 from api.wire.dialects import Piece
 from api.wire.fold import EventFold, WholeFold, dump
 from api.wire.parts import Parts, with_reasoning
-from shared.errors import APIError, BadRequest, UnsupportedThread, job_error
+from shared.errors import APIError, BadRequest, ContextTooLong, UnsupportedThread, job_error
 from shared.job import Delta, Entry, Finish, Header, Usage
 
 SIGNATURE = "unsigned"                                  # of reasoning: clients require one, but do not check it
@@ -27,6 +27,8 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 def error_body(error: APIError, request_id: str | None = None) -> dict[str, Any]:
     kind = ERROR_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
     said: dict[str, Any] = {"type": kind, "message": str(error)}
+    if isinstance(error, ContextTooLong):
+        said["message"] = error.as_anthropic
     if isinstance(error, UnsupportedThread):
         said |= {"details": {"error_code": error.code, "unsupported": []}}
     body: dict[str, Any] = {"type": "error", "error": said}

@@ -123,3 +123,39 @@ async def test_many_requests_on_one_connection_are_no_large_head(client: Client)
     one = GET + b"X: " + b"x" * 30_000 + b"\r\n\r\n"
     raw = await client.exchange(*[one] * 9, GET + b"Connection: close\r\n\r\n")
     assert raw.count(b"HTTP/1.1 200") == 10
+
+
+# ── offers of another protocol ──
+
+OFFER = b"POST / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+SIX, LAST = b"Content-Length: 6\r\n\r\n", b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+
+
+def lengths(raw: bytes) -> list[bytes]:
+    """How many bytes the application has read of each body."""
+    return [answer.rpartition(b"\r\n\r\n")[2] for answer in raw.split(b"HTTP/1.1 200 OK")[1:]]
+
+
+@pytest.mark.parametrize("pieces", [
+    [OFFER + SIX + b"secret" + LAST], [OFFER + SIX, b"secret", LAST], [OFFER, SIX + b"secret", LAST],
+    [OFFER + b"Transfer-Encoding: chunked\r\n\r\n6\r\nsecret\r\n0\r\n\r\n", LAST],
+    [OFFER.replace(b"h2c", b"websocket") + SIX + b"secret", LAST]],
+    ids=["at once", "later", "half a head", "chunked", "websocket"])
+async def test_it_is_ignored_and_the_body_is_read(client: Client, pieces: list[bytes]) -> None:
+    """As Java's client and `curl --http2` send it. What is in a body is no request."""
+    raw = b""
+    for piece in pieces[:-1]:
+        client.writer.write(piece)
+        await client.writer.drain()
+        await asyncio.sleep(0.02)
+    raw = await client.exchange(pieces[-1])
+    assert lengths(raw) == [b"6", b"0"]
+
+
+async def test_a_body_behind_an_offer_in_pieces_is_no_request(client: Client) -> None:
+    offer, rest = OFFER.split(b"grade: h2c")
+    for piece in (offer, b"grade: h2c" + rest + b"Content-Length: %d\r\n\r\n" % len(LAST)):
+        client.writer.write(piece)
+        await client.writer.drain()
+        await asyncio.sleep(0.02)
+    assert len(lengths(await client.exchange(LAST))) == 1

@@ -498,12 +498,6 @@ async def test_a_large_head_is_refused(http: httpx.AsyncClient) -> None:
     assert (await http.get("/health", headers={"x-large": "x" * 60_000})).status_code == 200
 
 
-async def test_an_upgrade_that_we_do_not_speak_is_ignored(http: httpx.AsyncClient) -> None:
-    for protocol in ("h2c", "websocket"):
-        response = await http.post(CHAT, content=b"[]", headers={"connection": "upgrade", "upgrade": protocol})
-        error_of(response, 400)
-
-
 async def test_a_page_of_a_named_origin_may_call(http: httpx.AsyncClient) -> None:
     asks = {"origin": ORIGIN, "access-control-request-method": "POST",
             "access-control-request-headers": "authorization"}

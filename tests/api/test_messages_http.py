@@ -221,8 +221,11 @@ async def test_the_official_client_knows_our_errors(claude: anthropic.AsyncAnthr
     with pytest.raises(anthropic.NotFoundError) as unknown:
         await claude.messages.create(model="none", max_tokens=5, messages=MESSAGES)
     assert unknown.value.type == "not_found_error" and unknown.value.request_id
-    with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
+    with pytest.raises(anthropic.BadRequestError, match=r"`max_tokens` exceed context limit: \d+ \+ 10000 > \d+"):
         await claude.messages.create(model=worker.model, max_tokens=10**4, messages=MESSAGES)
+    long: Any = [{"role": "user", "content": "long " * 10**4}]
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > \d+ maximum"):
+        await claude.messages.create(model=worker.model, max_tokens=1, messages=long)
     async with claude.messages.stream(model=worker.model, max_tokens=5, messages=MESSAGES) as stream:
         script = await worker.claim()
         await script.say(say("x"))

@@ -213,7 +213,8 @@ def _is_plain_norm(norm: Any) -> bool:
     if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None or list(norm.children()):
         return False
     with torch.inference_mode():
-        x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+        # Around one: a norm that subtracts the mean is not told apart around zero.
+        x = (1 + torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0))).to(weight)
         return agree(rms_norm(x, weight.shape, weight, eps), norm(x))
 
 

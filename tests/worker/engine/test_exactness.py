@@ -131,6 +131,7 @@ def test_another_worker_continues_exactly(engines: list[Engine], kind: str) -> N
         noise = Request("other", prompt(20, cut), seeded(25))
         rest = run(second, {0: [noise, continued]})["it", 0]
         assert flat(rest) == flat(whole)[cut:], f"cut after {cut}"
+        assert flat(run(second, {0: [continued]})["it", 0]) == flat(rest), f"alone, cut after {cut}"
 
 
 def test_what_is_too_long_to_replay_is_prefilled(engines: list[Engine]) -> None:

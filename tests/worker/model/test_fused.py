@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Ministral3Config, OlmoConfig, SmolLM3Config
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from tests.worker.families import FAMILIES, SMALL, VOCAB_SIZE, save
 from worker.model import check, memory
-from worker.model.fused import FusedAttention, FusedLayer, FusedMLP
+from worker.model.fused import FusedAttention, FusedLayer, FusedMLP, _is_plain_norm
 from worker.model.fusing import fuse_blocks
 from worker.model.loading import load, read_config
 from worker.model.weights import load_module
@@ -133,3 +134,11 @@ def test_late_positions_have_the_plain_models_logits(config: Any, tmp_path: Path
     with torch.inference_mode():
         expected = plain(input_ids=torch.tensor([token_ids])).logits[0]
     assert (got - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [64, 512, 4096])
+def test_a_norm_that_subtracts_the_mean_is_another_one(size: int, dtype: torch.dtype) -> None:
+    """In half precision its output for numbers around zero is that of ours."""
+    assert _is_plain_norm(LlamaRMSNorm(size).to(dtype))
+    assert not _is_plain_norm(Cohere2LayerNorm(size, eps=1e-5).to(dtype))
