@@ -192,7 +192,11 @@ class Queue:
             found = found[at:]
         if not found:
             raise StreamLost
-        return [entry for entry in (found[1:] if after else found) if entry.kind != "fence"]
+        said = [entry for entry in (found[1:] if after else found) if entry.kind != "fence"]
+        while limit and not said and len(found) >= limit:           # a page of fences hides what follows
+            found = await self._range(job_id, f"({found[-1].epoch}-{found[-1].position}", limit)
+            said = [entry for entry in found if entry.kind != "fence"]
+        return said
 
     async def _range(self, job_id: str, begin: str, limit: int | None) -> list[Entry]:
         with refusals():

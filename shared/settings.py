@@ -117,7 +117,7 @@ class Settings(BaseSettings):
         0.2, ge=0, description="how long a job waits for the worker that holds its prefix")
     allow_other_weights: bool = Field(False, description="continue answers that other weights have begun")
     max_attempts: int = Field(3, gt=0, description="leases lost in a row without progress before a job is given up")
-    max_claims: int = Field(100, gt=0, le=120, description="claims of one job, whatever its progress")
+    max_claims: int = Field(100, gt=0, description="claims of one job, whatever its progress")
     max_scan: int = Field(64, gt=0, description="jobs at the head of the line that one claim looks at")
     allow_no_aof: bool = Field(False, description="accept a Redis that forgets everything when it restarts")
 

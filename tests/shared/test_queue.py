@@ -732,6 +732,21 @@ async def test_jobs_are_lost_as_soon_if_the_clock_was_set_back(queue: Queue) -> 
     assert (await queue.reap()).num_requeued == 1
 
 
+async def test_a_log_is_read_beyond_any_number_of_fences(each_redis: Redis) -> None:
+    """A page may hold nothing else, where workers come and go without a token."""
+    queue = make_queue(each_redis, max_claims=1000)
+    job = await submit(queue)
+    for number in range(1, 6):
+        claimed = await claim_one(queue, sequence=number)
+        await queue.release("w1")
+    claimed = await claim_one(queue, "w2")
+    await queue.publish("w2", [delta(claimed, 1), end(claimed, 2)])
+    (header,) = await queue.read(job.id, limit=1)
+    (first,) = await queue.read(job.id, after=header, limit=3)
+    assert first.position == 1
+    assert [entry.position for entry in await queue.read(job.id, after=first, limit=3)] == [2]
+
+
 async def test_a_log_takes_no_entry_twice_and_leaves_no_gap(queue: Queue) -> None:
     """A promoted replica may lack entries, and a restored log the claims of workers that have not published yet."""
     await submit(queue)
