@@ -7,9 +7,9 @@ a request that it refuses never reaches the application.
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.error_response import last_answer
@@ -17,7 +17,6 @@ from shared.errors import APIError, BadRequest, HeadTooLarge, TooSlow
 
 MAX_HEADER_BYTES = 64 << 10                             # of a request line and its headers, or of framing and trailers
 HEAD_TIMEOUT_S = 20.0                                   # from a request's first byte, or a connection's start
-UPGRADE = re.compile(rb"(?i)(?<=\n)upgrade(?=[ \t]*:)")
 LINGER_S = 1.0                                          # after a refusal: closing at once can discard the response
 
 
@@ -45,11 +44,35 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._clock is None and (self.cycle is None or self.cycle.response_complete):
             self._clock = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, TooSlow())
         self._num_framing_bytes += len(data)
-        if self._clock is not None:
-            data = _without_upgrade(data)
-        super().data_received(data)
+        self._feed(memoryview(data))
         if self._num_framing_bytes > MAX_HEADER_BYTES:
             self._refuse(HeadTooLarge())                # one header, or a trailer, that does not end
+
+    def _feed(self, data: memoryview) -> None:
+        """As uvicorn does it, but an offer of another protocol is ignored (RFC 9110, 7.8).
+
+        Java's client and `curl --http2` offer HTTP/2 with every request. The parser would skip the body of theirs.
+        """
+        self._unset_keepalive_if_required()
+        try:
+            while (end := self._feed_to_offer(data)) is not None:
+                data = data[end:]
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("")
+
+    def _feed_to_offer(self, data: memoryview) -> int | None:
+        """Where the head ends that makes an offer: a new parser has read it without. None: all is parsed."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)     # the old one may know that this request is the last
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)         # as uvicorn's
+            self.parser.feed_data(b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(lines)))
+            return int(offer.args[0])
+        return None
 
     # ── what the parser finds in it; an exception here ends the parsing, and comes back as send_400_response ──
 
@@ -67,6 +90,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_clock()
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("this is no proxy")        # what follows would be no HTTP
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -82,13 +107,7 @@ class BoundedProtocol(HttpToolsProtocol):
                      BadRequest("This is not a valid HTTP request."))
 
     def _should_upgrade(self) -> bool:
-        """Called for an Upgrade that came in pieces: the parser took its body for another protocol."""
-        if self.cycle is not None:
-            self.cycle.keep_alive = False               # what follows is no request
-        return False
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Uvicorn's advises to install what would not be used."""
+        return True                                     # nothing begins with this head: it is read again
 
     def _count(self, num_bytes: int) -> None:
         self._num_header_bytes += num_bytes
@@ -111,10 +130,3 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """Clients that offer HTTP/2 (Java's, `curl --http2`) send a body beside, which the parser would skip. A server may
-    ignore the offer (RFC 9110, 7.8)."""
-    head, end, rest = data.partition(b"\r\n\r\n")
-    return UPGRADE.sub(b"x-upgrade", head) + end + rest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -136,26 +138,55 @@ def lengths(raw: bytes) -> list[bytes]:
     return [answer.rpartition(b"\r\n\r\n")[2] for answer in raw.split(b"HTTP/1.1 200 OK")[1:]]
 
 
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n6\r\nsecret\r\n0\r\n\r\n"
+
+
 @pytest.mark.parametrize("pieces", [
     [OFFER + SIX + b"secret" + LAST], [OFFER + SIX, b"secret", LAST], [OFFER, SIX + b"secret", LAST],
-    [OFFER + b"Transfer-Encoding: chunked\r\n\r\n6\r\nsecret\r\n0\r\n\r\n", LAST],
-    [OFFER.replace(b"h2c", b"websocket") + SIX + b"secret", LAST]],
-    ids=["at once", "later", "half a head", "chunked", "websocket"])
+    [OFFER[:-45], OFFER[-45:] + SIX, b"secret", LAST], re.findall(b"(?s).{1,9}", OFFER + SIX + b"secret" + LAST),
+    [OFFER + CHUNKED + LAST], [OFFER + CHUNKED[:32], CHUNKED[32:], LAST],
+    [OFFER.replace(b"h2c", b"websocket") + SIX + b"secret", LAST],
+    [OFFER.replace(b"Upgrade:", b"uPGRADE:") + SIX + b"secret", LAST]],
+    ids=["at once", "later", "half a head", "half a name", "nine bytes each", "chunked", "chunked, later", "websocket",
+         "other letters"])
 async def test_it_is_ignored_and_the_body_is_read(client: Client, pieces: list[bytes]) -> None:
-    """As Java's client and `curl --http2` send it. What is in a body is no request."""
-    raw = b""
+    """As Java's client and `curl --http2` send it."""
+    assert lengths(await slowly(client, pieces)) == [b"6", b"0"]
+
+
+async def test_several_are_ignored(client: Client) -> None:
+    """One behind the other, each with a body."""
+    assert lengths(await slowly(client, [(OFFER + SIX + b"secret") * 3000 + LAST])) == [b"6"] * 3000 + [b"0"]
+
+
+@pytest.mark.parametrize("cut", range(0, 45, 5))
+async def test_a_body_behind_an_offer_is_no_request(client: Client, cut: int) -> None:
+    offer = OFFER + b"Content-Length: %d\r\n\r\n" % len(GET + b"\r\n")
+    raw = await slowly(client, [offer[:len(OFFER) - cut], offer[len(OFFER) - cut:], GET + b"\r\n", LAST])
+    assert lengths(raw) == [b"%d" % len(GET + b"\r\n"), b"0"]
+
+
+@pytest.mark.parametrize("last", [OFFER.replace(b"Upgrade,", b"close, Upgrade,"), OFFER.replace(b"/1.1", b"/1.0")],
+                         ids=["close", "HTTP/1.0"])
+async def test_the_last_request_of_a_connection_may_make_one(client: Client, last: bytes) -> None:
+    assert lengths(await slowly(client, [last + SIX, b"secret"])) == [b"6"]
+
+
+async def test_a_head_that_makes_one_is_bounded(client: Client) -> None:
+    assert refusal(await client.exchange(OFFER, *[b"X: " + b"x" * 1000 + b"\r\n"] * 70, b"\r\n"))[0] == 431
+
+
+@pytest.mark.parametrize("to", [b"h:443", b"/health"])
+async def test_there_is_no_tunnel(client: Client, to: bytes) -> None:
+    raw = await client.exchange(b"CONNECT " + to + b" HTTP/1.1\r\nHost: h\r\n\r\n" + LAST)
+    assert refusal(raw) == (400, "invalid_request")
+
+
+async def slowly(client: Client, pieces: list[bytes]) -> bytes:
+    """What comes back, if each piece is a packet."""
+    client.writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for piece in pieces[:-1]:
         client.writer.write(piece)
         await client.writer.drain()
-        await asyncio.sleep(0.02)
-    raw = await client.exchange(pieces[-1])
-    assert lengths(raw) == [b"6", b"0"]
-
-
-async def test_a_body_behind_an_offer_in_pieces_is_no_request(client: Client) -> None:
-    offer, rest = OFFER.split(b"grade: h2c")
-    for piece in (offer, b"grade: h2c" + rest + b"Content-Length: %d\r\n\r\n" % len(LAST)):
-        client.writer.write(piece)
-        await client.writer.drain()
-        await asyncio.sleep(0.02)
-    assert len(lengths(await client.exchange(LAST))) == 1
+        await asyncio.sleep(min(0.02, 0.1 / len(pieces)))
+    return await client.exchange(pieces[-1])
