@@ -20,7 +20,7 @@ from api.wire.metadata import Metadata
 from api.wire.request import MAX_NESTING, MAX_TOOLS, NAMES, ChatRequest, Effort, is_deep, require_few_messages
 from api.wire.sampled import Count, Drawn, require_stream
 from api.wire.tools import AS_WRITTEN, FunctionName, Mode, ToolFunction
-from shared.errors import BadRequest, InvalidValue, UnsupportedParameter
+from shared.errors import BadRequest, InvalidValue, MissingField, UnsupportedParameter
 from shared.job import MAX_TOP_LOGPROBS
 
 WITH_LOGPROBS = "message.output_text.logprobs"
@@ -122,6 +122,8 @@ class ResponseRequest(Drawn):
             raise InvalidValue(f"tool_choice is nested at most {MAX_NESTING} levels deep.", param="tool_choice")
         if self.background and self.store is False:
             raise InvalidValue("A response in the background is stored.", param="store")
+        if "input" not in self.model_fields_set and not (self.previous_response_id or self.instructions):
+            raise MissingField("input: Field required", param="input")
         return self
 
     @property

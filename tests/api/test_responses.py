@@ -13,7 +13,7 @@ from openai.types.responses import ResponseErrorEvent
 from api.wire.items import chat_messages, is_reference
 from api.wire.response_fold import ResponseFold, ResponseWhole
 from api.wire.responses import ResponseRequest, parse_response
-from shared.errors import BadRequest, Draining
+from shared.errors import BadRequest, Draining, MissingField
 from shared.job import Delta, Entry, Finish, FinishReason, Header, TokenLogprob, Usage, encode_deltas
 
 HEADER = Header(model="m", created_s=7, fingerprint="fp", seed=1, n=1, num_prompt_tokens=5, language="responses",
@@ -102,6 +102,7 @@ def test_some_of_the_tools() -> None:
     ({"input": None}, "invalid_type", "input"),
     ({"include": ["everything"]}, "invalid_value", "include[0]"),
     ({"input": []}, "invalid_value", "input"),
+    ({"input": [], "instructions": ""}, "invalid_value", "input"),
     ({"input": [said("user", "x")] * (MAX_ITEMS + 1)}, "invalid_value", "input"),
     ({"input": [{"role": "robot", "content": "x"}]}, "invalid_value", "input"),
     ({"input": [{"role": "user", "content": 5}]}, "invalid_value", "input"),
@@ -137,6 +138,14 @@ def test_what_is_refused(fields: dict[str, Any], code: str, param: str) -> None:
     with pytest.raises(BadRequest) as refused:
         say()
     assert (refused.value.code, refused.value.param) == (code, param)
+
+
+def test_without_input_it_has_something_to_go_on_from() -> None:
+    with pytest.raises(MissingField) as refused:
+        parse_response(b'{"model": "m"}', MAX_ITEMS)
+    assert (str(refused.value), refused.value.param) == ("input: Field required", "input")
+    for fields in ({"instructions": "Say hi."}, {"previous_response_id": ID}):
+        assert parse_response(json.dumps({"model": "m"} | fields).encode(), MAX_ITEMS).items == []
 
 
 # ── the answer ──
