@@ -44,6 +44,9 @@ def router(pod: Pod, door: Door) -> APIRouter:
 
 async def _respond_to_several(pod: Pod, served: Served, asked: CompletionRequest, caller: Caller, num_body_bytes: int
                               ) -> Response:
+    num_choices, most = len(asked.prompts) * (asked.n or 1), pod.settings.max_tenant_choices
+    if num_choices > most:                              # it would be told to retry for ever
+        raise InvalidValue(f"A key has at most {most} choices at once, those of all prompts together.", param="prompt")
     orders = [Order(one, caller.tenant, num_body_bytes, "completions") for one in asked.each()]
     accepted = await _submit_all(pod, served, orders)
     streams, headers = [stream for stream, _ in accepted], [header for _, header in accepted]

@@ -14,8 +14,8 @@ import pytest
 from api.wire.completions import CompletionRequest, parse_completion
 from shared.errors import BadRequest
 from shared.job import Delta
-from tests.api.conftest import MAX_QUEUED
-from tests.api.scripted import MAX_MODEL_LEN, WAIT_S, Script, ScriptedWorker, error_of, say
+from tests.api.conftest import KEYS, MAX_QUEUED, client
+from tests.api.scripted import MAX_MODEL_LEN, WAIT_S, Script, ScriptedWorker, error_of, say, until_known
 from tests.system import System
 
 ADDRESS = "/v1/completions"
@@ -157,6 +157,19 @@ async def test_of_several_all_are_accepted_or_none(http: httpx.AsyncClient, work
     error = error_of(await http.post(ADDRESS, json={"model": worker.model, "prompt": prompts}), 429)
     assert error["code"] == "rate_limit_exceeded"
     assert await worker.queue.num_live() == 0
+
+
+async def test_more_choices_than_a_key_ever_has_are_refused(pair: System, pair_worker: ScriptedWorker) -> None:
+    """Nothing is to be retried."""
+    url = pair.start_pod(max_tenant_choices=3)
+    async with client(url, KEYS[1]) as pod:
+        await until_known(pod, pair_worker)
+        for fields, param in (({"prompt": ["a", "b"], "n": 2}, "prompt"), ({"prompt": ["a"] * 4}, "prompt"),
+                              ({"prompt": "a", "n": 4}, "n")):
+            refused = await pod.post(ADDRESS, json={"model": pair_worker.model} | fields)
+            assert error_of(refused, 400)["param"] == param
+            assert "retry-after" not in refused.headers
+    pair.pods.pop(url).end()
 
 
 async def test_a_key_stands_for_one_prompt(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
