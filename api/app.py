@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -26,6 +27,7 @@ from shared.errors import APIError, BadRequest, MethodNotAllowed, NotFound, Unav
 log = logging.getLogger(__name__)
 
 METHODS = ("DELETE", "GET", "HEAD", "POST")
+LEFT = 499                                              # the status that proxies count for a client that has left
 
 EXPOSED_HEADERS = [REQUEST_ID, "request-id", "retry-after", "retry-after-ms", COMPLETION_ID]
 
@@ -52,7 +54,7 @@ def make_app(pod: Pod) -> FastAPI:
     app.add_exception_handler(RedisError, _redis_away)
     app.add_exception_handler(RedisClusterException, _redis_away)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _half_sent)
+    app.add_exception_handler(ClientDisconnect, _left)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins),
                            allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS)
@@ -70,9 +72,9 @@ async def _redis_away(request: Request, error: Exception) -> Response:
     return answer(Unavailable(retry_after_s=1.0), request.scope)
 
 
-async def _half_sent(request: Request, _: Exception) -> Response:
-    # The client has left, but the error is counted.
-    return answer(BadRequest("The request was not sent to its end."), request.scope)
+async def _left(_: Request, __: Exception) -> Response:
+    # Nobody receives it, but it is counted.
+    return Response(status_code=LEFT)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -103,6 +105,7 @@ class _Outermost:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["request_id"] = new_request_id()
+        scope["began_s"] = time.monotonic()
         started = False
 
         async def send_named(message: Message) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
+from starlette.requests import ClientDisconnect
 
 from api.auth import Door
 from api.directory import Served
@@ -83,20 +84,27 @@ async def again(pod: Pod, order: Order, completion_id: str, after: int | None, r
     if asked and order.record and not await pod.store.has(order.tenant, completion_id):
         asked = {**asked, **UNSTORED}                   # as it was told the first time, whatever room there is now
     if found.header.stream:
-        return await rest(pod, queue, found, after, asked)
+        return await rest(pod, queue, found, after, asked, None if after else first_token_timer(pod, request))
     fold_whole = whole_fold(completion_id, found.header, await token_bytes(pod, found), asked)
     stream = await join(pod, queue, found)
     return await collect(pod, [stream], stream, fold_whole, request)
 
 
-async def rest(pod: Pod, queue: Queue, found: Found, after: int | None, asked: Asked | None = None) -> EventStream:
+async def rest(pod: Pod, queue: Queue, found: Found, after: int | None, asked: Asked | None = None,
+               on_first: Callable[[], None] | None = None) -> EventStream:
     """The events after `after`, of running answers too. Raises the errors of `follow`."""
     stream, fold, said = await follow(pod, queue, found, after, asked)
-    return EventStream(stream, fold, {COMPLETION_ID: found.job_id}, said=said, on_close=partial(pod.part, stream))
+    return EventStream(stream, fold, {COMPLETION_ID: found.job_id}, said=said, on_first=on_first or (lambda: None),
+                       on_close=partial(pod.part, stream))
+
+
+def first_token_timer(pod: Pod, request: Request) -> Callable[[], None]:
+    """Observes, when it is called, how long ago the request came."""
+    return lambda: pod.metrics.ttft_s.observe(time.monotonic() - request.scope["began_s"])
 
 
 async def collect(pod: Pod, streams: list[Stream], source: Source, fold: Whole[Any], request: Request) -> Response:
-    """Reads streams to their end. Raises the error that ended them, or Draining when the client or the pod left."""
+    """Reads streams to their end. Raises the error that ended them, ClientDisconnect, or Draining when the pod left."""
     watch = asyncio.create_task(_watch(request, source))
     try:
         async for entries in source.batches():
@@ -108,7 +116,9 @@ async def collect(pod: Pod, streams: list[Stream], source: Source, fold: Whole[A
         watch.cancel()
         for stream in streams:
             pod.part(stream)
-    raise Draining(retry_after_s=0.1)                   # a client that has left does not receive it
+    if watch.done():
+        raise ClientDisconnect
+    raise Draining(retry_after_s=0.1)
 
 
 async def _watch(request: Request, source: Source) -> None:

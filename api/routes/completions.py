@@ -13,7 +13,7 @@ from api.directory import Served
 from api.jobs import Order
 from api.pod import Pod
 from api.relay import Stream
-from api.respond import Caller, collect, read_order, respond
+from api.respond import Caller, collect, first_token_timer, read_order, respond
 from api.several import Several
 from api.sse import COMPLETION_ID, EventStream
 from api.submit import new_id, submit
@@ -58,7 +58,8 @@ async def _respond_to_several(pod: Pod, served: Served, asked: CompletionRequest
         for stream in streams:
             pod.part(stream)
 
-    return EventStream(source, TextsChunkFold(completion_id, headers), {COMPLETION_ID: completion_id}, on_close=close)
+    return EventStream(source, TextsChunkFold(completion_id, headers), {COMPLETION_ID: completion_id},
+                       on_first=first_token_timer(pod, caller.request), on_close=close)
 
 
 async def _submit_all(pod: Pod, served: Served, orders: list[Order]) -> list[tuple[Stream, Header]]:

@@ -548,3 +548,38 @@ async def test_metrics_say_what_was_answered(http: httpx.AsyncClient, worker: Sc
     await script.answer("Hi")
     await asked
     assert 'baton_http_requests_total{status="200"}' in (await http.get("/metrics")).text
+
+
+async def counted(http: httpx.AsyncClient, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (.+)$", (await http.get("/metrics")).text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+async def test_a_client_that_leaves_counts_as_no_failure(pod: System, http: httpx.AsyncClient, worker: ScriptedWorker
+                                                         ) -> None:
+    left, failed = (f'baton_http_requests_total{{status="{status}"}}' for status in (499, 503))
+    before = await counted(http, left), await counted(http, failed)
+    async with httpx.AsyncClient(base_url=pod.url, timeout=WAIT_S) as leaving:
+        asked = asyncio.create_task(leaving.post(CHAT, json=ask(worker.model)))
+        script = await worker.claim()
+        asked.cancel()
+    assert await script.outcome() == "cancelled"
+    assert (await counted(http, left), await counted(http, failed)) == (before[0] + 1, before[1])
+
+
+@pytest.mark.parametrize(("address", "fields", "headers"), [
+    (CHAT, ask("m"), {}), (CHAT, ask("m"), {"idempotency-key": "first token"}),
+    ("/v1/completions", {"prompt": ["a", "b"]}, {})], ids=["alone", "with a key", "several prompts"])
+async def test_the_first_token_of_every_stream_is_timed(http: httpx.AsyncClient, worker: ScriptedWorker, address: str,
+                                                        fields: dict[str, Any], headers: dict[str, str]) -> None:
+    name = "baton_time_to_first_token_seconds"
+    num, sum_s = await counted(http, f"{name}_count"), await counted(http, f"{name}_sum")
+    asked = asyncio.create_task(http.post(address, json=fields | {"model": worker.model, "stream": True},
+                                          headers=headers))
+    for _ in fields.get("prompt", "1"):
+        script = await worker.claim()
+        await asyncio.sleep(0.1)
+        await script.answer("Hi")
+    assert (await asked).status_code == 200
+    assert await counted(http, f"{name}_count") == num + 1
+    assert 0.1 <= await counted(http, f"{name}_sum") - sum_s < WAIT_S
