@@ -583,3 +583,8 @@ async def test_the_first_token_of_every_stream_is_timed(http: httpx.AsyncClient,
     assert (await asked).status_code == 200
     assert await counted(http, f"{name}_count") == num + 1
     assert 0.1 <= await counted(http, f"{name}_sum") - sum_s < WAIT_S
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("identity", 400), ("Identity", 400), ("", 400), ("gzip", 415)])
+async def test_a_body_is_as_it_is_written(http: httpx.AsyncClient, encoding: str, status: int) -> None:
+    error_of(await http.post(CHAT, content=b"[]", headers={"content-encoding": encoding}), status)
