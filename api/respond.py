@@ -60,7 +60,7 @@ LastEventID = Annotated[str | None, Header(description="with an Idempotency-Key:
 async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: bytes, asked: Asked | None = None
                   ) -> Response:
     """Submits an order, once for an Idempotency-Key, and answers it."""
-    began_s, request = time.monotonic(), caller.request
+    request = caller.request
     if caller.key is not None:
         after = position(caller.last_event_id, "Last-Event-ID")
         completion_id = await submit_once(pod, served, order, caller.key, body, goes_on=bool(after))
@@ -72,8 +72,7 @@ async def respond(pod: Pod, served: Served, order: Order, caller: Caller, body: 
             await attend(pod, stream)
         fold = event_fold(stream.job_id, header, token_bytes, asked, is_numbered=False)
         return EventStream(stream, fold, {COMPLETION_ID: stream.job_id}, said=fold.begin(),
-                           on_first=lambda: pod.metrics.ttft_s.observe(time.monotonic() - began_s),
-                           on_close=partial(pod.part, stream))
+                           on_first=first_token_timer(pod, request), on_close=partial(pod.part, stream))
     return await collect(pod, [stream], stream, whole_fold(stream.job_id, header, token_bytes, asked), request)
 
 

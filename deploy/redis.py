@@ -139,6 +139,7 @@ def _lock(folder: Path) -> int:
 
 
 def _await_lock(fd: int, folder: Path) -> None:
+    """Tries again and again: flock itself waits without end."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:

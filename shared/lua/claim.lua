@@ -1,6 +1,6 @@
 -- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
---       prefix_patience_ms, prefix_ttl_ms, any_weights, most_choices, max_len, max_attempts, max_claims,
---       job...)
+--       prefix_patience_ms, prefix_ttl_ms, any_weights, most_choices, max_model_len, max_attempts,
+--       max_claims, job...)
 --   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request, header}...}
 -- look_again_ms: time until this worker may take a job that was left to another; -1: no job was left.
 -- The same sequence number returns the same jobs again: a claim whose reply was lost loses nothing. The jobs given are
@@ -8,7 +8,7 @@
 -- queue ('*': unspecified).
 local SHARE_MS = 10  -- for others to take their share of the queue
 local PROOF_MS = 50  -- for jobs to get their first token
-local MAX_PAGES = 16 -- of max_scan jobs each, searched for jobs that this worker can compute; its next claim goes on there
+local MAX_PAGES = 16 -- of max_scan jobs each, searched for jobs that this worker can compute; its next claim goes on
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
 local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
 local self, held = key('sequence:' .. worker), key('held:' .. worker)

@@ -175,9 +175,9 @@ local function accept()
   local now = now_ms()
   redis.call('HSET', key('job:' .. job), 'state', QUEUED, 'entry', entry, 'request', ARGV[2], 'tenant', tenant,
              'choices', choices, 'pods', pod, 'priority', priority, 'start_tag', start, 'deadline_ms', now + ARGV[8],
-             'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'cost', cost, 'length', ARGV[10] + ARGV[11], 'tokenizer_id', ARGV[12], 'weights_id', ARGV[13],
-             'prefix', ARGV[14], 'numerics_id', '', 'attempts', 0, 'claims', 0, 'claim_position', 0,
-             'submitted_ms', now, 'ready_ms', now)
+             'retain_ms', ARGV[9], 'prompt_tokens', ARGV[10], 'cost', cost, 'length', ARGV[10] + ARGV[11],
+             'tokenizer_id', ARGV[12], 'weights_id', ARGV[13], 'prefix', ARGV[14], 'numerics_id', '', 'attempts', 0,
+             'claims', 0, 'claim_position', 0, 'submitted_ms', now, 'ready_ms', now)
   redis.call('XADD', key('out:' .. job), '0-1', 'position', 0, 'tokens', 0, 'kind', 'header', 'data', ARGV[3])
   redis.call('HINCRBY', key('tenants'), tenant, choices)
   redis.call('ZADD', key('deadlines'), now + ARGV[8], job)

@@ -1,7 +1,8 @@
 -- publish(tag; worker, lease_ms, sequence, (job, epoch, position, tokens, kind, data)...) -> {outcome...}
 -- One script per engine step for the whole batch: append, push what was appended, finish what ended, renew the lease.
 -- outcome: 'ok', 'refused' (the job is no longer this worker's: lease lost, cancelled, past its deadline), 'gone'
--- (there is no log, or it lacks what comes before). kind 'hold' appends nothing: it asks whether the job is still this worker's.
+-- (there is no log, or it lacks what comes before). kind 'hold' appends nothing: it asks whether the job is still this
+-- worker's.
 -- `sequence` counts a worker's publishes; 1 starts a new count. If the previous one is missing, this Redis lacks
 -- acknowledged data: {'behind'} alone, and nothing was written.
 local worker, sequence, outcomes = ARGV[1], tonumber(ARGV[3]), {}
@@ -17,7 +18,7 @@ local function hold(job, epoch)
   return is_held and 'ok' or 'refused'
 end
 
--- Without a gap, and nothing twice: a log that was restored may know nothing of the claim under which this worker writes.
+-- Without a gap, and nothing twice: a log that was restored may not know the claim under which this worker writes.
 local function say(job, epoch, position, tokens, kind, data)
   local newest_epoch, newest = last(job)
   if newest and tonumber(epoch) >= newest_epoch then

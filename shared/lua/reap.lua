@@ -44,7 +44,8 @@ for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 
 end
 
 budget = math.max(budget - late, 1)
-for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now, 'LIMIT', 0, is_full and 4096 or budget)) do
+local most = is_full and -1 or budget                   -- in a full one most are passed over
+for _, job in ipairs(redis.call('ZRANGEBYSCORE', key('readers'), '-inf', now, 'LIMIT', 0, most)) do
   if unread >= budget then break end
   if not is_full or redis.call('HGET', key('job:' .. job), 'pods') == '' then
     if not terminate(job, 'cancelled', 'cancelled') then redis.call('ZREM', key('readers'), job) end

@@ -15,7 +15,7 @@ from api import delivered as delivered_module
 from api.delivered import MAX_PUT_BACKS, Delivered
 from api.relay import READ_LIMIT, Relay, Stream
 from shared import connection
-from shared.errors import DeadlineExceeded, StreamLost
+from shared.errors import Cancelled, DeadlineExceeded, StreamLost
 from shared.job import Entry, Header, Job, Sampling
 from shared.keys import new_completion_id
 from shared.queue import Queue
@@ -202,6 +202,22 @@ async def test_a_redis_that_went_back_does_not_tell_another_story(redis: Redis) 
     reader.stream.look()
     assert await reader.end() == [1, 2, 3, 4]
     assert text_of(reader.entries) == "Hello"
+
+
+async def test_a_cancelled_answer_whose_log_has_expired_is_not_put_back(redis: Redis) -> None:
+    """Its terminal was pushed to a stream without room, whose client reads on after that."""
+    script = await make_script(redis)
+    for text in "abcd":
+        await script.say(say(text))
+    assert await script.worker.queue.cancel(script.job.id)
+    log = await log_of(script)
+    await redis.delete(*await keys_of(script))
+    stream = Stream(script.job.id, script.worker.queue, SETTINGS, Delivered(script.job, HEADER.encode()))
+    for entry in log:
+        stream.push(entry)
+    with pytest.raises(Cancelled):
+        await Reader(stream).end()
+    assert not await keys_of(script)
 
 
 async def test_a_log_that_others_have_put_back_is_read_on(redis: Redis) -> None:

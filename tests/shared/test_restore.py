@@ -75,6 +75,17 @@ async def test_a_worker_that_claims_again_what_others_continued_does_not_go_on_f
     assert (await claim_one(queue, "w1", sequence=2)).position == 4, "it holds the claim, and hears of it again"
 
 
+async def test_what_a_worker_puts_back_was_begun_with_its_weights(queue: Queue) -> None:
+    """Its job may name others, of the card on which it was made: a rolling change of weights."""
+    claimed, entries = await begin(queue, weights_id="before")
+    await queue.redis.flushall()
+    assert await queue.restore(claimed.job, HEADER.encode(), entries, epoch=claimed.epoch, worker="w1", weights_id="w",
+                               numerics_id="n")
+    assert await queue.release("w1") == 1
+    assert not (await queue.claim("w2", 1, 8, **LIKE | {"weights_id": "before"})).jobs
+    assert (await claim_one(queue, "w3")).job.id == claimed.job.id
+
+
 async def test_a_pod_puts_back_what_it_has_delivered_and_any_worker_goes_on(queue: Queue) -> None:
     claimed, entries = await begin(queue)
     await queue.redis.flushall()
