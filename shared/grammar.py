@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from tokenizers import Tokenizer
 
 from shared.errors import InvalidGrammar
 from shared.patterns import alike
@@ -30,6 +31,7 @@ MAX_CACHED_CHARS = 4 << 20  # of all of them
 TRIAL_STEPS = 8             # tokens drawn on trial before a job is queued
 MAX_FORCED_BYTES = 64       # of forced text that is tokenized at once: more costs time at each token
 UNFORCED = "// of a client" # marks a client's grammar: its forced text is not computed, since that may never end
+NO_END = "<|baton: no end|>"    # a token added where a model has none that ends its answers
 TOKEN = b"\xff"             # in forced text: precedes the [id] of a special token
 # Limits of work. Compiling burns some 50,000 units of fuel in a millisecond, a step some 14,000.
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=20_000,
@@ -153,10 +155,14 @@ class Grammars:
 
     @cached_property                                    # not always needed, and takes some 20 MiB
     def _tokenizer(self) -> LLTokenizer:
-        eos = list(self.eos_token_ids) or None
+        source, eos = self._tokenizer_json, list(self.eos_token_ids)
+        if not eos:                                     # llguidance would take token 0 for it, and refuse that as text
+            ended = Tokenizer.from_str(source)
+            ended.add_special_tokens([NO_END])
+            source, eos = ended.to_str(), [ended.token_to_id(NO_END) or 0]
         for num_tokens in (self.vocab_size, None):      # some have tokens for which their model has no logits
             with contextlib.suppress(ValueError):
-                return LLTokenizer(self._tokenizer_json, n_vocab=num_tokens, eos_token=eos)
+                return LLTokenizer(source, n_vocab=num_tokens, eos_token=eos)
         raise InvalidGrammar("Nothing can be enforced with this model's tokenizer.")       # llguidance knows no such
 
     @property

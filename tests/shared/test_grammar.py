@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from shared import grammar
 from shared.errors import InvalidGrammar
 from shared.grammar import Grammars, of_choice, of_grammar, of_regex, of_schema
+from tests.bench.models import make_tokenizer
 from worker import tiny
 
 TOKENIZER = Tokenizer.from_file(str(Path(tiny.MODEL_FOLDER) / "tokenizer.json"))
@@ -174,3 +175,14 @@ def test_a_grammar_that_ran_into_a_limit_is_compiled_anew(grammars: Grammars) ->
     assert not accepts(grammars, long, "xyz"), "else there is nothing to forget"
     grammars.forget(long)
     assert accepts(grammars, long, "xyz")
+
+
+def test_without_an_end_every_token_that_is_allowed_is_taken() -> None:
+    """Token 0 is one of them: llguidance takes it for the end of an answer if nobody names another."""
+    tokenizer = make_tokenizer(600)
+    endless = Grammars(tokenizer.to_str(), tokenizer.get_vocab_size(), [])
+    matcher = endless.matcher(of_regex(r"(?s:.)*Z{9}"))
+    allowed = [token_id for token_id in range(endless.vocab_size)
+               if matcher.compute_bitmask()[token_id // 8] >> token_id % 8 & 1]
+    assert 0 in allowed
+    assert all(matcher.deep_copy().try_consume_tokens([token_id]) for token_id in allowed)
