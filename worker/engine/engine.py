@@ -326,7 +326,8 @@ class Engine:
         _prepare(sequence.constraint for sequence in sequences if sequence.constraint)
         rows = [flight.rows[place]._replace(allowed=sequence.allowed())
                 for place, sequence in zip(refused, sequences, strict=True)]
-        again = Flight(sequences, rows, None, self.sampler.sample(flight.logits[list(refused)], rows))
+        logits = flight.logits.index_select(0, torch.tensor(list(refused)))
+        again = Flight(sequences, rows, None, self.sampler.sample(logits, rows))
         for place, (draw, (_, *behind)) in enumerate(zip(again.draws.read(), refused.values(), strict=True)):
             self._take(again, place, [draw, *behind])
 

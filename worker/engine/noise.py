@@ -12,10 +12,12 @@ from torch import Tensor
 from worker.engine.rng import GOLDEN, MAX_V, MULTIPLIERS, wrapped
 from worker.engine.sampler import FORBIDDEN
 from worker.model.cpu import LANES
-from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value
+from worker.model.cpu.code import FLOAT32, INT32, INTEGER, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, Kernel, threads_for
 
-WORK = 16               # per token: more computing than reading
+WORK = 4                # per token: more computing than reading
+EXPONENT_PLACE, EXPONENT_OF_ONE = 23, 127.0     # in a float32
+MORE_THAN_LOG_2 = 0.6932        # by more than the logarithm's rounding
 
 
 class Wishes(NamedTuple):
@@ -42,11 +44,11 @@ class RunnersUp(NamedTuple):
     def of(self, row: int) -> Iterator[int]:
         """The tokens that would be drawn if the earlier ones were refused, as far as they are certain: of a lane's
         second largest only the value is known, so the list ends where one of those might be next."""
-        lanes = zip(*(part[row].tolist() for part in self), strict=True)
-        first, *others = sorted(lanes, key=lambda lane: (-lane[0], lane[1]))
+        largest, token_ids, seconds = (part.numpy()[row] for part in self)
+        first, *others = sorted(zip((-largest).tolist(), token_ids.tolist(), seconds.tolist(), strict=True))
         hidden = first[2]
-        for largest, token_id, second in others:
-            if largest <= hidden:
+        for negated, token_id, second in others:
+            if -negated <= hidden:
                 return
             yield token_id
             hidden = max(hidden, second)
@@ -63,11 +65,12 @@ def draw(logits: Tensor, wishes: Wishes, runners_up: RunnersUp | None = None) ->
     temperatures, keys, allowed, floors = wishes
     low, high = (half.contiguous() for half in keys) if keys else (0, 0)
     drawn = torch.empty(2, num_rows, dtype=torch.long)
+    num_threads = threads_for(logits.numel() * WORK) if num_rows > 1 else 1
     _draw(logits, 0 if temperatures is None else temperatures, low, high, 0 if allowed is None else allowed,
           0 if floors is None else floors, drawn, *(runners_up or (0, 0, 0)), num_rows, logits.stride(0), vocab_size,
-          0 if allowed is None else allowed.stride(0), num_threads=threads_for(logits.numel() * WORK),
-          dtype=logits.dtype, has_temperatures=temperatures is not None, has_noise=keys is not None,
-          has_bits=allowed is not None, has_floors=floors is not None, has_runners_up=runners_up is not None)
+          0 if allowed is None else allowed.stride(0), num_threads=num_threads, dtype=logits.dtype,
+          has_temperatures=temperatures is not None, has_noise=keys is not None, has_bits=allowed is not None,
+          has_floors=floors is not None, has_runners_up=runners_up is not None)
     return drawn
 
 
@@ -132,8 +135,14 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
             if floor:
                 numbers = code.select(numbers < floor, FORBIDDEN, numbers)
             numbers = code.select(numbers.equals(numbers), numbers, code.splat(code.number(math.inf)))
-            if keys:
-                numbers += _gumbel(code, keys, code.narrowed(tokens))
+            if not keys:
+                keep(numbers, tokens)
+                return
+            v = _uniform(code, keys, code.narrowed(tokens))
+            with code.when(code.some(numbers + _most_gumbel(code, v) > (second if has_runners_up else most).value)):
+                keep(numbers + _gumbel(code, v), tokens)
+
+        def keep(numbers: Value, tokens: Value) -> None:
             if has_runners_up:
                 second.value = code.larger(second.value, code.smaller(numbers, most.value))
             is_larger = numbers > most.value
@@ -160,8 +169,8 @@ def _draw(code: Code, logits: Value, temperatures: Value, low: Value, high: Valu
         code.store(code.select(is_valid, code.integer(1), code.integer(0)), place + num_rows * SIZES[INTEGER], INTEGER)
 
 
-def _gumbel(code: Code, keys: list[Value], tokens: Value) -> Value:
-    """For int32 tokens. log(1 - v) by Kahan's formula, whose quotient cancels the rounding of 1 - v."""
+def _uniform(code: Code, keys: list[Value], tokens: Value) -> Value:
+    """v of rng.py, for int32 tokens."""
     low, high = keys
     first, second = map(wrapped, MULTIPLIERS)
     x = tokens * wrapped(GOLDEN) + low
@@ -169,7 +178,17 @@ def _gumbel(code: Code, keys: list[Value], tokens: Value) -> Value:
     x = ((x ^ (x >> 15)) ^ high) * second
     x = (x ^ (x >> 15)) & 0x7FFFFFFF
     v = (code.as_number(x) + 0.5) * 2.0**-31
-    v = code.select(v < MAX_V, v, code.splat(code.number(MAX_V)))
+    return code.select(v < MAX_V, v, code.splat(code.number(MAX_V)))
+
+
+def _most_gumbel(code: Code, v: Value) -> Value:
+    """A bound of the noise that takes no logarithm: it is below -log(v), and v at least two to its exponent."""
+    exponent = code.as_number(code.cast(v, vector(INT32)) >> EXPONENT_PLACE)
+    return (exponent - EXPONENT_OF_ONE) * -MORE_THAN_LOG_2
+
+
+def _gumbel(code: Code, v: Value) -> Value:
+    """-log(-log(1 - v)), the inner logarithm by Kahan's formula, whose quotient cancels the rounding of 1 - v."""
     one = code.splat(code.number(1.0))
     u = one - v
     rounded = one - u

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from worker.engine.noise import RunnersUp, Wishes
 
 FORBIDDEN = -1e30           # added to a logit; a float can be divided by MIN_TEMPERATURE then
+ANYTHING = -1               # 32 bits: any of so many tokens
 CPU = torch.device("cpu")
 
 Logprobs = tuple[int, float, tuple[tuple[int, float], ...]]    # token id, its log probability, the likeliest
@@ -80,11 +81,13 @@ class Sampler:
     _seen: Tensor | None = field(init=False, default=None)      # [slots, vocab]: in the prompt or generated
     _bias: dict[int, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)      # slot → token ids, values
     _copy: Tensor | None = field(init=False, default=None)      # [rows, vocab] in float32, of logits that are adjusted
+    _allowed: npt.NDArray[np.int32] = field(init=False)         # [rows, words]: a bit for each token id
     last_token_ids: Tensor = field(init=False)                  # [slots]: what each has drawn last
 
     def __post_init__(self) -> None:
         self.has_kernel = self.device.type == "cuda"
         self.params = [None] * self.num_slots
+        self._allowed = np.empty((0, 0), dtype=np.int32)
         self.last_token_ids = torch.zeros(self.num_slots, dtype=torch.long, device=self.device)
 
     def join(self, slot: int, params: Params, prompt: Sequence[int], generated: Sequence[int]) -> None:
@@ -151,15 +154,19 @@ class Sampler:
                 not p.is_plain or self._is_too_short(row, p)
                 for row, p in zip(rows, params, strict=True)):
             return None
-        allowed = None
-        if is_constrained:
-            anything = np.full(-(-self.vocab_size // 32), -1, dtype=np.int32)
-            bits = np.concatenate([anything if row.allowed is None else row.allowed for row in rows])
-            allowed = torch.from_numpy(bits.reshape(len(rows), -1))
+        allowed = self._bits(rows) if is_constrained else None
         if all(p.is_greedy for p in params):
             return cast("Wishes", noise.Wishes(allowed=allowed))
         temperatures = torch.tensor([0.0 if p.is_greedy else p.sampling.temperature for p in params])
         return cast("Wishes", noise.Wishes(temperatures, rng.split_keys(_keys(rows, params)), allowed))
+
+    def _bits(self, rows: Sequence[Row]) -> Tensor:
+        """The allowed tokens of each row, in one fixed buffer, since the system zeroes a new one."""
+        if len(rows) > len(self._allowed):
+            self._allowed = np.empty((len(rows), -(-self.vocab_size // 32)), dtype=np.int32)
+        for bits, row in zip(self._allowed, rows, strict=False):
+            bits[:] = ANYTHING if row.allowed is None else row.allowed
+        return torch.from_numpy(self._allowed[:len(rows)])
 
     def _is_too_short(self, row: Row, params: Params) -> bool:
         """Whether min_tokens forbids an end; for constrained rows the mask does that."""
