@@ -5,9 +5,11 @@ It knows no objects, only ids and when each was made.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
 
 from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
 
 from shared.keys import tenant_key
 
@@ -17,8 +19,9 @@ List = Literal["completions", "files"]
 
 
 async def remember(redis: Redis, tenant: str, of: List, member: str, created_ms: int) -> None:
-    """To be called before the deletion."""
-    await redis.set(_key(tenant, of, member), created_ms, px=round(REMEMBERED_S * 1000))
+    """To be called before the deletion. A full Redis remembers nothing, and has room after it."""
+    with suppress(OutOfMemoryError):
+        await redis.set(_key(tenant, of, member), created_ms, px=round(REMEMBERED_S * 1000))
 
 
 async def created_ms(redis: Redis, tenant: str, of: List, member: str) -> int | None:

@@ -135,10 +135,11 @@ class Store:
             if record := _head(raw):
                 yield record
 
-    async def unlist(self, tenant: str, records: Iterable[Record]) -> None:
-        """Takes records out of the list whose answers cannot be shown any more; the records stay until they expire."""
-        if ids := [record.id for record in records if record.is_settled]:
-            await self._redis.zrem(tenant_key(tenant, "completions"), *ids)
+    async def forget(self, tenant: str, records: Iterable[Record]) -> None:
+        """Removes records whose answers cannot be shown any more."""
+        for record in records:
+            if record.is_settled:
+                await self.remove(tenant, record.id)
 
 
 def _key(tenant: str, completion_id: str) -> str:

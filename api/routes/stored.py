@@ -56,7 +56,7 @@ def router(pod: Pod, door: Door) -> APIRouter:
                 continue
             if len(told) > num_wanted:
                 break
-        await pod.store.unlist(tenant, gone)
+        await pod.store.forget(tenant, gone)
         ids = list(told)[:num_wanted]
         rest = dump({"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None,
                      "has_more": len(told) > num_wanted})

@@ -7,22 +7,27 @@ import contextlib
 import time
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
 
 from api.cards import MAX_LOADED, Cards
 from api.deleted import REMEMBERED_S
 from api.stored import Record, Store
+from deploy.redis import RedisServer, binaries
+from shared import connection
 from shared.errors import InvalidValue, StorageFull
 from shared.keys import Shard, tenant_key
 from shared.settings import Settings
 from tests.api.conftest import KEYS, client
 from tests.api.scripted import WAIT_S, ScriptedWorker, ask, byte_card, byte_tokenizer, error_of, say
 from tests.api.test_resume import drawn
+from tests.conftest import short_folder
 from tests.system import System
 
 ADDRESS = "/v1/chat/completions"
@@ -198,14 +203,33 @@ async def test_a_list_reads_little_of_what_was_asked(each_redis: Redis) -> None:
     assert whole and (*whole.items,) == records[0].items and whole.metadata == metadata[0]
 
 
-async def test_what_will_never_be_told_leaves_the_list(each_redis: Redis) -> None:
+async def test_what_will_never_be_told_is_forgotten(each_redis: Redis) -> None:
     """Not what was begun a moment ago: its job may come."""
-    stored = Store(each_redis, Settings())
-    old, new = record(1, 0), replace(record(2, 0), created_ms=round(time.time() * 1000))
+    stored = Store(each_redis, Settings(max_tenant_stored_bytes=2300))
+    old, new = record(1, 700), replace(record(2, 700), created_ms=round(time.time() * 1000))
     for each in (old, new):
         await stored.put("a", replace(each, created_ms=new.created_ms))
-    await stored.unlist("a", [old, new])
+    await stored.forget("a", [old, new])
     assert [each.id async for each in stored.listed("a", after=None, newest_first=False)] == [new.id]
+    await stored.put("a", record(3, 700))               # there is room again
+
+
+@pytest.mark.parametrize("binary", [pytest.param(path, id=path.parent.name) for path in binaries()])
+async def test_from_a_full_redis_it_can_be_removed(binary: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = RedisServer(short_folder(tmp_path_factory), binary).start()
+    redis: Any = connection.connect(server.url)
+    try:
+        stored, new = Store(redis, Settings()), replace(record(1, 700), created_ms=round(time.time() * 1000))
+        await stored.put("a", new)
+        await redis.config_set("maxmemory", (await redis.info("memory"))["used_memory"] // 2)
+        with pytest.raises(OutOfMemoryError):
+            await redis.set("more", "x")
+        await stored.remove("a", new.id)
+        assert not await stored.has("a", new.id)
+        assert [each async for each in stored.listed("a", after=None, newest_first=False)] == []
+    finally:
+        await redis.aclose()
+        server.stop()
 
 
 async def test_a_list_shows_what_has_ended_well(pods: list[httpx.AsyncClient], pair_worker: ScriptedWorker) -> None:
