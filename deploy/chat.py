@@ -17,10 +17,12 @@ HELP = "Enter sends. /clear forgets the conversation, /quit or Ctrl-D leaves."
 
 
 def chat(url: str, model: str | None, api_key: str) -> None:
-    """Chats until the user leaves. Raises BrokenEnvironment when no API answers."""
+    """Chats until the user leaves; `url` may be that of SDKs too, with /v1. Raises BrokenEnvironment when no API
+    answers."""
     console = Console(highlight=False)
     headers = {"authorization": f"Bearer {api_key}"}
-    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(READ_S, connect=CONNECT_S),
+    timeout, base_url = httpx.Timeout(READ_S, connect=CONNECT_S), url.rstrip("/").removesuffix("/v1")
+    with httpx.Client(base_url=base_url, headers=headers, timeout=timeout,
                       trust_env=not _is_this_machine(url)) as client:
         model = model or _first_model(client)
         console.print(f"[bold]{model}[/] at {url}. {HELP}", style="dim")

@@ -6,6 +6,7 @@ Pure; it sees one piece of a file at a time, of any length, never the whole.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -77,7 +78,7 @@ class Splitter:
     def _end(self, text: bytes) -> list[Raw]:
         self._go_on(text)
         self.num_lines += 1
-        line = b"".join(self._rest).strip()
+        line = b"".join(self._rest).removeprefix(BOM_UTF8 if self.num_lines == 1 else b"").strip()
         self._rest, self._num_rest_bytes = [], 0
         return [Raw(self.num_lines, line)] if line else []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from codecs import BOM_UTF8
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -45,9 +46,10 @@ def check(*lines: bytes, endpoint: str = CHAT) -> Checker:
 
 
 def test_lines_are_the_same_wherever_pieces_are_cut() -> None:
-    """As bytes.split would cut the whole, with Windows' newlines, without a last one, with blank lines between."""
-    whole = b"\n".join([line("é"), b"", b"  ", line("b") + b"\r", line("c")])
-    wanted = [Raw(number, text.strip()) for number, text in enumerate(whole.split(b"\n"), 1) if text.strip()]
+    """As bytes.split would cut the whole, with Windows' mark and newlines, without a last one, blank lines between."""
+    text = b"\n".join([line("é"), b"", b"  ", line("b") + b"\r", line("c")])
+    wanted = [Raw(number, each.strip()) for number, each in enumerate(text.split(b"\n"), 1) if each.strip()]
+    whole = BOM_UTF8 + text
     rng = random.Random(1)
     for size in (1, 2, 7, len(whole)):
         splitter, found, begin = Splitter(), list[Raw](), 0

@@ -25,6 +25,13 @@ def test_another_web_server_is_one_line(page: bytes | None) -> None:
         chat(f"http://127.0.0.1:{port}", None, "EMPTY")
 
 
+def test_the_address_of_an_sdk_will_do() -> None:
+    with serving({"/v1/models": b'{"data": []}'}) as port:
+        for path in ("", "/", "/v1", "/v1/"):
+            with pytest.raises(BrokenEnvironment, match="serves no model at the moment"):
+                chat(f"http://127.0.0.1:{port}{path}", None, "EMPTY")
+
+
 def test_what_is_no_address_is_one_line() -> None:
     with pytest.raises(BrokenEnvironment, match="is no address"):
         chat("http://127.0.0.1:none", None, "EMPTY")
