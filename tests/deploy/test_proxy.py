@@ -18,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 
+from api.wire.message_fold import error_body
 from shared.errors import BodyTooLarge, Unavailable
 from tests.tools import require_tool
 
@@ -238,6 +239,8 @@ async def test_a_body_beyond_the_limit_is_refused_in_openai_s_words(folder: Path
     async with serving(pod) as port, proxy(folder, port) as client:
         answer = await client.post(CHAT, content=b"x" * (10 << 20))
         assert (answer.status_code, answer.json()) == (413, BodyTooLarge().body())
+        answer = await client.post("/v1/messages?beta=true", content=b"x" * (10 << 20))
+        assert (answer.status_code, answer.json()) == (413, error_body(BodyTooLarge(), answer.headers["x-request-id"]))
         assert not pod.seen
         pod.gate.set()
         assert (await client.post("/v1/files", content=b"x" * (10 << 20))).status_code == 200, "a file may be larger"
@@ -248,5 +251,10 @@ async def test_without_any_pod_the_refusal_is_openai_s(folder: Path) -> None:
         pass
     async with proxy(folder, closed) as client:
         answer = await client.get("/v1/models")
+        of_anthropic = await client.post("/v1/messages", json={})
     assert (answer.status_code, answer.json()) == (503, Unavailable().body())
-    assert answer.headers["content-type"] == "application/json"
+    request_id = of_anthropic.headers["x-request-id"]
+    assert (of_anthropic.status_code, of_anthropic.json()) == (503, error_body(Unavailable(), request_id))
+    for each in (answer, of_anthropic):
+        assert each.headers["content-type"] == "application/json"
+        assert each.headers["retry-after"] == "1"
