@@ -78,11 +78,15 @@ class Stage:
         await asyncio.to_thread(self.redis.start)
         self.system = System(self._folder, self.redis.url, start=self._nursery.start, **self._settings)
         self._look = Redis.from_url(self.redis.url, retry=None, decode_responses=True)
-        for room, number in self._num.items():
-            for i in range(number):
-                is_odd = (room, i) == ("worker", number - 1)
-                self._begin(await self._enlist(room, self._odd if is_odd else {}))
-        await asyncio.to_thread(self.system.await_workers, self._num["worker"])
+        try:
+            for room, number in self._num.items():
+                for i in range(number):
+                    is_odd = (room, i) == ("worker", number - 1)
+                    self._begin(await self._enlist(room, self._odd if is_odd else {}))
+            await asyncio.to_thread(self.system.await_workers, self._num["worker"])
+        except BaseException:                           # then nobody leaves it
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
