@@ -103,7 +103,7 @@ class Settings(BaseSettings):
         "none", description="int8: weights in half the memory, on a GPU; other answers, and a name of their own")
     threads: int = Field(
         0, ge=0, le=1024,
-        description="threads of a forward; 0: all, or OMP_NUM_THREADS; one less for a small model by torch")
+        description="threads of a forward; 0: all, or OMP_NUM_THREADS; one less for a small model")
     step_timeout_s: Seconds = Field(30.0, gt=0, description="a step that takes longer hangs: the worker ends itself")
 
     # ── the protocol ──

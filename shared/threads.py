@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 LARGE_BYTES = 128 << 20     # of weights: from here on a step takes tens of milliseconds
+LARGE_FOR_KERNELS_BYTES = 16 << 20      # for our own kernels: they share their work more evenly, and need less of it
 SPINS = 2000                # some 30 µs
 STACK_BYTES = 8 << 20       # of threads that we start, whatever the system's default
 
@@ -29,13 +30,13 @@ def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["GOMP_SPINCOUNT"] = str(SPINS)
 
 
-def default_threads(num_cores: int, num_bytes: int) -> int:
+def default_threads(num_cores: int, num_bytes: int, large_bytes: int = LARGE_BYTES) -> int:
     """A small model leaves one core to Redis, the API and the worker's loop, which run every few milliseconds then.
 
     Beside the long steps of a large one they hardly matter. Chosen by the size of the weights and not by measured time,
     so that like machines have the same numerics.
     """
-    return num_cores if num_bytes >= LARGE_BYTES else max(1, num_cores - 1)
+    return num_cores if num_bytes >= large_bytes else max(1, num_cores - 1)
 
 
 def threads_of_each(num_cores: int, num_workers: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from shared.job import Sampling
 from shared.settings import Settings
-from shared.threads import default_threads, most_threads, weight_bytes
+from shared.threads import LARGE_FOR_KERNELS_BYTES, default_threads, most_threads, weight_bytes
 from worker.engine.engine import Engine, Request
 from worker.model.folder import ModelRefused
 from worker.model.loading import load
@@ -24,14 +24,15 @@ KV_CACHE_BYTES = 4 << 30        # of a CPU's memory; on a GPU all that is free i
 
 def build(settings: Settings, folder: Path) -> Engine:
     """Raises ModelRefused."""
-    torch.set_num_threads(settings.threads or default_threads(most_threads(), weight_bytes(folder)))
+    num_bytes = weight_bytes(folder)
+    torch.set_num_threads(settings.threads or default_threads(most_threads(), num_bytes))
     began_s = time.monotonic()
     log.info("loading %s", folder)
     model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len, device=settings.device,
                  max_num_seqs=settings.max_num_seqs, quantization=settings.quantization)
     on_cpu = model.device.type == "cpu"
-    if model.is_uniform and not settings.threads:       # its bits do not depend on the number of threads, and those
-        torch.set_num_threads(most_threads())           # that are free do more: a core that others need is no loss
+    if model.is_uniform and not settings.threads:       # its bits do not depend on the number of threads
+        torch.set_num_threads(default_threads(most_threads(), num_bytes, LARGE_FOR_KERNELS_BYTES))
     prefill_chunk = settings.prefill_chunk_tokens or (CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
