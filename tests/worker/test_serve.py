@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from shared.job import Sampling
 from shared.settings import Settings
 from worker.build import MIN_CHUNK_TOKENS, _time_prefill, build, fit_chunk
+from worker.engine.request import Request
 from worker.engine.runner import Runner
 from worker.engine.scheduler import Forward
 from worker.engine.sequence import Sequence
@@ -60,6 +62,27 @@ async def test_steps_take_as_many_threads_as_the_setting_says(
     monkeypatch.setattr(Worker, "run", run)
     assert await serve(Settings(redis_url=redis_url, allow_no_aof=True, threads=3)) == 0
     assert seen == [3]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("large_bytes", "expected"), [(0, 4), (1 << 40, 3)])
+def test_a_small_model_leaves_a_core_but_while_it_reads_prompts(
+        large_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.build.most_threads", lambda: 4)
+    monkeypatch.setattr("worker.build.LARGE_FOR_KERNELS_BYTES", large_bytes)
+    engine, seen, run = build(settings := Settings(), model_folder(settings)), dict[bool, int](), Runner.run
+    if not engine.model.is_uniform:
+        pytest.skip("torch computes it, whose bits depend on the number of threads")
+
+    def watch(self: Runner, forward: Forward, sequences: Mapping[int, Sequence]) -> Any:
+        seen[bool(forward.prefills)] = torch.get_num_threads()
+        return run(self, forward, sequences)
+
+    monkeypatch.setattr(Runner, "run", watch)
+    engine.add(Request("a", (1, 2, 3), Sampling(max_tokens=3, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    assert seen == {True: 4, False: expected}
 
 
 @pytest.mark.usefixtures("threads")
