@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from worker.worker import Worker
 
 BUILT_IN = "baton-tiny"
+YOUNG_OBJECTS = 20_000      # made since the last collection that start the next: some megabytes
 
 
 def served_names(settings: Settings) -> tuple[str, ...]:
@@ -53,12 +54,19 @@ async def serve(settings: Settings) -> int:
     engine = build(settings, folder)                    # in the thread that steps: OpenMP has a thread count per thread
     worker = Worker(settings, redis, engine, make_card(names[0], engine), names)
     stop = asyncio.create_task(_stop_when(stopping, worker))
-    gc.collect()
-    gc.freeze()                                         # a full collection over torch's objects would stall a step
+    spare_steps()
     await worker.run()
     stop.cancel()
     await redis.aclose()
     return int(worker.is_broken)
+
+
+def spare_steps() -> None:
+    """Keeps the garbage collector from stalling steps: it never looks at torch's objects again, and rarely at new ones,
+    of which a step with forms makes hundreds."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
 
 
 async def _stop_when(stopping: asyncio.Event, worker: Worker) -> None:

@@ -30,6 +30,7 @@ from tests.system import MODEL
 from worker.build import build
 from worker.constraint import GrammarConstraint
 from worker.engine.engine import Engine, Request
+from worker.serve import spare_steps
 
 WAVES = 6                   # requests per stream over HTTP: the last run beside fewer, since forms end at other steps
 ITEM = {"type": "object", "additionalProperties": False, "required": ["name", "price", "tags"], "properties": {
@@ -74,6 +75,7 @@ def main() -> None:
     settings = Settings(model=str(args.folder), max_num_seqs=args.streams, enable_prefix_caching=False,
                         num_speculative_tokens=0)
     engine = build(settings, args.folder)
+    spare_steps()
     grammars = Grammars((args.folder / "tokenizer.json").read_text(), engine.model.vocab_size, ())
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder, \
             service(argparse.Namespace(model=str(args.folder)), Path(folder)) as url:
