@@ -31,10 +31,10 @@ def build(settings: Settings, folder: Path) -> Engine:
     model = load(str(folder), dtype=settings.dtype, max_model_len=settings.max_model_len, device=settings.device,
                  max_num_seqs=settings.max_num_seqs, quantization=settings.quantization)
     on_cpu = model.device.type == "cpu"
-    decode_threads = 0
+    few_threads = 0
     if model.is_uniform and not settings.threads:       # its bits do not depend on the number of threads
         torch.set_num_threads(most_threads())
-        decode_threads = default_threads(most_threads(), num_bytes, LARGE_FOR_KERNELS_BYTES)
+        few_threads = default_threads(most_threads(), num_bytes, LARGE_FOR_KERNELS_BYTES)
     prefill_chunk = settings.prefill_chunk_tokens or (CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
@@ -44,7 +44,7 @@ def build(settings: Settings, folder: Path) -> Engine:
                         enable_prefix_caching=settings.enable_prefix_caching,
                         exact_replay_max_tokens=settings.exact_replay_max_tokens,
                         num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics,
-                        decode_threads=decode_threads)
+                        few_threads=few_threads)
     except ValueError as error:
         raise ModelRefused(f"{folder}: {error}") from None
     engine.prefill_budget = fit_chunk(engine.prefill_budget, _time_prefill(engine), settings.lease_s / 4)

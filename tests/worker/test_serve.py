@@ -11,6 +11,7 @@ import torch
 from shared.job import Sampling
 from shared.settings import Settings
 from worker.build import MIN_CHUNK_TOKENS, _time_prefill, build, fit_chunk
+from worker.engine.engine import MANY_ROWS
 from worker.engine.request import Request
 from worker.engine.runner import Runner
 from worker.engine.scheduler import Forward
@@ -66,7 +67,7 @@ async def test_steps_take_as_many_threads_as_the_setting_says(
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("large_bytes", "expected"), [(0, 4), (1 << 40, 3)])
-def test_a_small_model_leaves_a_core_but_while_it_reads_prompts(
+def test_a_small_model_leaves_a_core_but_in_forwards_of_many_rows(
         large_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.build.most_threads", lambda: 4)
     monkeypatch.setattr("worker.build.LARGE_FOR_KERNELS_BYTES", large_bytes)
@@ -75,11 +76,11 @@ def test_a_small_model_leaves_a_core_but_while_it_reads_prompts(
         pytest.skip("torch computes it, whose bits depend on the number of threads")
 
     def watch(self: Runner, forward: Forward, sequences: Mapping[int, Sequence]) -> Any:
-        seen[bool(forward.prefills)] = torch.get_num_threads()
+        seen[forward.num_rows > MANY_ROWS] = torch.get_num_threads()
         return run(self, forward, sequences)
 
     monkeypatch.setattr(Runner, "run", watch)
-    engine.add(Request("a", (1, 2, 3), Sampling(max_tokens=3, ignore_eos=True)))
+    engine.add(Request("a", (1,) * (MANY_ROWS + 1), Sampling(max_tokens=3, ignore_eos=True)))
     while engine.has_work:
         engine.step()
     assert seen == {True: 4, False: expected}

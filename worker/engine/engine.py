@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 MAX_DRAFT_ROWS = 12     # of a forward with drafts: so many cost little more than one
+MANY_ROWS = 128         # of a forward, from long prompts: all threads are worth waiting for
 MAX_FORCED_TOKENS = 32  # forced tokens taken at once after a drawn one
 
 
@@ -48,10 +49,10 @@ class Engine:
                  prefill_chunk: int = 256, prefill_budget: int = 0, kv_cache_bytes: int = 4 * GIB,
                  enable_prefix_caching: bool = True, exact_replay_max_tokens: int = 4096,
                  num_speculative_tokens: int = 8, numerics: Literal["exact", "fast"] = "exact",
-                 runs_ahead: bool | None = None, decode_threads: int = 0):
-        """`decode_threads`: of forwards without prompts; 0: as many as torch has."""
+                 runs_ahead: bool | None = None, few_threads: int = 0):
+        """`few_threads`: of forwards of up to `MANY_ROWS` rows; 0: as many as torch has."""
         self.model = model
-        self.decode_threads, self.most_threads = decode_threads, torch.get_num_threads()
+        self.few_threads, self.most_threads = few_threads, torch.get_num_threads()
         self.runs_ahead = model.device.type == "cuda" if runs_ahead is None else runs_ahead
         self.max_model_len = min(max_model_len or model.max_model_len, model.max_model_len)
         self.prefill_chunk = prefill_chunk
@@ -147,8 +148,8 @@ class Engine:
         self._draft()
         num_before = len(self._flights)
         for forward in self._plan():
-            if self.decode_threads:                     # a setting of torch, at the cost of a tenth of a microsecond
-                torch.set_num_threads(self.most_threads if forward.prefills else self.decode_threads)
+            if self.few_threads:                        # a setting of torch, at the cost of a tenth of a microsecond
+                torch.set_num_threads(self.most_threads if forward.num_rows > MANY_ROWS else self.few_threads)
             sequences, logits, of_prompts = self.runner.run(forward, self._by_slot)
             self._sample(sequences, logits)
             for row, span in enumerate(forward.prefills):
