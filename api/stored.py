@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any
 
 from redis.asyncio import Redis
@@ -23,6 +24,7 @@ from shared.settings import Settings
 
 MAX_STORED = 10_000                                     # chat completions in a tenant's list; the oldest drop out
 SCAN = 100                                              # of them, per round trip
+MAX_FORGOTTEN = 500                                     # records per list: each takes four round trips
 HEAD_BYTES = 2048                                       # of a record, for a list: up to its items, mostly
 LONGEST_HEAD_BYTES = 128 << 10                          # with the longest metadata, every character escaped
 ITEMS = b', "items": ['                                 # ends the head; within a string its quotes would be escaped
@@ -136,10 +138,9 @@ class Store:
                 yield record
 
     async def forget(self, tenant: str, records: Iterable[Record]) -> None:
-        """Removes records whose answers cannot be shown any more."""
-        for record in records:
-            if record.is_settled:
-                await self.remove(tenant, record.id)
+        """Removes records whose answers cannot be shown any more; of many, some: the next list comes to the others."""
+        for record in islice((each for each in records if each.is_settled), MAX_FORGOTTEN):
+            await self.remove(tenant, record.id)
 
 
 def _key(tenant: str, completion_id: str) -> str:

@@ -90,7 +90,7 @@ class Holding:
 
 
 class Verbs(RuleBasedStateMachine):
-    redis_url = ""
+    redis_url = ""                                      # set by the test
 
     def __init__(self) -> None:
         super().__init__()

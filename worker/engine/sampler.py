@@ -81,13 +81,12 @@ class Sampler:
     _seen: Tensor | None = field(init=False, default=None)      # [slots, vocab]: in the prompt or generated
     _bias: dict[int, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)      # slot → token ids, values
     _copy: Tensor | None = field(init=False, default=None)      # [rows, vocab] in float32, of logits that are adjusted
-    _allowed: npt.NDArray[np.int32] = field(init=False)         # [rows, words]: a bit for each token id
+    _allowed: npt.NDArray[np.int32] | None = field(init=False, default=None)    # [rows, words]: a bit per token id
     last_token_ids: Tensor = field(init=False)                  # [slots]: what each has drawn last
 
     def __post_init__(self) -> None:
         self.has_kernel = self.device.type == "cuda"
         self.params = [None] * self.num_slots
-        self._allowed = np.empty((0, 0), dtype=np.int32)
         self.last_token_ids = torch.zeros(self.num_slots, dtype=torch.long, device=self.device)
 
     def join(self, slot: int, params: Params, prompt: Sequence[int], generated: Sequence[int]) -> None:
@@ -162,7 +161,7 @@ class Sampler:
 
     def _bits(self, rows: Sequence[Row]) -> Tensor:
         """The allowed tokens of each row, in one fixed buffer, since the system zeroes a new one."""
-        if len(rows) > len(self._allowed):
+        if self._allowed is None or len(self._allowed) < len(rows):
             self._allowed = np.empty((len(rows), -(-self.vocab_size // 32)), dtype=np.int32)
         for bits, row in zip(self._allowed, rows, strict=False):
             bits[:] = ANYTHING if row.allowed is None else row.allowed
