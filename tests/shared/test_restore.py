@@ -153,6 +153,17 @@ async def test_a_redis_that_went_back_gets_what_was_delivered(queue: Queue) -> N
     assert (await leftovers(queue))["jobs"] == 1
 
 
+async def test_what_was_delivered_stands_above_what_another_worker_wrote_in_its_place(queue: Queue) -> None:
+    """The positions are the same: a worker that claimed the job after Redis went back drew something else."""
+    claimed, entries = await begin(queue)
+    other = Entry(claimed.epoch, 3, entries[2].num_tokens, "delta", encode_deltas([Delta(0, (999,), "other")]))
+    for worker in ("", "w1"):
+        await put_back(queue, claimed, [*entries[:2], other], worker)
+        assert (await spoken(queue, claimed.job))[-1] == (3, other.data)
+        await put_back(queue, claimed, entries, worker)
+        assert await spoken(queue, claimed.job) == [(entry.position, entry.data) for entry in entries]
+
+
 async def test_a_log_that_is_gone_is_said_so(queue: Queue) -> None:
     """Of one job alone: its worker learns it, puts it back, and goes on."""
     claimed, entries = await begin(queue)
