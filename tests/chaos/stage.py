@@ -24,6 +24,7 @@ from tests.chaos.schedule import DELAY_S, Fault
 from tests.nursery import Nursery
 from tests.system import System, free_port
 
+ODD = MappingProxyType({"test_sabotage": "slow"})       # what a zombie may write into must last
 DRAIN_S = 0.3                                           # of a pod that is stopped: its clients continue on another
 SETTINGS: dict[str, Any] = {
     "lease_s": 1.0, "idle_poll_s": 0.2, "reap_s": 0.2, "patience_s": 0.5, "threads": 1, "heartbeat_s": 1.0,
@@ -61,7 +62,7 @@ class Stage:
     """As an async context it is running."""
 
     def __init__(self, folder: Path, nursery: Nursery, *, pods: int = 2, workers: int = 3,
-                 odd: Mapping[str, Any] = MappingProxyType({}), **settings: Any) -> None:
+                 odd: Mapping[str, Any] = ODD, **settings: Any) -> None:
         self.redis = RedisServer(folder / "redis")
         self.happened: list[Happened] = []
         self.num_cut = self.num_swallowed = 0

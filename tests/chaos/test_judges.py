@@ -21,8 +21,11 @@ MAX_TRIALS = 8                                          # a short run may hit no
 PATIENCE_S = 12.0                                       # what was taken out may leave a client without an end
 WHOLE_PATIENCE_S = 120.0                                # the whole build does not: only a slow machine takes long
 FAULTS: tuple[Kind, ...] = ("freeze worker", "swallow")
+FREEZES: tuple[Kind, ...] = ("freeze worker",)
+FREEZE_GAP_S = 2.0                                      # another is awake to take over
 ASKS = (count(1, 60), count(20, 79), Ask("sampled", "Count from 1 to 60.", RAMBLE | {"seed": 11}))
-LONG_ASKS = tuple(Ask(f"sampled {seed}", "Count from 1 to 60.", RAMBLE | {"seed": seed}) for seed in (11, 12, 13))
+LONG_ASKS = tuple(Ask(f"sampled {seed}", "Count from 1 to 60.", RAMBLE | {"seed": seed, "max_tokens": 500})
+                  for seed in (11, 12, 13))
 SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
     # sabotage → what must be found
     "fence": lambda found: any("P5 position" in violation for violation in found),
@@ -33,13 +36,14 @@ SABOTAGES: dict[str, Callable[[list[str]], bool]] = {
 
 async def run(folder: Path, nursery: Nursery, uninterrupted: dict[str, Answer] | None, sabotage: str = "",
               patience_s: float = PATIENCE_S, seed: int = SEED) -> Result:
-    """Three workers, one of which has another tokenizer and must not touch jobs begun by the others. Only a worker
-    frozen while it writes returns behind the fence, so answers are long there."""
-    options: dict[str, Any] = {"pods": 1, "workers": 3, "test_sabotage": sabotage,
+    """Three workers, one of which has another tokenizer and must not touch jobs begun by the others. But only a worker
+    frozen while it writes returns behind the fence: there all are alike and slow, and answers long."""
+    options: dict[str, Any] = {"kinds": FAULTS, "asks": ASKS, "test_sabotage": sabotage,
                                "odd": {"test_sabotage": f"{sabotage},other digits"}}
-    return await play(seed, DURATION_S, folder, nursery, kinds=FAULTS,
-                      asks=LONG_ASKS if sabotage == "fence" else ASKS, num_clients=3,
-                      uninterrupted=uninterrupted, patience_s=patience_s, **options)
+    if sabotage == "fence":
+        options = {"kinds": FREEZES, "gap_s": FREEZE_GAP_S, "asks": LONG_ASKS, "test_sabotage": "fence,slow", "odd": {}}
+    return await play(seed, DURATION_S, folder, nursery, pods=1, workers=3, num_clients=3, uninterrupted=uninterrupted,
+                      patience_s=patience_s, **options)
 
 
 async def test_the_whole_build_is_acquitted(tmp_path: Path, nursery: Nursery) -> None:
