@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -138,8 +138,7 @@ class Header:
 Kind = Literal["header", "fence", "delta", "end"]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry of an answer's log, as the log, a push and a publish carry it."""
 
     epoch: int

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
@@ -38,8 +38,7 @@ Outcome = Literal["ok", "refused", "gone"]
 Left = Literal["read", "waits", "cancelled", "none"]
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(NamedTuple):
     """An entry that a worker appends: `data` is JSON text, passed on as it is. A hold appends nothing: it asks whether
     the job is still this worker's."""
 

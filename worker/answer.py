@@ -96,9 +96,9 @@ class Answer:
 
     def is_due(self, now_s: float, flush_s: float) -> bool:
         """Whether to log the tokens drawn so far. A delayed flush never holds back a choice's first or last tokens."""
-        return any(choice.unflushed for choice in self.choices) and (
-            now_s - self.flushed_s >= flush_s
-            or any(choice.unflushed and (choice.finish_reason or not choice.token_ids) for choice in self.choices))
+        is_late = now_s - self.flushed_s >= flush_s
+        return any(choice.unflushed and (is_late or choice.finish_reason or not choice.token_ids)
+                   for choice in self.choices)
 
     def flush(self, now_s: float) -> list[Write]:
         """The entries for the tokens drawn since the last flush, and the terminal if the answer is complete."""

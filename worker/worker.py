@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +40,7 @@ log = logging.getLogger(__name__)
 
 AWAY = (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError)
 STEPS_REMEMBERED = 1000                                 # for the step times that a worker announces
-WATCH_SLACK = 0.25                                      # of step_timeout_s: age of a watchdog, and a publish's share
+WATCH_SLACK = 0.25                                      # of step_timeout_s: age of a watchdog, and Redis' share
 LOOP_TURNS = 4                                          # loop iterations from a socket to its reader: some 20 µs each
 MIN_RETAINED = 0.1                                      # of retain_s, if Redis has little memory left
 FORGET_MODEL_S = 3600.0                                 # a model without workers stays known this long: 503, not 404
@@ -71,6 +70,7 @@ class Worker:
         self._publishing: asyncio.Task[None] | None = None
         self._publish_sequence = 1
         self._watched_s = float("-inf")                 # when the watchdog that ends a hanging step was started
+        self._slack_s = settings.step_timeout_s * WATCH_SLACK
         self._step_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._num_tokens = 0                            # drawn since the last announcement
 
@@ -125,9 +125,9 @@ class Worker:
             await asyncio.sleep(0)                      # asyncio sends the new tokens, and reads what has arrived
 
     def _step(self) -> list[Output]:
-        began_s, slack_s = time.monotonic(), self.settings.step_timeout_s * WATCH_SLACK
-        if began_s - self._watched_s > slack_s:         # its thread needs no interpreter lock, and prints our stack
-            faulthandler.dump_traceback_later(self.settings.step_timeout_s + 2 * slack_s, exit=True)
+        began_s = time.monotonic()
+        if began_s - self._watched_s > self._slack_s:   # its thread needs no interpreter lock, and prints our stack
+            faulthandler.dump_traceback_later(self.settings.step_timeout_s + 2 * self._slack_s, exit=True)
             self._watched_s = began_s
         outputs = self.engine.step()
         self._step_s.append(time.monotonic() - began_s)
@@ -166,7 +166,7 @@ class Worker:
         if not self._may_claim or not (self._wake.is_set() or time.monotonic() >= self._claim_at_s):
             return
         await self._settle()                            # handles refusals and restores before a newer claim
-        self._unwatch()                                 # Redis may be slow
+        slow = asyncio.get_running_loop().call_later(self._slack_s, self._unwatch)
         self._wake.clear()
         now_s = time.monotonic()
         self._claim_at_s = now_s + self.settings.idle_poll_s
@@ -188,6 +188,8 @@ class Worker:
             log.warning("claim: Redis is away (%s)", type(error).__name__)
             await asyncio.sleep(connection.RECONNECT_S)
             return                                      # the same sequence returns the same jobs
+        finally:
+            slow.cancel()
         self._claim_sequence += 1
         self._alone = next((claimed.job.id for claimed in claims.jobs if claimed.alone), "")
 
@@ -278,7 +280,7 @@ class Worker:
     async def _settle(self) -> None:
         """Waits for the outcome of the last publish."""
         if self._publishing:
-            _, pending = await asyncio.wait([self._publishing], timeout=self.settings.step_timeout_s * WATCH_SLACK)
+            _, pending = await asyncio.wait([self._publishing], timeout=self._slack_s)
             if pending:
                 self._unwatch()                         # Redis may be slow
             await self._publishing
@@ -294,11 +296,11 @@ class Worker:
         now_s, has_lost = time.monotonic(), False
         while True:
             try:
-                if has_lost:
+                if has_lost:                            # then answers have new epochs
                     await self._put_back()
+                    writes = [write._replace(epoch=self._answers[write.job_id].epoch)
+                              for write in writes if write.job_id in self._answers]
                 has_lost = False
-                writes = [replace(write, epoch=self._answers[write.job_id].epoch)
-                          for write in writes if write.job_id in self._answers]
                 outcomes = await self.queue.publish(self.name, writes, self._publish_sequence)
                 self._publish_sequence += 1
                 writes = self._note(writes, outcomes)

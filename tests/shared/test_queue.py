@@ -412,7 +412,7 @@ async def test_who_says_nothing_learns_too_that_a_job_is_not_theirs(queue: Queue
     await queue.release("w1", [holds[2].job_id])
     heir = (await queue.claim("w2", 1, 8, **LIKE)).jobs[-1]
     assert await queue.publish("w1", [holds[2]]) == ["refused"]
-    assert await queue.publish("w2", [replace(holds[2], epoch=heir.epoch)]) == ["ok"]
+    assert await queue.publish("w2", [holds[2]._replace(epoch=heir.epoch)]) == ["ok"]
 
 
 async def test_many_unread_jobs_are_ended_a_bounded_number_at_a_time(queue: Queue) -> None:

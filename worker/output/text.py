@@ -20,7 +20,7 @@ class TextStream:
         self.stop = ""                  # the stop string that was found: the text ends before it
         self._num_early = min_tokens    # tokens to come during which no stop string counts
         self._decoder = vocabulary(tokenizer).decoder(frozenset(shown))
-        self._scanner = StopScanner(stop)
+        self._scanner = StopScanner(stop) if any(stop) else None
         self._held = ""
 
     @property
@@ -29,8 +29,10 @@ class TextStream:
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that may be shown now. One call or many give the same text."""
+        if not self._num_early:
+            return self._show(self._decode(token_ids))
         num_early, self._num_early = self._num_early, max(0, self._num_early - len(token_ids))
-        text = self._show(self._decode(token_ids[:num_early]), may_stop=False) if num_early else ""
+        text = self._show(self._decode(token_ids[:num_early]), may_stop=False)
         return text + self._show(self._decode(token_ids[num_early:]))
 
     def _decode(self, token_ids: Sequence[int]) -> str:
@@ -43,6 +45,8 @@ class TextStream:
         return text + released
 
     def _show(self, piece: str, *, may_stop: bool = True) -> str:
+        if self._scanner is None:
+            return piece
         if self.stopped:
             return ""
         found, num_held, self.stop = self._scanner.scan(piece, may_find=may_stop)
