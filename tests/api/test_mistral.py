@@ -29,6 +29,8 @@ TEXTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "a marker in a string": ('[TOOL_CALLS]f[ARGS]{"a": "[ARGS]"}', [("call", "f"), ("arguments", '{"a": "[ARGS]"}')]),
     "a marker in an array's string": ('[TOOL_CALLS][{"name": "f", "arguments": {"a": "[TOOL_CALLS]"}}]', [
         ("call", "f"), ("arguments", '{"a": "[TOOL_CALLS]"}')]),
+    "a marker in a string that is no arguments": ('[TOOL_CALLS][{"name": "f", "arguments": "[TOOL_CALLS]so"}]', [
+        ("text", '[{"name": "f", "arguments": "so"}]')]),
     "another array": ("[TOOL_CALLS][1, 2]", [("text", "[1, 2]")]),
     "no call": ("[TOOL_CALLS]nothing [ARGS]5", [("text", "nothing 5")]),
     "no name": ("[TOOL_CALLS][ARGS]{}", [("text", "{}")]),

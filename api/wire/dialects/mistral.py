@@ -9,6 +9,7 @@ call's arguments they are part of it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from api.wire.dialects.between_tokens import TokenReader
@@ -28,6 +29,7 @@ from api.wire.dialects.json_calls import JsonDialect, LeadingReader
 
 CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 MARKERS = (CALLS, CALL_ID, ARGS)
+MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class MistralReader(TokenReader):
     def _left(self) -> list[Piece]:
         array, self._array = self._array, LeadingReader(ARRAY)
         if self._read == self._calls:
-            return array.finish()
+            return _without_markers(array.finish())
         text, self._name, self._held = self._name + self._held, "", ""
         return [Piece("text", text)] if text else []
 
@@ -98,7 +100,7 @@ class MistralReader(TokenReader):
             self._give_up(pieces)
 
     def _calls(self, run: str, pieces: list[Piece]) -> None:
-        pieces += self._array.feed(run)
+        pieces += _without_markers(self._array.feed(run))
 
     def _begin(self, run: str, pieces: list[Piece]) -> None:
         """Begins the arguments."""
@@ -108,6 +110,11 @@ class MistralReader(TokenReader):
         elif rest:
             self._held = rest
             self._give_up(pieces)
+
+
+def _without_markers(pieces: list[Piece]) -> list[Piece]:
+    """Text of an array may have them in a string that was not, after all, a call's arguments."""
+    return [Piece("text", MARKER.sub("", piece.value)) if piece.kind == "text" else piece for piece in pieces]
 
 
 def _is_name(name: str) -> bool:
