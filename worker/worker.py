@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 AWAY = (*connection.UNREACHABLE, *connection.UNWRITABLE, OSError)
 STEPS_REMEMBERED = 1000                                 # for the step times that a worker announces
-WATCH_SLACK = 0.25                                      # of step_timeout_s: age of a watchdog, and Redis' share
+WATCH_SLACK = 0.25                                      # of step_timeout_s: age of a watchdog, and a publish's share
 LOOP_TURNS = 4                                          # loop iterations from a socket to its reader: some 20 µs each
 MIN_RETAINED = 0.1                                      # of retain_s, if Redis has little memory left
 FORGET_MODEL_S = 3600.0                                 # a model without workers stays known this long: 503, not 404
@@ -166,7 +166,7 @@ class Worker:
         if not self._may_claim or not (self._wake.is_set() or time.monotonic() >= self._claim_at_s):
             return
         await self._settle()                            # handles refusals and restores before a newer claim
-        slow = asyncio.get_running_loop().call_later(self._slack_s, self._unwatch)
+        self._unwatch()                                 # Redis may be slow
         self._wake.clear()
         now_s = time.monotonic()
         self._claim_at_s = now_s + self.settings.idle_poll_s
@@ -188,8 +188,6 @@ class Worker:
             log.warning("claim: Redis is away (%s)", type(error).__name__)
             await asyncio.sleep(connection.RECONNECT_S)
             return                                      # the same sequence returns the same jobs
-        finally:
-            slow.cancel()
         self._claim_sequence += 1
         self._alone = next((claimed.job.id for claimed in claims.jobs if claimed.alone), "")
 
