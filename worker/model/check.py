@@ -192,8 +192,9 @@ def is_uniform(model: Model) -> bool:
 
 
 def _has_plain_products(model: Model) -> bool:
-    """Whether torch computes products, or there are experts, whose number of rows depends on the routing."""
-    return any(isinstance(module, nn.Linear) or hasattr(module, "is_transposed") for module in model.module.modules())
+    """Whether torch computes products: whether a weight, other than of embeddings, is not packed."""
+    return any(weight.dim() > 1 for module in model.module.modules() if not isinstance(module, nn.Embedding)
+               for weight in module.parameters(recurse=False))
 
 
 def probe_shared_rows(model: Model) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-ARITHMETIC = 11             # of this code: increased when the same tokens may get other bits than before
+ARITHMETIC = 12             # of this code: increased when the same tokens may get other bits than before
 NUM_SAMPLES = 64            # blocks read from each file: a 16 GB model is named in milliseconds
 SAMPLE_BYTES = 4096
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation",

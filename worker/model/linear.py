@@ -65,13 +65,13 @@ def _pack(layer: Any) -> nn.Module | None:
         if packed is None or not _agree(layer, packed, weight):
             return None
         if not hasattr(packed, "weight"):
-            packed.weight = _stand_in(layer.weight)
+            packed.weight = stand_in(layer.weight)
         return packed
     except (RuntimeError, AttributeError, TypeError):       # no such operator in this build of torch, or another shape
         return None
 
 
-def _stand_in(weight: Tensor) -> Tensor:
+def stand_in(weight: Tensor) -> Tensor:
     """Of a weight that lies packed, for blocks that ask for its type, shape or device; it takes no memory.
 
     It is not a number: a block that computes with it is found out by the first comparison with the plain model.

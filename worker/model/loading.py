@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from worker.model import attention, check, cpu, identity, memory
 from worker.model.attention import Recorder
+from worker.model.experts import pack_mixtures
 from worker.model.folder import ModelRefused, find_folder, generation_config, one_line, read_json
 from worker.model.fused import hand_over
 from worker.model.fusing import fuse_blocks
@@ -59,6 +60,7 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     if memory.is_paged(module.device):
         hand_over(module)
     pack_linears(module)
+    pack_mixtures(module)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=max_model_len,

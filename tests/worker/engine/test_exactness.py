@@ -26,7 +26,8 @@ CHUNK = 32
 
 @pytest.fixture(scope="module", params=[
     ("llama", "float32", "ours"), ("llama", "bfloat16", "ours"), ("llama", "bfloat16", "torch"),
-    ("mixtral", "bfloat16", "ours"), ("gemma2", "bfloat16", "ours")], ids="-".join)
+    ("mixtral", "float32", "ours"), ("mixtral", "bfloat16", "ours"), ("mixtral", "bfloat16", "torch"),
+    ("gpt_oss", "bfloat16", "ours"), ("gemma2", "bfloat16", "ours")], ids="-".join)
 def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Engine]]:
     """Two workers of one `numerics_id`; on kernels of ours, where the processor has them, or on torch's."""
     family, dtype, kernels = request.param

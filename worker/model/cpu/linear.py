@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from worker.model.cpu import LANES, amx, amx_linear, pages, pointwise
+from worker.model.cpu import LANES, WORD_BYTES, amx, amx_linear, pages, pointwise
 from worker.model.cpu.code import BFLOAT16, FLOAT32, INT32, SIZES, Code, Value, vector
 from worker.model.cpu.kernel import ELEMENTS, MIN_SHARED_PRODUCTS, Kernel, empty, empty_rows, processor, threads_for
 from worker.model.cpu.pointwise import silu_times
@@ -67,8 +67,9 @@ class PanelLinear(torch.nn.Module):
         self.bias = weight.new_zeros(self.width, dtype=torch.float32)
         if bias is not None:
             self.bias[:self.num_outputs] = bias
+        self.is_by_matrices = amx.computes(self.dtype, self.num_columns)
         self._multiply: Callable[..., None]
-        if amx.computes(self.dtype, self.num_columns):
+        if self.is_by_matrices:
             self._multiply, self.block = amx_linear.multiply, amx_linear.block_tiles(self.num_columns)
             self.num_steps = self.num_columns // amx.COLUMNS
         else:
@@ -79,7 +80,7 @@ class PanelLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = self._rows(x)
         out = empty(len(rows), self.width, self.dtype)
-        self._compute(rows, out, is_gated=False)
+        self.compute(rows, out, is_gated=False)
         if self.is_gated:
             out = out.view(-1, self.num_panels, 2, LANES).transpose(1, 2).flatten(1)
         elif self.width != self.num_outputs:
@@ -92,7 +93,7 @@ class PanelLinear(torch.nn.Module):
             return pointwise.silu_and_multiply(self(x))
         rows = self._rows(x)
         out = empty_rows(len(rows), self.num_outputs // 2, self.dtype)
-        self._compute(rows, out, is_gated=True)
+        self.compute(rows, out, is_gated=True)
         return out.view(*x.shape[:-1], -1)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class PanelLinear(torch.nn.Module):
         rows = x.reshape(-1, self.num_columns)
         return rows if rows.stride(1) == 1 else rows.contiguous()
 
-    def _compute(self, rows: Tensor, out: Tensor, *, is_gated: bool) -> None:
+    def compute(self, rows: Tensor, out: Tensor, *, is_gated: bool) -> None:
         num_rows = len(rows)
         self._multiply(rows, self.packed, self.bias, out, num_rows, rows.stride(0), out.stride(0), self.num_steps,
                        self.num_panels, self.block, int(is_gated),
@@ -133,36 +134,54 @@ def _multiply(code: Code, x: Value, weight: Value, bias: Value, out: Value, num_
               dtype: torch.dtype, stored: torch.dtype, tile: Tile) -> None:
     """x of [num_rows, columns], weight as `_packed`, bias of [outputs], out of [num_rows, outputs], or half as many, if
     the first half of each panel are gates."""
-    element, kept, width = ELEMENTS[dtype], ELEMENTS[stored], tile.width
-    step_bytes = width * (4 // SIZES[element]) * SIZES[kept]
+    panels = Panels(code, x, out, row_stride, out_stride, num_steps, is_gated, dtype, stored, tile)
     num_blocks = (num_rows + block_rows - 1) // block_rows
-    gated = code.scratch(tile.rows * tile.vectors)      # sums of a tile with their gates: unrolled products are long
     with code.shares(num_blocks * num_panels) as unit:
         panel, begin = unit % num_panels, unit // num_panels * block_rows
-        end = code.smaller(begin + block_rows, num_rows)
-        weights, first = weight + panel * num_steps * step_bytes, panel * width
+        panels.compute(panel, begin, code.smaller(begin + block_rows, num_rows), weight, bias)
+
+
+class Panels:
+    """Writes the outputs of one panel for some rows."""
+
+    def __init__(self, code: Code, x: Value, out: Value, row_stride: Value, out_stride: Value, num_steps: Value,
+                 is_gated: Value, dtype: torch.dtype, stored: torch.dtype, tile: Tile):
+        self._code, self._x, self._out, self._is_gated, self._tile = code, x, out, is_gated, tile
+        self._row_stride, self._out_stride, self._num_steps = row_stride, out_stride, num_steps
+        self._element, self._kept = ELEMENTS[dtype], ELEMENTS[stored]
+        self._num_bytes = num_steps * (tile.width * (WORD_BYTES // dtype.itemsize) * stored.itemsize)
+        self._gated = code.scratch(tile.rows * tile.vectors)    # sums with their gates: unrolled products are long
+
+    def compute(self, panel: Value, begin: Value, end: Value, weight: Value, bias: Value) -> None:
+        """For rows from `begin` to `end`; the addresses are of all panels' weights and biases."""
+        code, tile, element = self._code, self._tile, self._element
+        weights, first = weight + panel * self._num_bytes, panel * tile.width
         with code.loop(begin, end, tile.rows) as row:
             num_left = end - row
-            ahead = code.select(row.equals(begin), AHEAD_BYTES, num_steps * step_bytes)
+            ahead = code.select(row.equals(begin), AHEAD_BYTES, self._num_bytes)
             for count in range(1, tile.rows + 1):
                 with code.when(num_left.equals(count) if count < tile.rows else num_left > count - 1):
-                    rows = [x + (row + i) * row_stride * SIZES[element] for i in range(count)]
+                    rows = [self._x + (row + i) * self._row_stride * SIZES[element] for i in range(count)]
                     starts = [code.load(bias + (first + i * LANES) * SIZES[FLOAT32], FLOAT32)
                               for i in range(tile.vectors)]
-                    totals = _sums(code, rows, weights, ahead, starts, num_steps, element, kept)
-                    with code.when(is_gated.equals(0)):
-                        for i, sums in enumerate(totals):
-                            place = out + ((row + i) * out_stride + first) * SIZES[element]
-                            for j, total in enumerate(sums):
-                                code.store(total, place + j * LANES * SIZES[element], element)
-                    with code.when(is_gated.equals(1)):
-                        for number, total in enumerate(chain.from_iterable(totals)):
-                            code.store(total, gated + number * (LANES * SIZES[FLOAT32]), FLOAT32)
-            with code.when(is_gated.equals(1)), code.loop(0, code.smaller(num_left, tile.rows)) as each:
-                place = gated + each * (tile.vectors * LANES * SIZES[FLOAT32])
+                    self._store(_sums(code, rows, weights, ahead, starts, self._num_steps, element, self._kept),
+                                row, first)
+            with code.when(self._is_gated.equals(1)), code.loop(0, code.smaller(num_left, tile.rows)) as each:
+                place = self._gated + each * (tile.vectors * LANES * SIZES[FLOAT32])
                 gate, up = (code.load(place + i * (LANES * SIZES[FLOAT32]), FLOAT32) for i in range(2))
-                place = out + ((row + each) * out_stride + panel * LANES) * SIZES[element]
+                place = self._out + ((row + each) * self._out_stride + panel * LANES) * SIZES[element]
                 code.store(silu_times(code, gate, up), place, element)
+
+    def _store(self, totals: list[list[Value]], row: Value, first: Value) -> None:
+        code, element = self._code, self._element
+        with code.when(self._is_gated.equals(0)):
+            for i, sums in enumerate(totals):
+                place = self._out + ((row + i) * self._out_stride + first) * SIZES[element]
+                for j, total in enumerate(sums):
+                    code.store(total, place + j * LANES * SIZES[element], element)
+        with code.when(self._is_gated.equals(1)):
+            for number, total in enumerate(chain.from_iterable(totals)):
+                code.store(total, self._gated + number * (LANES * SIZES[FLOAT32]), FLOAT32)
 
 
 def _sums(code: Code, rows: list[Value], weights: Value, ahead: Value, starts: list[Value], num_steps: Value,
