@@ -47,8 +47,7 @@ def build(settings: Settings, folder: Path) -> Engine:
                         few_threads=few_threads)
     except ValueError as error:
         raise ModelRefused(f"{folder}: {error}") from None
-    engine.prefill_budget = fit_chunk(engine.prefill_budget, _time_prefill(engine), settings.lease_s / 4)
-    engine.prefill_chunk = min(prefill_chunk, engine.prefill_budget)
+    engine.limit_prefill(fit_chunk(engine.prefill_budget, _time_prefill(engine), settings.lease_s / 4))
     log.info("loaded in %.1f s: %r, prefill of %d tokens at a time", time.monotonic() - began_s, engine,
              engine.prefill_budget)
     return engine

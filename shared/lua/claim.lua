@@ -122,7 +122,7 @@ local function is_proven()
 end
 
 -- A job that killed one worker starts only beside proven jobs, one that killed two only alone, and one of many choices
--- where there is room for all. When all workers are busy, one of them is reserved: it takes no other job until this one
+-- where there is room for all, or nothing else. When all workers are busy, one of them is reserved: it takes no other job until this one
 -- can start.
 local function reserve(hash)
   local r = redis.call('HMGET', hash, 'reserved_by', 'reserved_ms')
@@ -142,8 +142,10 @@ local function suits(j)
     if waited_ms > patience_ms and reserve(j.hash) then return 'stop' end
     return 'skip'
   end
-  if j.choices > free then leave_for(PROOF_MS) end
-  if j.choices > free then return waited_ms > patience_ms and reserve(j.hash) and 'stop' or 'skip' end
+  if j.choices > free and not empty then                -- an idle worker computes them one after the other, if need be
+    leave_for(PROOF_MS)
+    return waited_ms > patience_ms and reserve(j.hash) and 'stop' or 'skip'
+  end
   return 'take'
 end
 

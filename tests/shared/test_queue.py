@@ -628,6 +628,19 @@ async def test_what_is_warm_does_not_overtake_for_ever(each_redis: Redis) -> Non
     assert [c.job for c in (await queue.claim("warm", 2, 1, **LIKE)).jobs] == [old]
 
 
+async def test_an_idle_worker_takes_what_is_wider_than_its_room(each_redis: Redis) -> None:
+    """Short of memory it computes choices one after the other; a busy one waits until it is idle."""
+    queue = make_queue(each_redis, patience_s=0.05)
+    first = await submit(queue, make_job(n=2))
+    assert [c.job for c in (await queue.claim("w1", 1, 5, **LIKE)).jobs] == [first]
+    wide, behind = await submit(queue, make_job(n=8)), await submit(queue)
+    await lose_patience(queue)
+    assert not (await queue.claim("w1", 2, 3, **LIKE, most_choices=8, held=[first.id])).jobs
+    await queue.cancel(first.id)
+    assert [c.job for c in (await queue.claim("w1", 3, 5, **LIKE, most_choices=8, held=[])).jobs] == [wide]
+    assert [c.job for c in (await queue.claim("w2", 1, 5, **LIKE, most_choices=7)).jobs] == [behind]
+
+
 async def test_jobs_that_it_could_never_compute_hide_no_others(each_redis: Redis) -> None:
     """Of other weights, begun, or wider than it is: a change of weights leaves many of them at the head of the line."""
     queue = make_queue(each_redis)
@@ -682,22 +695,33 @@ async def test_priority_comes_before_fairness(queue: Queue) -> None:
 
 
 async def test_a_wide_job_is_not_starved_by_narrow_ones(queue: Queue) -> None:
+    busy = await keep_busy(queue, "w1", "w2")
     wide = await submit(queue, make_job(n=4))
     await submit(queue, make_job(tenant="u"))
-    assert (await claim_one(queue, free=2)).job != wide
+    assert (await claim_one(queue, "w1", 2, free=2)).job != wide
     await submit(queue, make_job(tenant="v"))
     await lose_patience(queue)
-    assert (await queue.claim("w2", 1, 2, **LIKE)).jobs == ()
-    assert (await claim_one(queue, "w3", free=4)).job == wide
+    assert (await queue.claim("w2", 2, 2, **LIKE)).jobs == ()
+    await queue.publish("w2", [end(busy["w2"], 1)])
+    assert (await claim_one(queue, "w2", 3, free=4)).job == wide
 
 
 async def test_a_wide_job_that_waits_for_room_keeps_one_worker_alone(queue: Queue) -> None:
+    busy = await keep_busy(queue, "w1", "w2")
     wide = await submit(queue, make_job(n=4))
     await lose_patience(queue)
     narrow = await submit(queue, make_job(tenant="u"))
-    assert (await queue.claim("w1", 1, 3, **LIKE)).jobs == ()
-    assert (await claim_one(queue, "w2", free=3)).job == narrow
-    assert (await claim_one(queue, "w1", sequence=2, free=4)).job == wide
+    assert (await queue.claim("w1", 2, 3, **LIKE)).jobs == ()
+    assert (await claim_one(queue, "w2", 2, free=3)).job == narrow
+    await queue.publish("w1", [end(busy["w1"], 1)])
+    assert (await claim_one(queue, "w1", 3, free=4)).job == wide
+
+
+async def keep_busy(queue: Queue, *workers: str) -> dict[str, Claimed]:
+    """Each with one job."""
+    for _ in workers:
+        await submit(queue)
+    return {worker: await claim_one(queue, worker, free=1) for worker in workers}
 
 
 async def test_an_answer_that_was_shorter_than_it_might_have_been_is_charged_as_it_was(queue: Queue) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from shared.job import Sampling
 from shared.settings import Settings
+from tests.worker.engine.driver import run
 from worker.build import MIN_CHUNK_TOKENS, _time_prefill, build, fit_chunk
 from worker.engine.engine import MANY_ROWS
 from worker.engine.request import Request
@@ -39,16 +40,32 @@ def threads() -> Iterator[None]:
 def test_the_prompt_that_is_timed_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is found computed by the one that warms up, and nothing of either is left."""
     settings = Settings()
-    engine, computed, run = build(settings, model_folder(settings)), list[int](), Runner.run
-    engine.prefill_chunk, engine.prefill_budget = 32, 96
+    engine, computed, plain = build(settings, model_folder(settings)), list[int](), Runner.run
+    engine.limit_prefill(32)
+    engine.prefill_budget = 96
 
     def watch(self: Runner, forward: Forward, sequences: Mapping[int, Sequence]) -> Any:
         computed.append(sum(span.end - span.begin for span in forward.prefills))
-        return run(self, forward, sequences)
+        return plain(self, forward, sequences)
 
     monkeypatch.setattr(Runner, "run", watch)
     assert _time_prefill(engine) > 0
     assert sum(computed) == 2 * 96 and not engine.chunks.cache.num_chunks
+
+
+@pytest.mark.usefixtures("threads")
+def test_on_a_slow_machine_a_prompt_is_cut_otherwise_and_still_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed in smaller chunks, kept in them, and found."""
+    prompt = tuple(5 + place % 97 for place in range(400))
+    request = Request("it", prompt, Sampling(max_tokens=8, num_logprobs=1))
+    found = list[Any]()
+    for settings in (Settings(), Settings(enable_prefix_caching=False)):
+        monkeypatch.setattr("worker.build._time_prefill", lambda engine: settings.lease_s)      # noqa: B023
+        engine = build(settings, model_folder(settings))
+        assert engine.prefill_chunk < 256
+        found += [[(token_id, output.logprobs) for output in run(engine, {0: [request]})["it", 0]
+                   for token_id in output.token_ids] for _ in "ab"]
+    assert found == [found[0]] * 4
 
 
 @pytest.mark.usefixtures("threads")
@@ -71,13 +88,13 @@ def test_a_small_model_leaves_a_core_but_in_forwards_of_many_rows(
         large_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.build.most_threads", lambda: 4)
     monkeypatch.setattr("worker.build.LARGE_FOR_KERNELS_BYTES", large_bytes)
-    engine, seen, run = build(settings := Settings(), model_folder(settings)), dict[bool, int](), Runner.run
+    engine, seen, plain = build(settings := Settings(), model_folder(settings)), dict[bool, int](), Runner.run
     if not engine.model.is_uniform:
         pytest.skip("torch computes it, whose bits depend on the number of threads")
 
     def watch(self: Runner, forward: Forward, sequences: Mapping[int, Sequence]) -> Any:
         seen[forward.num_rows > MANY_ROWS] = torch.get_num_threads()
-        return run(self, forward, sequences)
+        return plain(self, forward, sequences)
 
     monkeypatch.setattr(Runner, "run", watch)
     engine.add(Request("a", (1,) * (MANY_ROWS + 1), Sampling(max_tokens=3, ignore_eos=True)))

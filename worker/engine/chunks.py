@@ -16,7 +16,7 @@ class Chunks:
     def __init__(self, kv: KV, slots: range, chunk_len: int):
         """Keeps chunks of `chunk_len` tokens in `slots` of the store, which are never given to sequences."""
         self.cache = PrefixCache(slots)
-        self._kv, self._chunk_len = kv, chunk_len
+        self._kv, self.chunk_len = kv, chunk_len
 
     @property
     def num_available_pages(self) -> int:
@@ -34,18 +34,18 @@ class Chunks:
     def reuse(self, leader: Sequence, prefix: Several[str]) -> None:
         """Copies the chunks that follow what is computed of a prompt, as far as they are kept; all computed on one
         grid, they have the bits that this prompt would get."""
-        for index in range(leader.num_computed_tokens // self._chunk_len, len(prefix)):
+        for index in range(leader.num_computed_tokens // self.chunk_len, len(prefix)):
             slot = self.cache.find(index, prefix[index])
             if slot is None:
                 break
             self._kv.copy(slot, leader.slot, *self._tokens(index))
-            leader.num_computed_tokens += self._chunk_len
-            leader.num_cached_tokens += self._chunk_len
+            leader.num_computed_tokens += self.chunk_len
+            leader.num_cached_tokens += self.chunk_len
             self.cache.use(prefix[:index + 1])
 
     def keep(self, span: Span, prefix: Several[str]) -> None:
         """Keeps a chunk that was just computed, if it is whole and there is room."""
-        index = span.begin // self._chunk_len
+        index = span.begin // self.chunk_len
         if index >= len(prefix) or self.cache.find(index, prefix[index]) is not None:
             return
         if self.cache.is_full(index):
@@ -70,4 +70,4 @@ class Chunks:
         self._kv.drop(slot, *self._tokens(index))
 
     def _tokens(self, index: int) -> tuple[int, int]:
-        return index * self._chunk_len, (index + 1) * self._chunk_len
+        return index * self.chunk_len, (index + 1) * self.chunk_len

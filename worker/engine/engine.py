@@ -80,6 +80,12 @@ class Engine:
         self._flights: deque[Flight] = deque()      # in order of launch
         self._outputs: list[Output] = []            # returned by the next step, even if it runs out of memory
 
+    def limit_prefill(self, num_tokens: int) -> None:
+        """Of prompts, per step. A smaller grid has other prefixes: those that are kept are dropped."""
+        self.chunks.drop_all()
+        self.prefill_budget = min(self.prefill_budget, num_tokens)
+        self.prefill_chunk = self.chunks.chunk_len = min(self.prefill_chunk, num_tokens)
+
     def add(self, request: Request) -> None:
         """Raises ValueError when the request could break a batch."""
         if any((request.id, index) in self._group_of for index in request.live_choices):

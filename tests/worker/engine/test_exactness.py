@@ -84,21 +84,23 @@ def test_neighbours_change_nothing(engines: list[Engine], kind: str) -> None:
     assert flat(among_others) == flat(by_itself)
 
 
-def test_layers_as_wide_as_real_ones_are_exact_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["ours", "torch"])
+def test_layers_as_wide_as_real_ones_are_exact_too(tmp_path: Path, kernels: Any) -> None:
     """A wide product of one row takes another kernel than one of several, and rounds otherwise, in few places."""
     torch.manual_seed(3)
-    config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=1024, intermediate_size=4864, num_hidden_layers=1,
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=1024, intermediate_size=4864, num_hidden_layers=2,
                          num_attention_heads=8, num_key_value_heads=1, max_position_embeddings=512)
     module: Any = LlamaForCausalLM(config)
     with torch.no_grad():
         for weight in (parameter for parameter in module.parameters() if parameter.dim() > 1):
             weight.normal_(0, 0.08)
     module.to(torch.bfloat16).save_pretrained(tmp_path)
-    engine = Engine(load(str(tmp_path), dtype="bfloat16"), max_num_seqs=16)
-    requests = [Request(f"{i}", prompt(20 + 30 * i, i), seeded(16, seed=i, num_logprobs=2)) for i in range(10)]
-    together = run(engine, {0: requests})
-    for request in requests:
-        assert flat(run(engine, {0: [request]})[request.id, 0]) == flat(together[request.id, 0])
+    with computing_by(kernels):
+        engine = Engine(load(str(tmp_path), dtype="bfloat16"), max_num_seqs=16)
+        requests = [Request(f"{i}", prompt(20 + 30 * i, i), seeded(60, seed=i, num_logprobs=2)) for i in range(10)]
+        together = run(engine, {0: requests})
+        for request in requests:
+            assert flat(run(engine, {0: [request]})[request.id, 0]) == flat(together[request.id, 0])
 
 
 def test_who_shares_a_forward_says_what_he_says_apart(engines: list[Engine]) -> None:

@@ -57,6 +57,16 @@ def test_a_hit_gives_the_same_tokens_as_a_miss(engine: Engine, folder: Path) -> 
         assert cached(reference) == 0
 
 
+def test_a_smaller_grid_forgets_what_was_kept_on_the_larger_one(engine: Engine) -> None:
+    request = Request("it", prompt(5 * CHUNK), seeded(12, num_logprobs=2))
+    expected = run(engine, {0: [request]})["it", 0]
+    engine.limit_prefill(CHUNK // 2)
+    for num_cached in (0, 9 * CHUNK // 2):
+        found = run(engine, {0: [request]})["it", 0]
+        assert [(o.token_ids, o.logprobs) for o in found] == [(o.token_ids, o.logprobs) for o in expected]
+        assert cached(found) == num_cached
+
+
 def test_those_who_arrive_together_compute_a_common_beginning_once(engine: Engine) -> None:
     shared = prompt(4 * CHUNK)
     requests = [Request(f"{i}", (*shared, 2 + i), greedy(5), n=2) for i in range(2)]

@@ -224,7 +224,7 @@ def test_the_rows_of_a_forward_are_probed(folder: Path) -> None:
     """Within the limits found, a row's logits are the same bits in a forward of any size."""
     with computing_by("torch"):
         model = load(str(folder))
-        assert 1 <= model.min_rows <= 8 <= model.max_rows <= 32
+        assert 2 <= model.min_rows <= 8 <= model.max_rows <= 32
         assert check.probe_row_limit(model, 64) == (model.min_rows, model.max_rows)
 
 
