@@ -8,37 +8,44 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 ARITHMETIC = 12             # of this code: increased when the same tokens may get other bits than before
-NUM_SAMPLES = 64            # blocks read from each file: a 16 GB model is named in milliseconds
-SAMPLE_BYTES = 4096
+BLOCK_WORDS = 1 << 17       # of 8 bytes: one sum for each MiB of a file, so fast as it is read
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation",
             "_experts_implementation", "use_cache"}
 RELEVANT_FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16", "i8mm")
 
 
 def weights_id(folder: Path, config: dict[str, Any], quantization: str = "none") -> str:
-    """Hashes the config and, of each safetensors file, name, size, header and `NUM_SAMPLES` evenly spaced blocks."""
+    """Hashes the config and, of each safetensors file, name, size and sums of all that is in it: one changed weight is
+    another model."""
     digest = hashlib.sha256(json.dumps(_lasting(config), sort_keys=True, default=str).encode())
     if quantization != "none":
         digest.update(quantization.encode())
     for path in sorted(folder.glob("*.safetensors")):
-        size_bytes = path.stat().st_size
-        digest.update(f"{path.name}:{size_bytes}\n".encode())
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(header_bytes, size_bytes)))
-            data = 8 + header_bytes
-            for sample in range(NUM_SAMPLES):
-                file.seek(data + max(0, size_bytes - data - SAMPLE_BYTES) * sample // (NUM_SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
+        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+        for sums in _sums(path):
+            digest.update(sums.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _sums(path: Path) -> Iterator[Tensor]:
+    """Of each block of a file, and of what is left, as words of 8 bytes and as bytes; sums wrap around."""
+    with path.open("rb") as file:
+        content = torch.from_numpy(np.memmap(file, np.uint8, "c"))
+    words = content[:len(content) // 8 * 8].view(torch.int64)
+    num_whole = len(words) // BLOCK_WORDS * BLOCK_WORDS
+    yield words[:num_whole].view(-1, BLOCK_WORDS).sum(dim=1)
+    yield words[num_whole:].sum()
+    yield content[len(words) * 8:]
 
 
 def numerics_id(parts: Iterable[object], device: torch.device) -> str:

@@ -202,7 +202,7 @@ def test_a_model_whose_batched_path_differs_is_not_served(folder: Path, monkeypa
 
 
 def test_like_folders_have_like_names_and_others_others(folder: Path, tmp_path: Path) -> None:
-    """`weights_id` is of the content, wherever it lies; one changed weight is another model."""
+    """`weights_id` is of the content, wherever it lies."""
     same, other = load(str(save("llama", tmp_path / "again"))), load(str(save("mistral", tmp_path / "other")))
     first = load(str(folder))
     assert (first.weights_id, first.numerics_id) == (same.weights_id, same.numerics_id)
@@ -210,6 +210,19 @@ def test_like_folders_have_like_names_and_others_others(folder: Path, tmp_path: 
     half = load(str(folder), dtype="bfloat16")
     assert half.weights_id == first.weights_id
     assert half.numerics_id != first.numerics_id
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.77, 1.0])
+def test_one_changed_weight_is_another_model(place: float, folder: Path, tmp_path: Path) -> None:
+    """Wherever it is, in a file of several blocks and a rest."""
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.arange(2.5 * identity.BLOCK_WORDS + 3, dtype=torch.float32)}, path)
+    first = identity.weights_id(tmp_path, {})
+    assert identity.weights_id(tmp_path, {}) == first
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+    assert identity.weights_id(tmp_path, {}) != first
 
 
 def test_who_computes_otherwise_has_another_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
