@@ -56,5 +56,7 @@ class Delivered:
         if self.job is None or self._num_put_backs >= MAX_PUT_BACKS:
             raise StreamLost
         entries = self.entries()
-        await queue.restore(self.job, self.header, entries, epoch=entries[-1].epoch if entries else 0)
+        first = entries[0].deltas[:1] if entries and entries[0].kind == "delta" else []
+        await queue.restore(self.job, self.header, entries, epoch=entries[-1].epoch if entries else 0,
+                            weights_id="".join(delta.weights_id for delta in first))
         self._num_put_backs += 1                        # one that Redis refuses for now does not count

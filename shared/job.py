@@ -75,6 +75,7 @@ class Delta:
     num_cached_tokens: int = 0                          # prompt tokens found in the cache; on a choice's first delta
     is_exact: bool = True                               # False: from here on valid, but perhaps another text
     stop: str = ""                                      # the stop string that ended the choice; the text excludes it
+    weights_id: str = ""                                # in the first entry: of its worker, if the job names others
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +227,15 @@ def encode_deltas(deltas: list[Delta]) -> str:
 def _row(delta: Delta) -> list[Any]:
     logprobs = [[entry.token_id, entry.logprob, entry.top] for entry in delta.logprobs]
     row: list[Any] = [delta.index, delta.token_ids, delta.text, delta.finish_reason, logprobs,
-                      delta.num_cached_tokens, int(not delta.is_exact), delta.stop]
+                      delta.num_cached_tokens, int(not delta.is_exact), delta.stop, delta.weights_id]
     while len(row) > 3 and not row[-1]:
         row.pop()
     return row
 
 
 def _delta(index: int, token_ids: list[int], text: str, reason: FinishReason | None = None,
-           logprobs: list[Any] | None = None, num_cached_tokens: int = 0, is_inexact: int = 0, stop: str = "") -> Delta:
+           logprobs: list[Any] | None = None, num_cached_tokens: int = 0, is_inexact: int = 0, stop: str = "",
+           weights_id: str = "") -> Delta:
     entries = tuple(TokenLogprob(token_id, logprob, tuple((i, p) for i, p in top))
                     for token_id, logprob, top in logprobs or ())
-    return Delta(index, tuple(token_ids), text, reason, entries, num_cached_tokens, not is_inexact, stop)
+    return Delta(index, tuple(token_ids), text, reason, entries, num_cached_tokens, not is_inexact, stop, weights_id)

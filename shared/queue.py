@@ -166,7 +166,7 @@ class Queue:
         """Restores what Redis has lost of a job: `entries` are all that is known, from position 1 on.
 
         A worker that still computes it gets its new epoch; 0 when others compute it, None when it has ended.
-        `weights_id`, `numerics_id`: of that worker.
+        `weights_id`, `numerics_id`: of the worker that began it, if they are known; else the job's weights.
         """
         rest_s = max(job.created_s + job.deadline_s - time.time(), MIN_DEADLINE_S)
         args: list[Any] = []

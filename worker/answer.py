@@ -32,7 +32,8 @@ class Choice:
 class Answer:
     """Rebuilt from the log when another worker has begun it: the same ids give the same state."""
 
-    def __init__(self, claimed: Claimed, tokenizer: Tokenizer, log: Sequence[Entry] = ()) -> None:
+    def __init__(self, claimed: Claimed, tokenizer: Tokenizer, log: Sequence[Entry] = (), weights_id: str = "") -> None:
+        """`weights_id`: of the worker."""
         self.job = claimed.job
         self.header = claimed.header
         self.log = [entry for entry in log if entry.position]   # from position 1 on, as Redis has acknowledged it
@@ -42,6 +43,7 @@ class Answer:
         self.flushed_s = float("-inf")
         self.is_exact = claimed.is_like                 # equal to what any worker with equal numerics would write
         self.num_cached_tokens = 0                      # prompt tokens found in the cache when the answer began
+        self._to_name = "" if claimed.position or weights_id == self.job.weights_id else weights_id
         sampling = self.job.sampling
         self.choices = [Choice(TextStream(tokenizer, sampling.stop, sampling.shown_token_ids, sampling.min_tokens))
                         for _ in range(self.job.n)]
@@ -91,7 +93,7 @@ class Answer:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         stop = choice.text.stop if self.job.sampling.tells_stop else ""
         choice.unflushed.append(Delta(output.index, output.token_ids, text, choice.finish_reason, logprobs,
-                                      output.num_cached_tokens, self.is_exact, stop))
+                                      output.num_cached_tokens, self.is_exact, stop, self._to_name))
         return choice.text.stopped and not output.finish_reason
 
     def is_due(self, now_s: float, flush_s: float) -> bool:
@@ -108,6 +110,7 @@ class Answer:
             choice.unflushed.clear()
         self.flushed_s = now_s
         self.num_tokens += sum(len(delta.token_ids) for delta in deltas)
+        self._to_name = "" if deltas else self._to_name
         writes = [self._write("delta", encode_deltas(deltas))] if deltas else []
         return [*writes, self._terminal()] if self.ended else writes
 
@@ -126,4 +129,4 @@ def _merge(deltas: list[Delta]) -> Delta:
     return Delta(deltas[0].index, tuple(token_id for delta in deltas for token_id in delta.token_ids),
                  "".join(delta.text for delta in deltas), deltas[-1].finish_reason,
                  tuple(entry for delta in deltas for entry in delta.logprobs),
-                 deltas[0].num_cached_tokens, deltas[0].is_exact, deltas[-1].stop)
+                 deltas[0].num_cached_tokens, deltas[0].is_exact, deltas[-1].stop, deltas[0].weights_id)

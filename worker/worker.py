@@ -200,7 +200,7 @@ class Worker:
             entries = await self.queue.read(claimed.job.id) if claimed.position else []
         except StreamLost:
             return                                      # it ended, or is gone
-        answer = Answer(claimed, self._tokenizer, entries)
+        answer = Answer(claimed, self._tokenizer, entries, self.card.weights_id)
         answer.is_exact &= self.engine.is_exact and all(
             self.engine.replays_exactly(len(choice.token_ids)) for choice in answer.choices)
         self._answers[claimed.job.id] = answer

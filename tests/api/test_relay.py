@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,6 +203,28 @@ async def test_a_redis_that_went_back_does_not_tell_another_story(redis: Redis) 
     reader.stream.look()
     assert await reader.end() == [1, 2, 3, 4]
     assert text_of(reader.entries) == "Hello"
+
+
+async def test_only_the_weights_that_began_an_answer_go_on_with_what_is_put_back(redis: Redis) -> None:
+    """They may be others than the job names: those of the card on which it was made, in a rolling change of weights."""
+    script = await make_script(redis)
+    reader = reading(script)
+    await script.say(replace(say("a"), weights_id="new"))
+    reader.stream.look()
+    await delivered(reader, 1)
+    await redis.delete(*await keys_of(script))
+    reader.stream.look()
+    queue, like = script.worker.queue, {"tokenizer_id": script.job.tokenizer_id, "numerics_id": "n"}
+    await until_waiting(queue, script.job)
+    assert not (await queue.claim("old", 1, 8, weights_id=script.job.weights_id, **like)).jobs
+    assert [claimed.position for claimed in (await queue.claim("new", 1, 8, weights_id="new", **like)).jobs] == [1]
+    reader.task.cancel()
+
+
+async def until_waiting(queue: Queue, job: Job) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while (await queue.describe(job.id)).get("state") != "queued":
+            await asyncio.sleep(0.01)
 
 
 async def test_a_cancelled_answer_whose_log_has_expired_is_not_put_back(redis: Redis) -> None:

@@ -57,6 +57,19 @@ def test_the_terminal_follows_the_last_delta_with_the_usage() -> None:
     assert 0 <= time.time() - end.finish.ended_s < 60
 
 
+def test_who_begins_with_other_weights_than_the_job_names_says_so_once() -> None:
+    """A pod may have to put the answer back, and knows of its worker nothing else."""
+    for weights_id, expected in ((claim().job.weights_id, ["", ""]), ("others", ["others", ""])):
+        answer, log = Answer(claim(), TOKENIZER, weights_id=weights_id), list[Entry]()
+        for token_id in ids("ab"):
+            answer.take(draw(0, token_id))
+            log += entries(answer.flush(0.0))
+        assert [entry.deltas[0].weights_id for entry in log] == expected
+    continued = Answer(replace(claim(), position=2), TOKENIZER, log, weights_id="others")
+    continued.take(draw(0, ids("c")[0]))
+    assert entries(continued.flush(0.0))[0].deltas[0].weights_id == ""
+
+
 def test_what_was_drawn_ahead_of_an_end_is_no_part_of_it() -> None:
     """A device computes the next step before the stop string is found in this one."""
     answer = Answer(claim(stop=("b",)), TOKENIZER)
