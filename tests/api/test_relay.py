@@ -214,7 +214,8 @@ async def test_only_the_weights_that_began_an_answer_go_on_with_what_is_put_back
     await delivered(reader, 1)
     await redis.delete(*await keys_of(script))
     reader.stream.look()
-    queue, like = script.worker.queue, {"tokenizer_id": script.job.tokenizer_id, "numerics_id": "n"}
+    queue = script.worker.queue
+    like: dict[str, Any] = {"tokenizer_id": script.job.tokenizer_id, "numerics_id": "n"}
     await until_waiting(queue, script.job)
     assert not (await queue.claim("old", 1, 8, weights_id=script.job.weights_id, **like)).jobs
     assert [claimed.position for claimed in (await queue.claim("new", 1, 8, weights_id="new", **like)).jobs] == [1]
