@@ -89,7 +89,7 @@ async def make_job(order: Order, served: Served, completion_id: str, *, pod_id: 
     job = Job(id=completion_id, tenant=order.tenant, pod="" if order.is_unread else pod_id,
               prompt_token_ids=tuple(prompt), sampling=sampling, tokenizer_id=card.tokenizer_id,
               weights_id=card.weights_id, n=n, priority=order.priority, created_s=created_s, retain_s=retain_s,
-              prefix=some(prefix_names(order.tenant, prompt, card.prefill_chunk_tokens)),
+              prefix=some(prefix_names(order.tenant, prompt, card.prefill_chunk_tokens), card.prefill_chunk_tokens),
               deadline_s=order.deadline_s or settings.request_deadline_s)
     return job, _header(order, job, reading, card)
 

@@ -29,7 +29,7 @@ class Card:
     vocab_size: int                                     # rows of the logits; no id at or above reaches a worker
     max_model_len: int                                  # prompt and answer together, in tokens
     max_num_seqs: int                                   # choices that one worker can run at once
-    prefill_chunk_tokens: int                           # prompts are cut, and prefixes named, at multiples of it
+    prefill_chunk_tokens: int                           # prefixes are named at multiples of it
     weights_id: str                                     # other weights never continue a started answer
     numerics_id: str                                    # workers with equal ids produce bit-identical results
     created_s: int                                      # of the weights, for GET /v1/models

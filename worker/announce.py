@@ -38,7 +38,7 @@ def make_card(name: str, engine: Engine) -> Card:
                 sampling_defaults=_sampling_defaults(model.folder),
                 eos_token_ids=tuple(sorted(model.eos_token_ids)), vocab_size=model.vocab_size,
                 max_model_len=engine.max_model_len, max_num_seqs=engine.kv.num_slots,
-                prefill_chunk_tokens=engine.prefill_chunk,
+                prefill_chunk_tokens=engine.chunks.piece_len,
                 weights_id=model.weights_id, numerics_id=engine.numerics_id, created_s=_created_s(model.folder))
 
 

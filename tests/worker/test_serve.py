@@ -50,7 +50,7 @@ def test_the_prompt_that_is_timed_is_computed_whole(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Runner, "run", watch)
     assert _time_prefill(engine) > 0
-    assert sum(computed) == 2 * 96 and not engine.chunks.cache.num_chunks
+    assert sum(computed) == 2 * 96 and not engine.chunks.cache.num_pieces
 
 
 @pytest.mark.usefixtures("threads")

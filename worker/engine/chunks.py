@@ -1,30 +1,32 @@
-"""Computed chunks of prompts in memory that no sequence needs: copied to those that begin alike, evicted when memory is
+"""Computed pieces of prompts in memory that no sequence needs: copied to those that begin alike, evicted when memory is
 asked for. prefix.py decides which and where; here keys and values are moved. It knows slots, nothing of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from itertools import groupby, takewhile
 
-from worker.engine.prefix import PrefixCache
+from worker.engine.prefix import Place, PrefixCache
 from worker.engine.scheduler import Span
 from worker.engine.sequence import Sequence
 from worker.engine.store import KV
 
 
 class Chunks:
-    def __init__(self, kv: KV, slots: range, chunk_len: int):
-        """Keeps chunks of `chunk_len` tokens in `slots` of the store, which are never given to sequences."""
-        self.cache = PrefixCache(slots)
-        self._kv, self.chunk_len = kv, chunk_len
+    def __init__(self, kv: KV, piece_len: int, *, keeps: bool):
+        """Keeps pieces of `piece_len` tokens in slots of the store that are never given to sequences."""
+        self.cache = PrefixCache(kv.kept_slots if keeps else range(0))
+        self.piece_len = piece_len
+        self._kv = kv
 
     @property
     def num_available_pages(self) -> int:
-        """Pages not owned by sequences; chunks can be evicted."""
+        """Pages not owned by sequences; pieces can be evicted."""
         return self._kv.num_pages - self._kv.num_owned_pages
 
     def make_room(self, num_pages: int) -> bool:
-        """Evicts chunks, never running sequences. False: even that would not free enough pages."""
+        """Evicts pieces, never running sequences. False: even that would not free enough pages."""
         if self.num_available_pages < num_pages:
             return False
         while self._kv.num_free_pages < num_pages:
@@ -32,42 +34,66 @@ class Chunks:
         return True
 
     def reuse(self, leader: Sequence, prefix: Several[str]) -> None:
-        """Copies the chunks that follow what is computed of a prompt, as far as they are kept; all computed on one
+        """Copies the pieces that follow what is computed of a prompt, as far as they are kept; all computed on one
         grid, they have the bits that this prompt would get."""
-        for index in range(leader.num_computed_tokens // self.chunk_len, len(prefix)):
-            slot = self.cache.find(index, prefix[index])
-            if slot is None:
-                break
-            self._kv.copy(slot, leader.slot, *self._tokens(index))
-            leader.num_computed_tokens += self.chunk_len
-            leader.num_cached_tokens += self.chunk_len
-            self.cache.use(prefix[:index + 1])
+        first, rest = divmod(leader.num_computed_tokens, self.piece_len)
+        if rest:
+            return
+        found = list(takewhile(lambda place: place[1] is not None, (
+            (index, self.cache.find(index, prefix[index])) for index in range(first, len(prefix)))))
+        for slot, places in groupby(found, key=lambda place: place[1]):
+            assert slot is not None
+            begin, end = self._tokens(*[index for index, _ in places])
+            self._kv.copy(slot, leader.slot, begin, end)
+            leader.num_computed_tokens += end - begin
+            leader.num_cached_tokens += end - begin
+        if found:
+            self.cache.use(prefix[:first + len(found)])
 
     def keep(self, span: Span, prefix: Several[str]) -> None:
-        """Keeps a chunk that was just computed, if it is whole and there is room."""
-        index = span.begin // self.chunk_len
-        if index >= len(prefix) or self.cache.find(index, prefix[index]) is not None:
-            return
-        if self.cache.is_full(index):
-            self._evict(index)
-        if self.make_room(self._kv.num_pages_to_keep(span.begin, span.end)):
-            slot = self.cache.place(index, prefix[index])
-            self.cache.use(prefix[:index + 1])
-            self._kv.keep(span.slot, slot, span.begin, span.end)
+        """Keeps the pieces of a prompt that were computed in a span, while there is room; those of one page together,
+        because whole pages are shared."""
+        index, last = -(-span.begin // self.piece_len), min(span.end // self.piece_len, len(prefix))
+        while index < last:
+            end = index + 1
+            if self.cache.find(index, prefix[index]) is None:
+                while end < last and end * self.piece_len % self._kv.page_len and (
+                        self.cache.find(end, prefix[end]) is None):
+                    end += 1
+                if not self._keep(span.slot, index, prefix[:end]):
+                    return
+            index = end
+
+    def _keep(self, source: int, first: int, names: Several[str]) -> bool:
+        if not self.cache.slots:
+            return False
+        begin, end = self._tokens(first, len(names) - 1)
+        if not self.make_room(self._kv.num_pages_to_keep(begin, end)):
+            return False
+        beside = self.cache.find(first - 1, names[first - 1]) if first else None
+        slot, in_the_way = self.cache.choose(first, len(names), beside)
+        for place in in_the_way:
+            self._evict(place)
+        self.cache.place(first, names[first:], slot)
+        self.cache.use(names)
+        self._kv.keep(source, slot, begin, end)
+        return True
 
     def forget(self, prefix: Several[str]) -> None:
         for place in self.cache.forget(prefix):
-            self._drop(*place)
+            self._drop(place)
 
     def drop_all(self) -> None:
-        while self.cache.num_chunks:
+        while self.cache.num_pieces:
             self._evict()
 
-    def _evict(self, index: int | None = None) -> None:
-        self._drop(*self.cache.evict(index))
+    def _evict(self, place: Place | None = None) -> None:
+        self._drop(self.cache.evict(place))
 
-    def _drop(self, index: int, slot: int) -> None:
+    def _drop(self, place: Place) -> None:
+        index, slot = place
         self._kv.drop(slot, *self._tokens(index))
 
-    def _tokens(self, index: int) -> tuple[int, int]:
-        return index * self.chunk_len, (index + 1) * self.chunk_len
+    def _tokens(self, first: int, *others: int) -> tuple[int, int]:
+        """Of neighbouring pieces."""
+        return first * self.piece_len, ((others or (first,))[-1] + 1) * self.piece_len

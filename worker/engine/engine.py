@@ -24,6 +24,7 @@ from shared.prefix import prefix_names
 from worker.engine.chunks import Chunks
 from worker.engine.draft import Drafter
 from worker.engine.flight import Flight
+from worker.engine.paged import KVPages
 from worker.engine.params import Params
 from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Constraint, Output, Request, validate
 from worker.engine.runner import Runner
@@ -39,6 +40,7 @@ __all__ = ["Engine", "Output", "Request"]
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+PIECE_TOKENS = 64       # of a prompt that is kept, where any number may be: smaller ones cost more to keep and to find
 MAX_DRAFT_ROWS = 12     # of a forward with drafts: so many cost little more than one
 MANY_ROWS = 128         # of a forward, from long prompts: all threads are worth waiting for
 MAX_FORCED_TOKENS = 32  # forced tokens taken at once after a drawn one
@@ -62,10 +64,9 @@ class Engine:
         self.max_rows = model.max_rows if model.has_fixed_rows else max(model.max_rows, self.max_shared_rows)
         self.exact_replay_max_tokens = exact_replay_max_tokens if self.is_exact else 0
         self.num_speculative_tokens = num_speculative_tokens
-        num_slots = max_num_seqs * (2 if enable_prefix_caching else 1)
-        self.kv = make_store(model, max_num_seqs=max_num_seqs, num_slots=num_slots, max_model_len=self.max_model_len,
+        self.kv = make_store(model, max_num_seqs=max_num_seqs, max_model_len=self.max_model_len,
                              num_bytes=kv_cache_bytes)
-        self.chunks = Chunks(self.kv, range(max_num_seqs, num_slots), prefill_chunk)
+        self.chunks = Chunks(self.kv, self._prefix_grid(), keeps=enable_prefix_caching)
         self.sampler = Sampler(max_num_seqs, model.vocab_size, model.device)
         self.runner = Runner.of(model, self.kv, self.sampler.last_token_ids, prefill_chunk=prefill_chunk,
                                 is_exact=self.is_exact)
@@ -84,7 +85,13 @@ class Engine:
         """Of prompts, per step. A smaller grid has other prefixes: those that are kept are dropped."""
         self.chunks.drop_all()
         self.prefill_budget = min(self.prefill_budget, num_tokens)
-        self.prefill_chunk = self.chunks.chunk_len = min(self.prefill_chunk, num_tokens)
+        self.prefill_chunk = min(self.prefill_chunk, num_tokens)
+        self.chunks.piece_len = self._prefix_grid()
+
+    def _prefix_grid(self) -> int:
+        """Tokens of a kept piece: what is chunked otherwise has other bits, unless the model is uniform."""
+        is_finer = self.model.is_uniform and isinstance(self.kv, KVPages) and self.prefill_chunk % PIECE_TOKENS == 0
+        return PIECE_TOKENS if is_finer else self.prefill_chunk
 
     def add(self, request: Request) -> None:
         """Raises ValueError when the request could break a batch."""
@@ -97,7 +104,7 @@ class Engine:
             if sequence.finish_reason:
                 self._outputs.append(Output(request.id, sequence.index, (), (), sequence.finish_reason))
         living = {sequence.index: sequence for sequence in sequences if not sequence.finish_reason}
-        names = prefix_names(request.salt, request.prompt_token_ids, self.prefill_chunk) if living else ()
+        names = prefix_names(request.salt, request.prompt_token_ids, self.chunks.piece_len) if living else ()
         side_by_side = self.kv.num_pages // self.kv.pages(max((s.num_tokens + 1 for s in living.values()), default=1))
         while living:
             some = {index: living.pop(index) for index in list(islice(living, side_by_side))}
@@ -268,11 +275,11 @@ class Engine:
                 num_spare -= len(sequence.draft_token_ids)
 
     def _prefilled(self, span: Span, logits: Tensor) -> None:
-        """Handles a computed chunk: caches it, or draws the first token of every choice."""
+        """Handles a computed chunk: keeps it for others, and draws each choice's first token after the last one."""
         sequence = self._by_slot[span.slot]
         group = self._group_of[sequence.key]
+        self.chunks.keep(span, group.prefix)
         if span.end < sequence.num_prompt_tokens:
-            self.chunks.keep(span, group.prefix)
             return
         if span.end < sequence.num_computed_tokens:     # a later part of it is in the same forward
             return

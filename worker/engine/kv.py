@@ -20,7 +20,7 @@ Block = tuple[int, int]                                 # page, slot
 class KVSlots(Slots):
     def __init__(self, layers: list[KVLayer], num_slots: int, num_pages: int):
         """`num_pages` bounds the memory of all slots together."""
-        super().__init__(num_slots, PAGE_LEN)
+        super().__init__(num_slots, PAGE_LEN, num_kept_slots=layers[0].values.shape[1] - num_slots)
         self.layers = layers
         self.memory = SlotMemory(layers)
         self.num_pages = num_pages

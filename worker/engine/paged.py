@@ -34,13 +34,13 @@ class Pool(Memory, Protocol):
 
 class KVPages(Slots):
     def __init__(self, memory: Pool, num_slots: int, num_pages: int):
-        super().__init__(num_slots, memory.page_len)
+        super().__init__(num_slots, memory.page_len, num_kept_slots=len(memory.table) - num_slots)
         self.memory = memory
         self.num_pages = num_pages
         self._free_pages = list(reversed(range(num_pages)))
         self._holders: Counter[int] = Counter()         # page → slots that have it
         self._owners: Counter[int] = Counter()          # page → sequences among them
-        self._holds: defaultdict[int, Counter[int]] = defaultdict(Counter)      # slot of the cache → place → holds
+        self._holds: defaultdict[int, Counter[int]] = defaultdict(Counter)      # kept slot → place → kept tokens
 
     def grow(self, slot: int, num_tokens: int) -> None:
         """Enough pages must be free."""
@@ -54,21 +54,31 @@ class KVPages(Slots):
         self._give_up(slot)
 
     def num_pages_to_keep(self, begin: int, end: int) -> int:
-        """An upper bound of the free pages needed: whole pages are shared."""
+        """An upper bound of the free pages needed: only whole pages are shared at once."""
         return sum(last - first < self.page_len for _, first, last in self._places(begin, end))
 
     def keep(self, source: int, target: int, begin: int, end: int) -> None:
-        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`."""
+        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`, all or in parts."""
         for place, first, last in self._places(begin, end):
             if not self._holds[target][place]:
                 is_whole = last - first == self.page_len
                 self._put(target, place, int(self.memory.table[source, place]) if is_whole else self._take())
-            self._holds[target][place] += 1
+            else:
+                self._make_own(target, place)
+            self._holds[target][place] += last - first
             self._copy_tokens(source, target, place, first, last)
 
+    def _make_own(self, slot: int, place: int) -> None:
+        """Before it is written, a page that was shared when it was whole becomes one of this slot alone."""
+        shared = int(self.memory.table[slot, place])
+        if self._holders[shared] > 1:
+            self._leave(slot, place)
+            self._put(slot, place, self._take())
+            self.memory.copy(shared, int(self.memory.table[slot, place]), 0, self.page_len)
+
     def drop(self, slot: int, begin: int, end: int) -> None:
-        for place, _, _ in self._places(begin, end):
-            self._holds[slot][place] -= 1
+        for place, first, last in self._places(begin, end):
+            self._holds[slot][place] -= last - first
             if not self._holds[slot][place]:
                 self._leave(slot, place)
 

@@ -1,7 +1,7 @@
-"""Which computed chunks of prompts are kept, and where, so that none is computed twice.
+"""Which computed pieces of prompts are kept, and where, so that none is computed twice.
 
-Chunk i of any prompt is at the same tokens of a slot, so a slot of the cache is a row of places: place i of a slot may
-hold a chunk of another prompt than place i + 1. The least recently used chunk is evicted first, and of one prompt the
+Piece i of any prompt is at the same tokens of a slot, so a slot of the cache is a row of places: place i of a slot may
+hold a piece of another prompt than place i + 1. The least recently used piece is evicted first, and of one prompt the
 last, which is useless without its predecessors. It knows names and slots, nothing of tokens, tensors or memory.
 """
 
@@ -11,51 +11,67 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+Place = tuple[int, int]                                 # a piece's index, and its slot
+
 
 @dataclass(slots=True)
 class PrefixCache:
     slots: range                                        # of the KV store; empty: nothing is kept
-    _columns: defaultdict[int, OrderedDict[str, int]] = field(
-        init=False, default_factory=lambda: defaultdict(OrderedDict))
+    _slots: dict[tuple[int, str], int] = field(init=False, default_factory=dict)
+    _names: defaultdict[int, dict[int, str]] = field(       # slot → index → name, of slots that hold any
+        init=False, default_factory=lambda: defaultdict(dict))
     _order: OrderedDict[tuple[int, str], None] = field(init=False, default_factory=OrderedDict)
+    _empty: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._empty = list(reversed(self.slots))
 
     def find(self, index: int, name: str) -> int | None:
-        """The slot that holds chunk `index` under this name."""
-        return self._columns[index].get(name)
+        """The slot that holds piece `index` under this name."""
+        return self._slots.get((index, name))
 
     def use(self, names: Sequence[str]) -> None:
-        """Marks the chunks of a prompt as used: they are evicted last, the first chunk after the others."""
-        for index in reversed(range(len(names))):
-            name = names[index]
-            if name in self._columns[index]:
-                self._columns[index].move_to_end(name)
-                self._order.move_to_end((index, name))
+        """Marks the pieces of a prompt as used: they are evicted last, the first piece after the others."""
+        for piece in reversed(list(enumerate(names))):
+            if piece in self._slots:
+                self._order.move_to_end(piece)
 
-    def is_full(self, index: int) -> bool:
-        return len(self._columns[index]) >= len(self.slots)
+    def choose(self, first: int, last: int, beside: int | None) -> tuple[int, list[Place]]:
+        """The slot for pieces [first, last) of a prompt: that of the piece before, an empty one, or that of the least
+        recently used piece of all; and the places in it that must be evicted first."""
+        if beside is not None and self._names[beside].keys().isdisjoint(range(first, last)):
+            return beside, []
+        if self._empty:
+            return self._empty[-1], []
+        slot = self._slots[next(iter(self._order))]
+        return slot, [(index, slot) for index in self._names[slot] if first <= index < last]
 
-    def place(self, index: int, name: str) -> int:
-        """The slot in which to keep chunk `index` under this name, which must be new; there must be a free one."""
-        column = self._columns[index]
-        taken = set(column.values())
-        slot = column[name] = next(slot for slot in self.slots if slot not in taken)
-        self._order[index, name] = None
-        return slot
+    def place(self, first: int, names: Sequence[str], slot: int) -> None:
+        """Places pieces from `first` on, whose names must be new and whose places in the slot must be free."""
+        if self._empty and self._empty[-1] == slot:
+            self._empty.pop()
+        for index, name in enumerate(names, first):
+            self._slots[index, name] = slot
+            self._names[slot][index] = name
+            self._order[index, name] = None
 
-    def evict(self, index: int | None = None) -> tuple[int, int]:
-        """Forgets the least recently used chunk, at place `index` if given. Returns its index, and its slot."""
-        oldest = next(iter(self._order)) if index is None else (index, next(iter(self._columns[index])))
-        del self._order[oldest]
-        index, name = oldest
-        return index, self._columns[index].pop(name)
+    def evict(self, place: Place | None = None) -> Place:
+        """Forgets a piece: the least recently used one, unless given."""
+        if place is None:
+            index, name = next(iter(self._order))
+            place = index, self._slots[index, name]
+        index, slot = place
+        name = self._names[slot].pop(index)
+        del self._slots[index, name], self._order[index, name]
+        if not self._names[slot]:
+            del self._names[slot]
+            self._empty.append(slot)
+        return place
 
-    def forget(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        """Forgets the chunks of a prompt, from its first on. Returns the index and the slot of each that was kept."""
-        kept = [(index, name) for index, name in enumerate(names) if name in self._columns[index]]
-        for place in kept:
-            del self._order[place]
-        return [(index, self._columns[index].pop(name)) for index, name in kept]
+    def forget(self, names: Sequence[str]) -> list[Place]:
+        """Forgets the pieces of a prompt, from its first on. Returns where they were kept."""
+        return [self.evict((piece[0], self._slots[piece])) for piece in enumerate(names) if piece in self._slots]
 
     @property
-    def num_chunks(self) -> int:
+    def num_pieces(self) -> int:
         return len(self._order)

@@ -6,8 +6,9 @@ from heapq import heapify, heappop, heappush
 
 
 class Slots:
-    def __init__(self, num_slots: int, page_len: int):
+    def __init__(self, num_slots: int, page_len: int, num_kept_slots: int):
         self.num_slots = num_slots
+        self.kept_slots = range(num_slots, num_slots + num_kept_slots)      # never given to sequences
         self.page_len = page_len                        # tokens
         self._free = list(range(num_slots))
         heapify(self._free)

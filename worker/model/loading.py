@@ -60,7 +60,8 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     if memory.is_paged(module.device):
         hand_over(module)
     pack_linears(module)
-    pack_mixtures(module)
+    if not memory.is_paged(module.device):
+        pack_mixtures(module)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=max_model_len,

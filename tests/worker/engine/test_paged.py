@@ -77,13 +77,24 @@ class Store(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def keep(self, data: st.DataObject) -> None:
+        """In a slot of its own, or behind what was kept of another."""
         source, target = self._sequence(data), data.draw(st.integers(NUM_SLOTS, NUM_SLOTS + NUM_KEPT - 1))
-        if source is None or target in self.written:
+        kept = self.written.get(target, [])
+        begin = len(kept)
+        if source is None or len(self.written[source]) <= begin:
             return
-        num_tokens = data.draw(st.integers(0, len(self.written[source])))
-        if num_tokens and self.kv.num_pages_to_keep(0, num_tokens) <= self.kv.num_free_pages:
-            self.kv.keep(source, target, 0, num_tokens)
-            self.written[target] = self.written[source][:num_tokens]
+        end = data.draw(st.integers(begin + 1, len(self.written[source])))
+        if self.kv.num_pages_to_keep(begin, end) <= self.kv.num_free_pages:
+            self.kv.keep(source, target, begin, end)
+            self.written[target] = kept + self.written[source][begin:end]
+
+    @rule(data=st.data())
+    def drop_the_end(self, data: st.DataObject) -> None:
+        if kept := [slot for slot in sorted(self.written) if slot >= NUM_SLOTS and len(self.written[slot]) > 1]:
+            tokens = self.written[slot := data.draw(st.sampled_from(kept))]
+            begin = data.draw(st.integers(1, len(tokens) - 1))
+            self.kv.drop(slot, begin, len(tokens))
+            del tokens[begin:]
 
     @rule(data=st.data())
     def reuse(self, data: st.DataObject) -> None:

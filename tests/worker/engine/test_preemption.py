@@ -125,4 +125,4 @@ def test_a_chunk_over_two_pages_is_kept_only_where_both_have_room(folder: Path, 
     engine = Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=2, prefill_chunk=96, kv_cache_bytes=num_bytes)
     outputs = run(engine, {0: [Request("long", prompt(300, 1), greedy(3))]})
     assert len(token_ids(outputs["long", 0])) == 3
-    assert engine.chunks.cache.num_chunks == 1
+    assert engine.chunks.cache.num_pieces == 1

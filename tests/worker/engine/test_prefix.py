@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from shared.prefix import prefix_names
+from shared.prefix import FAR_TOKENS, MAX_NAMES, prefix_names, some
 from tests.worker.engine.driver import greedy, run, seeded, token_ids
 from tests.worker.families import VOCAB_SIZE, save
-from worker.engine.engine import Engine, Output, Request
+from worker.engine.engine import PIECE_TOKENS, Engine, Output, Request
+from worker.engine.paged import KVPages
 from worker.engine.prefix import PrefixCache
 from worker.engine.request import NOT_A_NUMBER
 from worker.model.loading import load
@@ -93,22 +94,53 @@ def test_a_continued_answer_finds_its_prompt_too(engine: Engine) -> None:
     assert not any(output.num_cached_tokens for output in outputs), "it was counted when the answer began"
 
 
-def test_the_least_recently_used_chunk_goes_first() -> None:
+def test_the_least_recently_used_piece_goes_first() -> None:
     cache = PrefixCache(range(8, 10))
-    assert [cache.place(0, "a"), cache.place(0, "b"), cache.place(1, "c")] == [8, 9, 8]
-    assert cache.is_full(0) and not cache.is_full(1)
-    assert cache.find(0, "a") == 8
+
+    def place(first: int, *names: str, beside: int | None = None) -> tuple[int, list[tuple[int, int]]]:
+        slot, in_the_way = cache.choose(first, first + len(names), beside)
+        for each in in_the_way:
+            cache.evict(each)
+        cache.place(first, names, slot)
+        return slot, in_the_way
+
+    assert [place(0, "a"), place(0, "b"), place(1, "c", beside=8)] == [(8, []), (9, []), (8, [])]
+    assert (cache.find(0, "a"), cache.find(0, "c"), cache.find(1, "c")) == (8, None, 8)
     cache.use(["a", "c"])
-    assert cache.evict(0) == (0, 9)
-    assert cache.place(0, "d") == 9
-    assert (cache.find(0, "b"), cache.find(0, "a"), cache.find(0, "d")) == (None, 8, 9)
-    assert cache.place(1, "e") == 9
-    assert cache.forget(["d", "e", "f"]) == [(0, 9), (1, 9)]
+    assert place(0, "d", "e") == (9, [(0, 9)]), "no slot is empty: where the oldest piece is"
+    assert (cache.find(0, "b"), cache.find(0, "a"), cache.find(0, "d"), cache.find(1, "e")) == (None, 8, 9, 9)
+    assert place(2, "f", beside=9) == (9, []) and place(1, "g", beside=9) == (8, [(1, 8)]), "its place is taken"
+    assert cache.forget(["d", "e", "x"]) == [(0, 9), (1, 9)]
     assert cache.forget(["d"]) == [] and cache.find(0, "d") is None
-    assert not cache.is_full(0) and cache.place(0, "d") == 9, "its place is free again"
-    assert cache.forget(["d"]) == [(0, 9)]
-    assert [cache.evict(), cache.evict()] == [(1, 8), (0, 8)], "without its predecessor a chunk is worth nothing"
-    assert cache.num_chunks == 0
+    assert place(0, "d", beside=9) == (9, []), "its place is free again"
+    cache.use(["a", "g"])
+    assert [cache.evict() for _ in range(4)] == [(2, 9), (0, 9), (1, 8), (0, 8)], "no piece before those behind it"
+    assert cache.num_pieces == 0 and {place(0, "h")[0], place(0, "i")[0]} == {8, 9}
+
+
+def test_more_conversations_than_run_at_once_are_kept(folder: Path) -> None:
+    """As many as memory has room for, whatever else they have in common."""
+    engine = Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=2, prefill_chunk=CHUNK)
+    if not isinstance(engine.kv, KVPages):
+        pytest.skip("torch attends: there are as many slots for prefixes as for sequences")
+    requests = [Request(str(i), prompt(2 * CHUNK + 9, i % 5) + prompt(CHUNK, i), greedy(2)) for i in range(20)]
+    found = [cached(run(engine, {0: [request]})[request.id, 0]) for request in requests * 2]
+    assert found == [0] * 5 + [2 * CHUNK] * 15 + [3 * CHUNK] * 20
+
+
+@pytest.mark.parametrize("length", [100, 3 * PIECE_TOKENS, 500, 1000])
+def test_a_common_beginning_is_found_nearly_to_its_end(length: int, folder: Path) -> None:
+    """In pieces smaller than chunks, whole pages of them at once, where a token's bits do not depend on chunks."""
+    cold, warm = (Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=2, prefill_chunk=4 * PIECE_TOKENS,
+                         enable_prefix_caching=keeps) for keeps in (False, True))
+    if warm.chunks.piece_len != PIECE_TOKENS:
+        pytest.skip("torch computes: chunks have bits of their own")
+    for seed in range(4):
+        request = Request("it", (prompt(length) + prompt(40, seed + 1))[:500], seeded(8, num_logprobs=1))
+        found, expected = (run(engine, {0: [request]})["it", 0] for engine in (warm, cold))
+        assert [(o.token_ids, o.logprobs) for o in found] == [(o.token_ids, o.logprobs) for o in expected]
+        num_common = min(length, 499) if seed else 0
+        assert 0 <= num_common - cached(found) < PIECE_TOKENS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -141,3 +173,15 @@ def test_names_are_equal_exactly_when_all_before_is() -> None:
     assert changed[0] == names[0]
     assert not set(changed[1:]) & set(names), "a change reaches every name behind it"
     assert not set(names) & {*prefix_names("u", ids, 32), *prefix_names("t", ids, 16), *prefix_names("t", ids[1:], 32)}
+
+
+@pytest.mark.parametrize("piece_tokens", [64, 256, 512])
+def test_of_a_long_prompt_the_first_names_and_some_of_the_last_count(piece_tokens: int) -> None:
+    """Prompts with a common beginning have common names, wherever one of them goes on."""
+    def far(length: int) -> tuple[str, ...]:
+        return some(prefix_names("t", tuple(range(length)), piece_tokens), piece_tokens)
+
+    assert len(far(piece_tokens * MAX_NAMES + 1)) == MAX_NAMES
+    first, later = far(20_000), far(20_000 + 5 * FAR_TOKENS)
+    assert len(first) <= MAX_NAMES and first[:MAX_NAMES // 2] == later[:MAX_NAMES // 2]
+    assert len(set(first[MAX_NAMES // 2:]) & set(later)) >= 2
