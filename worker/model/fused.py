@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers.activations import SiLUActivation
 
-from worker.model import cpu
+from worker.model import cpu, memory
 from worker.model.attention import Context, Scores
 from worker.model.linear import agree
 
@@ -98,8 +98,8 @@ class FusedAttention(nn.Module):
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates [rows, heads, head_dim] by the angles of [1, rows, head_dim]: each half with the other."""
-        if self.pointwise:
-            return cast(Tensor, self.pointwise.rotate(x, cos[0], sin[0]))
+        if rotate := getattr(self.pointwise, "rotate", None):       # on a GPU the context does it
+            return cast(Tensor, rotate(x, cos[0], sin[0]))
         first, second = x.chunk(2, dim=-1)
         return x * cos[0, :, None] + torch.cat((-second, first), dim=-1) * sin[0, :, None]
 
@@ -244,7 +244,7 @@ def _joined(*linears: nn.Linear) -> nn.Linear:
 
 def _pointwise(weight: Tensor, width: int) -> Any:
     """Kernels for rows of this width on the weight's device; None: torch computes."""
-    if weight.is_cuda:
+    if memory.is_paged(weight.device):
         from worker.model import pointwise  # needs Triton, which a machine without a GPU may lack
 
         return pointwise

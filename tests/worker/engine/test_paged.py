@@ -25,13 +25,14 @@ from worker.engine.engine import Engine, Request
 from worker.model import check, memory
 from worker.model.attention import KVShape
 from worker.model.folder import ModelRefused
+from worker.model.fused import FusedAttention
 from worker.model.loading import load
 
 require_package("triton")
 from worker.engine import fixed
 from worker.engine.fixed import FixedForwards, widths
 from worker.engine.paged import KVPages, Pool
-from worker.model import int8
+from worker.model import int8, pointwise
 from worker.model.paged import PAGE_LEN, PagedMemory, padded, tiled
 from worker.model.slots import SlotMemory, allocate
 
@@ -209,6 +210,8 @@ def test_the_engine_says_over_pages_what_it_says_over_slots(family: str, sizes: 
     request.getfixturevalue("paged")
     engine = make_engine(folder)
     assert isinstance(engine.kv, KVPages) and engine.runner.fixed
+    fused = [module for module in engine.model.module.modules() if isinstance(module, FusedAttention)]
+    assert len(fused) == (2 if family == "llama" else 0) and all(module.pointwise is pointwise for module in fused)
     assert engine.model.row_sizes == sizes
     assert {forward.num_rows for forward in engine.runner.fixed.rows} == set(sizes)
     assert answers(engine) == expected
