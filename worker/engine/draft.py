@@ -24,6 +24,7 @@ class Drafter:
     _history: list[int] = field(init=False, default_factory=list)
     _behind: dict[tuple[int, ...], int] = field(init=False, default_factory=dict)   # n-gram → where it ended last
     _num_tokens: int = field(init=False, default=FIRST_TOKENS)
+    has_found: bool = field(init=False, default=False)  # what the last n-gram had been followed by
     _pause_steps: int = field(init=False, default=0)
     _next_pause_steps: int = field(init=False, default=1)           # after one more miss in a row
 
@@ -34,16 +35,22 @@ class Drafter:
 
     def propose(self, prompt: Sequence[int], drawn: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens; none when the n-gram has not occurred before."""
-        if self._pause_steps:
-            self._pause_steps -= 1
+        if self.skip():
             return []
         self._learn_history(prompt, drawn)
         history = self._history
         begin = self._behind.get(tuple(history[-NGRAM_TOKENS:]))
+        self.has_found = begin is not None
         if begin is None:
             return []
         period = len(history) - begin                   # a repetition is assumed to continue
         return [history[begin + i % period] for i in range(min(most, self._num_tokens, self.max_tokens))]
+
+    def skip(self) -> bool:
+        """Lets a step go by without a draft. Whether it was a pause."""
+        was_pausing = self.is_pausing
+        self._pause_steps -= was_pausing
+        return was_pausing
 
     def _learn_history(self, prompt: Sequence[int], drawn: Sequence[int]) -> None:
         history = self._history

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 PIECE_TOKENS = 64       # of a prompt that is kept, where any number may be: smaller ones cost more to keep and to find
+SEARCH_STEPS = 16       # of an engine that runs ahead, between searches of those that found no draft
 MAX_DRAFT_ROWS = 12     # of a forward with drafts: so many cost little more than one
 MANY_ROWS = 128         # of a forward, from long prompts: all threads are worth waiting for
 MAX_FORCED_TOKENS = 32  # forced tokens taken at once after a drawn one
@@ -73,6 +74,7 @@ class Engine:
         self.batch_limit = BatchLimit(max_num_seqs)
         self.num_preempted = 0
         self.num_draft_tokens = self.num_accepted_tokens = 0
+        self._num_draft_steps = 0
         self._num_arrived = 0
         self._waiting: deque[Group] = deque()       # in order of arrival
         self._running: list[Group] = []             # every sequence has a slot
@@ -264,15 +266,24 @@ class Engine:
         decoding = [sequence for sequence in self._computing()
                     if sequence.num_computed_tokens >= sequence.num_prefill_tokens]
         num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - sum(sequence.num_uncomputed_tokens for sequence in decoding)
-        if num_spare > 0 and any(sequence.num_pending_tokens and sequence.may_draft for sequence in decoding):
+        self._num_draft_steps += 1
+        if num_spare > 0 and any(sequence.num_pending_tokens and self._is_worth_waiting_for(sequence)
+                                 for sequence in decoding):
             self._land(len(self._flights))              # a draft extends known tokens only
             decoding = [sequence for sequence in decoding if self._by_slot.get(sequence.slot) is sequence]
         for sequence in decoding:
             if num_spare <= 0:
                 return
-            if sequence.num_uncomputed_tokens == 1:
+            if sequence.num_pending_tokens:
+                sequence.skip_draft()
+            elif sequence.num_uncomputed_tokens == 1:
                 sequence.draft(min(num_spare, self.kv.num_owned_tokens(sequence.slot) - sequence.num_tokens))
                 num_spare -= len(sequence.draft_token_ids)
+
+    def _is_worth_waiting_for(self, sequence: Sequence) -> bool:
+        """Whether a draft is worth a step that is not launched ahead: where the last search found one, and now and then
+        for all at once."""
+        return sequence.may_draft and (sequence.finds_drafts or self._num_draft_steps % SEARCH_STEPS == 0)
 
     def _prefilled(self, span: Span, logits: Tensor) -> None:
         """Handles a computed chunk: keeps it for others, and draws each choice's first token after the last one."""

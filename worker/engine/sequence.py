@@ -101,6 +101,14 @@ class Sequence:
     def may_draft(self) -> bool:
         return self.drafter is not None and not self.drafter.is_pausing and not self.asks_first
 
+    @property
+    def finds_drafts(self) -> bool:
+        return self.drafter is not None and self.drafter.has_found
+
+    def skip_draft(self) -> None:
+        if self.drafter:
+            self.drafter.skip()
+
     def draft(self, most: int) -> None:
         """Drafts at most `most` tokens; after the last possible token there is nothing to draft."""
         if self.drafter and not self.asks_first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tests.worker.engine.driver import CYCLE, MIXED, greedy, run, seeded, token_ids
 from tests.worker.families import save
 from worker.engine.engine import Engine, Output, Request
-from worker.engine.sampler import Draws
+from worker.engine.sampler import Draws, Sampler
 from worker.model.attention import PAGE_LEN
 from worker.model.loading import load
 from worker.model.model import Model
@@ -119,6 +120,18 @@ def test_it_is_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         log.clear()
         run(engine, {0: [request]})
         assert log == expected
+
+
+def test_it_is_ahead_of_text_that_gives_no_drafts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only now and then it waits, for all sequences at once, to see what was drawn."""
+    log: list[str] = []
+    monkeypatch.setattr(Sampler, "sample", noted(log, "launch", Sampler.sample))
+    monkeypatch.setattr(Draws, "read", noted(log, "read", Draws.read))
+    engine = make_engine(model, runs_ahead=True)
+    run(engine, {0: [Request(f"{seed}", CYCLE, seeded(80, seed=seed, temperature=50.0)) for seed in range(3)]})
+    num_unread = accumulate(1 if what == "launch" else -1 for what in log)
+    assert not engine.num_draft_tokens
+    assert 0.8 < sum(num > 1 for num in num_unread) / log.count("launch") < 1
 
 
 def noted(log: list[str], what: str, method: Callable[..., Any]) -> Callable[..., Any]:
