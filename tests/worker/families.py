@@ -37,6 +37,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -84,6 +85,7 @@ MORE_FAMILIES: dict[str, Any] = {
     "qwen3_moe": Qwen3MoeConfig(**SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48),
     "seed_oss": SeedOssConfig(**SMALL, head_dim=16),
     "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
+    "stablelm": StableLmConfig(**SMALL),
     "starcoder2": Starcoder2Config(**SMALL),
 }
 

@@ -1,11 +1,14 @@
 """Attention for unmodified model classes of transformers, computed where keys and values lie.
 
-It is registered once under `NAME`; what a forward needs to know is passed as the keyword argument `context`, never in a
-global. Contexts are in slots.py for a CPU, and in paged.py.
+It is registered once under `NAME`; what a forward needs to know is passed as the keyword argument `context`, or by
+`passing` to families whose layers do not pass keyword arguments on. Contexts are in slots.py and paged.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -56,11 +59,24 @@ class Context(Protocol):
         """Takes [1, heads, rows, head_dim] each; returns [1, rows, query heads, head_dim]."""
 
 
+_passed: ContextVar[Context | None] = ContextVar("context", default=None)
+
+
+@contextmanager
+def passing(context: Context) -> Iterator[None]:
+    token = _passed.set(context)
+    try:
+        yield
+    finally:
+        _passed.reset(token)
+
+
 def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None = None, *,
               context: Context | None = None, scaling: float | None = None, sliding_window: int | None = None,
               softcap: float | None = None, s_aux: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    context = context or _passed.get()
     if context is None:
-        raise ValueError("its layers do not pass keyword arguments on")
+        raise ValueError("it attends outside a forward")
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     return context.attend(module.layer_idx, query, key, value, scores), None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worker.model import memory
-from worker.model.attention import NAME, Recorder
+from worker.model.attention import NAME, Recorder, passing
 from worker.model.linear import packed_linears
 from worker.model.model import SHARED_UNIT, Model
 from worker.model.slots import Together
@@ -50,7 +50,7 @@ def plain_logits(module: Any, token_ids: list[int]) -> Tensor:
 def record(module: Any) -> Recorder:
     """The shape of every layer's keys, recorded in a forward without attention."""
     recorder = Recorder()
-    with torch.inference_mode():
+    with torch.inference_mode(), passing(recorder):
         device = module.device
         module(input_ids=torch.tensor([[0, 0]], device=device), position_ids=torch.tensor([[0, 1]], device=device),
                use_cache=False, context=recorder)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from worker.model.attention import Context, KVShape, Scores
+from worker.model.attention import Context, KVShape, Scores, passing
 from worker.model.fused import FusedAttention, FusedLayer, FusedMLP, fuse_norms, kind_of
 from worker.model.linear import agree
 from worker.model.memory import scratch
@@ -87,9 +87,10 @@ def _record(module: nn.Module, token_ids: Sequence[int], begin: int, context: Co
                 hooks.append(child.register_forward_hook(record, with_kwargs=True))
     device = next(module.parameters()).device
     try:
-        module(input_ids=torch.tensor([token_ids], device=device),
-               position_ids=torch.arange(begin, begin + len(token_ids), device=device)[None], use_cache=False,
-               context=context)
+        with passing(context):
+            module(input_ids=torch.tensor([token_ids], device=device),
+                   position_ids=torch.arange(begin, begin + len(token_ids), device=device)[None], use_cache=False,
+                   context=context)
     finally:
         for hook in hooks:
             hook.remove()

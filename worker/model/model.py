@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.model import memory
-from worker.model.attention import Context, KVShape
+from worker.model.attention import Context, KVShape, passing
 from worker.model.slots import InSlots, Together
 from worker.model.transfer import send
 
@@ -64,7 +64,7 @@ class Model:
 
     def forward_tensors(self, token_ids: Tensor, positions: Tensor, context: Context, kept: Tensor) -> Tensor:
         """For tensors of [1, rows] on the model's device, and the numbers of rows whose logits are wanted."""
-        with torch.inference_mode():
+        with torch.inference_mode(), passing(context):
             out = self.module(input_ids=token_ids, position_ids=positions, logits_to_keep=kept, use_cache=False,
                               context=context)
         logits: Tensor = out.logits[0, :, :self.vocab_size]

@@ -21,11 +21,10 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PhimoeConfig,
-    StableLmConfig,
-    StableLmForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from shared import container
 from tests.worker.families import SMALL, change_config, computing_by, save
 from worker.model import attention, check, cpu, identity, loading
 from worker.model.folder import ModelRefused
@@ -171,6 +170,13 @@ def test_weights_that_are_cut_off(folder: Path) -> None:
     assert str(folder) in refusal(folder)
 
 
+def test_more_weights_than_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(container, "num_free_bytes", lambda: 0.75 * num_bytes)
+    assert "does not fit" in refusal(folder, dtype="float32")
+    load(str(folder), dtype="bfloat16")                 # half as many
+
+
 def test_too_long_a_context(folder: Path) -> None:
     assert "max_model_len" in refusal(folder, max_model_len=10**6)
 
@@ -178,9 +184,7 @@ def test_too_long_a_context(folder: Path) -> None:
 @pytest.mark.parametrize("module", [
     lambda: BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=2)),
     lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)),
-    lambda: StableLmForCausalLM(StableLmConfig(vocab_size=99, hidden_size=32, intermediate_size=48,
-                                               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)),
-], ids=["bloom", "mamba", "stablelm"])
+], ids=["bloom", "mamba"])
 def test_another_kind_of_attention(module: Any, tmp_path: Path) -> None:
     module().save_pretrained(tmp_path)
     assert "not supported" in refusal(tmp_path)
