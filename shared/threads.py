@@ -7,9 +7,10 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from shared import container
+
 LARGE_BYTES = 128 << 20     # of weights: from here on a step takes tens of milliseconds
 LARGE_FOR_KERNELS_BYTES = 16 << 20      # for our own kernels: they share their work more evenly, and need less of it
-CGROUPS = Path("/sys/fs/cgroup")       # a container's own, as it sees them
 SPINS = 2000                # some 30 µs
 STACK_BYTES = 8 << 20       # of threads that we start, whatever the system's default
 
@@ -17,17 +18,7 @@ STACK_BYTES = 8 << 20       # of threads that we start, whatever the system's de
 def num_cores() -> int:
     """Cores that this process may use: more threads than a container's share of them would wait for each other."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = (_quota(CGROUPS / "cpu.max"), _quota(CGROUPS / "cpu/cpu.cfs_quota_us", CGROUPS / "cpu/cpu.cfs_period_us"))
-    return max(1, math.ceil(min(found, *quotas)))
-
-
-def _quota(*paths: Path) -> float:
-    """Cores as a control group limits them, in one file (version 2: "max 100000") or in two."""
-    try:
-        quota, period = " ".join(path.read_text() for path in paths).split()
-        return int(quota) / int(period) if quota.isdecimal() else math.inf
-    except (OSError, ValueError):           # no control groups, or no limit here
-        return math.inf
+    return max(1, math.ceil(min(found, container.num_cores())))
 
 
 def most_threads() -> int:

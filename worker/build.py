@@ -15,11 +15,12 @@ from shared.threads import LARGE_FOR_KERNELS_BYTES, default_threads, most_thread
 from worker.engine.engine import Engine, Request
 from worker.model.folder import ModelRefused
 from worker.model.loading import load
+from worker.model.memory import num_free_bytes
 
 log = logging.getLogger(__name__)
 
 MIN_CHUNK_TOKENS, CHUNK_TOKENS, GPU_CHUNK_TOKENS = 16, 256, 512
-KV_CACHE_BYTES = 4 << 30        # of a CPU's memory; on a GPU all that is free is used
+KV_CACHE_BYTES = 4 << 30        # of a CPU's memory, if so much is free; on a GPU all that is free is used
 
 
 def build(settings: Settings, folder: Path) -> Engine:
@@ -40,7 +41,8 @@ def build(settings: Settings, folder: Path) -> Engine:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
                         prefill_chunk=prefill_chunk,
                         prefill_budget=settings.prefill_chunk_tokens or model.prefill_budget,
-                        kv_cache_bytes=settings.kv_cache_bytes or (KV_CACHE_BYTES if on_cpu else sys.maxsize),
+                        kv_cache_bytes=settings.kv_cache_bytes or min(num_free_bytes(model.device),
+                                                                      KV_CACHE_BYTES if on_cpu else sys.maxsize),
                         enable_prefix_caching=settings.enable_prefix_caching,
                         exact_replay_max_tokens=settings.exact_replay_max_tokens,
                         num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics,

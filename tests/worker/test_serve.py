@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from shared import container
 from shared.job import Sampling
 from shared.settings import Settings
 from tests.worker.engine.driver import run
@@ -17,6 +18,7 @@ from worker.engine.request import Request
 from worker.engine.runner import Runner
 from worker.engine.scheduler import Forward
 from worker.engine.sequence import Sequence
+from worker.model.attention import PAGE_LEN
 from worker.model.folder import ModelRefused
 from worker.serve import model_folder, serve, served_names
 from worker.worker import Worker
@@ -66,6 +68,16 @@ def test_on_a_slow_machine_a_prompt_is_cut_otherwise_and_still_the_same(monkeypa
         found += [[(token_id, output.logprobs) for output in run(engine, {0: [request]})["it", 0]
                    for token_id in output.token_ids] for _ in "ab"]
     assert found == [found[0]] * 4
+
+
+@pytest.mark.usefixtures("threads")
+def test_keys_and_values_fill_no_more_memory_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings()
+    roomy = build(settings, model_folder(settings))
+    monkeypatch.setattr(container, "num_free_bytes", lambda: float(100 << 20))
+    tight = build(settings, model_folder(settings))
+    page_bytes = PAGE_LEN * tight.model.kv_bytes_per_token
+    assert 50 << 20 < tight.kv.num_pages * page_bytes < 100 << 20 < roomy.kv.num_pages * page_bytes
 
 
 @pytest.mark.usefixtures("threads")

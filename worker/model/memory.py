@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from shared import container
 from worker.model.attention import Context, KVLayer, KVShape
 from worker.model.slots import SlotMemory, allocate
 
@@ -34,7 +35,8 @@ def is_paged(device: torch.device) -> bool:
 def num_free_bytes(device: torch.device) -> int:
     """The bytes of a device for keys and values: what its weights leave free, without what forwards need."""
     if device.type != "cuda":
-        return sys.maxsize
+        return int(FREE_SHARE * min(container.num_free_bytes(), sys.maxsize))
+    torch.cuda.empty_cache()                            # of weights that were packed anew
     free, _ = torch.cuda.mem_get_info(device)
     return int(free * FREE_SHARE)
 

@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from shared import container
 from worker.model import experts
 from worker.model.folder import ModelRefused, one_line
 
+GIB = 2**30
 SAVED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DRAFT_PARTS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})   # of layers that only predict further tokens
 
@@ -24,6 +26,7 @@ DRAFT_PARTS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})   # of lay
 def load_module(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Raises ModelRefused, also for what transformers would fill with random numbers."""
     require_plain(folder)
+    require_room(folder, dtype)
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
@@ -53,6 +56,16 @@ def require_plain(folder: Path) -> None:
     for name, kind in _kinds(folder):
         if name.endswith(".weight") and kind not in SAVED:
             raise ModelRefused(f"{folder} is quantized ({name} is {kind}): give float32 or bfloat16 weights")
+
+
+def require_room(folder: Path, dtype: torch.dtype) -> None:
+    """Raises ModelRefused for more weights than there is memory: the system would end the process in the midst."""
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * dtype.itemsize // saved_dtype(
+        folder).itemsize
+    num_free_bytes = container.num_free_bytes()
+    if num_bytes > num_free_bytes:
+        raise ModelRefused(f"{folder} does not fit: {num_bytes / GIB:.2f} GiB of weights as {dtype}, and "
+                           f"{num_free_bytes / GIB:.2f} GiB of memory are free")
 
 
 def _kinds(folder: Path) -> Iterator[tuple[str, str]]:
