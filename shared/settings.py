@@ -18,7 +18,7 @@ from shared.errors import BrokenEnvironment
 
 API_ONLY = frozenset({
     "host", "port", "api_key", "cors_origins", "max_body_bytes", "max_messages", "tool_dialect", "heartbeat_s",
-    "max_pending_entries", "sweep_s", "disconnect_grace_s", "drain_s", "max_queued", "max_tenant_choices",
+    "max_pending_entries", "sweep_s", "disconnect_grace_s", "max_queued", "max_tenant_choices",
     "max_redis_fraction", "request_deadline_s", "store_s", "max_tenant_stored_bytes", "max_file_bytes",
     "max_tenant_file_bytes", "file_s", "batch_s"})
 WORKER_ONLY = frozenset({
@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     # ── everybody ──
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="where Redis is")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    drain_s: Seconds = Field(30.0, ge=0, description="how long running streams may go on after SIGTERM")
 
     # ── the API ──
     host: str = Field("127.0.0.1", description="address that the API listens on; 0.0.0.0: every one")
@@ -60,7 +61,6 @@ class Settings(BaseSettings):
         2.0, ge=0, description="how long a job waits for its client to return; 0 cancels at once")
     reader_ttl_s: Seconds = Field(
         30.0, ge=3, description="how long a job whose pod died waits for a reader; outlives a Redis that stalls")
-    drain_s: Seconds = Field(30.0, ge=0, description="how long running streams may go on after SIGTERM")
 
     # ── the line ──
     max_queued: int = Field(4096, gt=0, description="jobs in line, per shard, before submit refuses")
@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, ge=2, description="longest context, in tokens; none: the model's own")
     max_num_seqs: int = Field(64, gt=0, le=1024, description="choices that run at once")
     kv_cache_bytes: int | None = Field(
-        None, gt=0, description="memory for keys and values, kept prefixes too; none: 4 GiB, on a GPU what is free")
+        None, gt=0, description="memory for keys and values, also kept ones; none: what is free, on a CPU up to 4 GiB")
     enable_prefix_caching: bool = Field(True, description="keep the computed beginnings of prompts")
     prefill_chunk_tokens: int | None = Field(
         None, ge=16, description="prompt tokens in a step; none: 256, with AMX or on a GPU 512; fewer on slow machines")

@@ -35,6 +35,7 @@ from shared.settings import Settings
 from worker.answer import Answer
 from worker.engine.engine import Engine, Output
 from worker.engine.request import FAILURES, NO_WAY_ON, NOT_A_NUMBER, Request
+from worker.leaving import must_end_here
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Worker:
         return f"<Worker {self.name} {self.engine!r}>"
 
     def stop(self) -> None:
-        """Ends the loop after the present step; jobs are handed over at once."""
+        """Ends the loop after the present step; jobs are handed over at once, unless nobody else could go on."""
         self._stopping.set()
         self._wake.set()
 
@@ -92,6 +93,8 @@ class Worker:
                 for chore in filter(asyncio.Task.done, chores):
                     chore.result()                      # it ends only by an error
             await self._settle()
+            if not self.is_broken:
+                await self._end_what_must_end_here()
             log.info("%s hands over %d jobs", self.name, await self.queue.release(self.name))
         except AWAY:
             log.warning("%s leaves without Redis: its jobs go to others when its lease ends", self.name)
@@ -99,6 +102,22 @@ class Worker:
             self._unwatch()
             await connection.end([task for task in (*chores, self._announcing, self._publishing) if task])
             self._compiler.shutdown(wait=False, cancel_futures=True)
+
+    async def _end_what_must_end_here(self) -> None:
+        """In a rolling change of weights: what was begun here, for at most `drain_s`."""
+        others = [other for other in await self.queue.workers() if other.get("name", self.name) != self.name]
+        if self.settings.allow_other_weights or not must_end_here(self.card.weights_id, others):
+            return
+        if not_begun := [job_id for job_id, answer in self._answers.items() if not answer.position]:
+            await self.queue.release(self.name, not_begun)
+            for job_id in not_begun:
+                self._drop(job_id)
+        log.info("%s is the last with its weights: %d answers may end in %g s", self.name, len(self._answers),
+                 self.settings.drain_s)
+        end_s = time.monotonic() + self.settings.drain_s
+        while self._answers and time.monotonic() < end_s and not self.is_broken:
+            await self._turn()
+        await self._settle()
 
     async def _turn(self) -> None:
         await self._admit()
@@ -159,7 +178,7 @@ class Worker:
 
     @property
     def _may_claim(self) -> bool:
-        return self._num_free > 0 and self._alone not in self._answers
+        return self._num_free > 0 and self._alone not in self._answers and not self._stopping.is_set()
 
     async def _admit(self) -> None:
         """Claims jobs if there is room, and a job was announced or it is time to look."""
@@ -399,7 +418,8 @@ class Worker:
                 "tokens_per_s": round(tokens_per_s, 1),
                 "step_p50_ms": round(step_ms[len(step_ms) // 2], 2),
                 "step_p99_ms": round(step_ms[int(len(step_ms) * 0.99)], 2),
-                "card": self._card_hash, "numerics_id": self.card.numerics_id, "engine": repr(self.engine)}
+                "card": self._card_hash, "weights_id": self.card.weights_id, "numerics_id": self.card.numerics_id,
+                "engine": repr(self.engine)}
 
 
 def _heard(announcement: bytes | None) -> Announcement | None:

@@ -300,6 +300,35 @@ async def test_a_redis_that_flickers_while_it_is_put_back_costs_nothing(
     assert num_asked > 4
 
 
+async def pretend(worker: Worker, weights_id: str) -> None:
+    """That another worker serves the model, with these weights."""
+    redis, key = worker.queue.redis, worker.queue.shard.key
+    await redis.zadd(key("leases"), {"other": 2 ** 45})
+    await redis.hset(key("worker:other"), mapping={"name": "other", "weights_id": weights_id})
+
+
+@pytest.mark.parametrize(("drain_s", "weights_id", "stays"), [
+    (30.0, "new", True), (0.0, "new", False), (30.0, "", False)])
+async def test_the_last_worker_with_its_weights_ends_what_it_has_begun(
+        worker: Worker, expected: list[int], drain_s: float, weights_id: str, stays: bool) -> None:
+    """In a rolling change of weights, for a while; what waits is left to others. One that has its weights goes on."""
+    worker.settings = worker.settings.model_copy(update={"drain_s": drain_s})
+    begun = make_job(worker, sampling=SAMPLED)
+    await ask(worker, begun)
+    await read_until(worker, begun, partial(has_grown, 4))
+    await pretend(worker, weights_id or worker.card.weights_id)
+    worker.stop()
+    await ask(worker, late := make_job(worker))
+    if stays:
+        assert token_ids(entries := await read_until(worker, begun, ended)) == expected and entries[-1].epoch == 1
+    else:
+        async with asyncio.timeout(WAIT_S):
+            while (await worker.queue.describe(begun.id))["state"] != "queued":
+                await asyncio.sleep(0.01)
+        assert not ended(await worker.queue.read(begun.id))
+    assert (await worker.queue.describe(late.id))["state"] == "queued"
+
+
 async def test_what_it_puts_down_is_claimed_again(worker: Worker, expected: list[int]) -> None:
     """Silent for too long to put anything back, it drops its jobs, but still renews the lease that holds them."""
     worker.settings = worker.settings.model_copy(update={"retain_s": 0.0})
