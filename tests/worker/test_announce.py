@@ -82,3 +82,11 @@ def test_a_spoilt_file_is_one_line(engine: Engine, folder: Path, name: str, cont
     with pytest.raises(ModelRefused, match=says) as error:
         make_card("m", engine)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_may_have_defaults_for_what_a_request_leaves_open(engine: Engine, folder: Path) -> None:
+    """Those that a request may name too; of what else `generate` takes, and of what is no number, nothing."""
+    change(folder, "generation_config.json", temperature=0.7, top_k=20, top_p=0.8, min_p=None, repetition_penalty=1.05,
+           max_new_tokens=7, do_sample=True)
+    assert make_card("m", engine).sampling_defaults == {
+        "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
