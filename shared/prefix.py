@@ -16,11 +16,15 @@ MAX_NAMES = 16                                          # per job
 FAR_TOKENS = 256                                        # between the last ones
 
 
-def prefix_names(salt: str, token_ids: Sequence[int], piece_tokens: int) -> tuple[str, ...]:
-    """In order. The piece with the last token has no name: it is always computed, since its logits are needed."""
-    name = f"{salt} {piece_tokens}".encode()
-    names = []
-    for begin in range(0, len(token_ids) - piece_tokens, piece_tokens):
+def prefix_names(salt: str, token_ids: Sequence[int], piece_tokens: int, known: tuple[str, ...] = ()
+                 ) -> tuple[str, ...]:
+    """In order. The piece with the last token has no name: it is always computed, since its logits are needed.
+
+    `known`: the first ones, which are not computed again.
+    """
+    name = bytes.fromhex(known[-1]) if known else f"{salt} {piece_tokens}".encode()
+    names = list(known)
+    for begin in range(len(known) * piece_tokens, len(token_ids) - piece_tokens, piece_tokens):
         piece = array("I", token_ids[begin:begin + piece_tokens]).tobytes()
         name = blake2b(name + piece, digest_size=NAME_BYTES).digest()
         names.append(name.hex())

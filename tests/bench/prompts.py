@@ -1,7 +1,7 @@
 """The cost of a long prompt: when it is cached, and for streams beside it. `python -m tests.bench.prompts`.
 
 The engine alone, on seeded random weights (5 million, llama's shape) unless a model is given. A prompt is computed,
-then requested again, so that all its chunks are cached; another starts while streams decode.
+then requested again, so that nearly all of it is cached; another starts while streams decode.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_BEHIND = 16             # tokens after the cached part: the last one's logit
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="", help="folder or hub name; random weights otherwise")
-    parser.add_argument("--found-tokens", type=int, default=1024, help="of the prompt asked twice (%(default)s)")
+    parser.add_argument("--found-tokens", type=int, default=1000, help="of the prompt asked twice (%(default)s)")
     parser.add_argument("--entering-tokens", type=int, default=3000, help="of the prompt that enters (%(default)s)")
     parser.add_argument("--streams", type=int, default=8, help="that decode beside it (%(default)s)")
     parser.add_argument("--rounds", type=int, default=8, help="of each, in turn (%(default)s)")

@@ -21,6 +21,10 @@ class Chunks:
         self._kv = kv
 
     @property
+    def keeps(self) -> bool:
+        return bool(self.cache.slots)
+
+    @property
     def num_available_pages(self) -> int:
         """Pages not owned by sequences; pieces can be evicted."""
         return self._kv.num_pages - self._kv.num_owned_pages
@@ -65,7 +69,7 @@ class Chunks:
             index = end
 
     def _keep(self, source: int, first: int, names: Several[str]) -> bool:
-        if not self.cache.slots:
+        if not self.keeps:
             return False
         begin, end = self._tokens(first, len(names) - 1)
         if not self.make_room(self._kv.num_pages_to_keep(begin, end)):

@@ -110,11 +110,11 @@ class Engine:
         side_by_side = self.kv.num_pages // self.kv.pages(max((s.num_tokens + 1 for s in living.values()), default=1))
         while living:
             some = {index: living.pop(index) for index in list(islice(living, side_by_side))}
-            self._waiting.append(self._group(self._num_arrived, some, names if self.chunks.cache.slots else ()))
+            self._waiting.append(self._group(self._num_arrived, some, names if self.chunks.keeps else (), request.salt))
             self._num_arrived += 1
 
-    def _group(self, number: int, sequences: dict[int, Sequence], prefix: tuple[str, ...]) -> Group:
-        group = Group(number, sequences, prefix)
+    def _group(self, number: int, sequences: dict[int, Sequence], prefix: tuple[str, ...], salt: str) -> Group:
+        group = Group(number, sequences, prefix, salt)
         self._group_of |= {sequence.key: group for sequence in sequences.values()}
         return group
 
@@ -141,7 +141,9 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Frees the slots at once. Unknown requests and choices are ignored: they may just have ended."""
         for key in [key for key in self._group_of if key[0] == request_id and index in (None, key[1])]:
-            self._retire(self._group_of[key].sequences[key[1]])
+            sequence = self._group_of[key].sequences[key[1]]
+            self._keep_answer(sequence)
+            self._retire(sequence)
 
     def step(self) -> list[Output]:
         try:
@@ -243,7 +245,7 @@ class Engine:
         sequence.restart()
         if self.model.is_uniform or not self.is_exact:
             sequence.num_reprefilled_tokens = len(sequence.output_token_ids)
-        self._waiting.appendleft(self._group(group.number, {sequence.index: sequence}, group.prefix))
+        self._waiting.appendleft(self._group(group.number, {sequence.index: sequence}, group.prefix, group.salt))
         self.num_preempted += 1
 
     def _constrain(self) -> None:
@@ -373,10 +375,20 @@ class Engine:
             taken += sequence.take_forced(MAX_FORCED_TOKENS)
         reason = sequence.finish_reason
         if reason:
+            self._keep_answer(sequence)
             self._retire(sequence)
         return Output(sequence.request_id, sequence.index, tuple(draw.token_id for draw in taken),
                       tuple(draw.logprobs for draw in taken if draw.logprobs), reason,
                       0 if num_before else sequence.num_cached_tokens)
+
+    def _keep_answer(self, sequence: Sequence) -> None:
+        """Keeps what is computed of it for the next turn of its conversation, where rows have the bits of chunks."""
+        if not self.model.is_uniform or not self.chunks.keeps or sequence.slot == WAITING:
+            return
+        group, piece_len = self._group_of[sequence.key], self.chunks.piece_len
+        known, begin = (*sequence.prompt_token_ids, *sequence.output_token_ids), len(group.prefix) * piece_len
+        names = prefix_names(group.salt, known, piece_len, group.prefix)
+        self.chunks.keep(Span(sequence.slot, begin, max(begin, sequence.num_computed_tokens)), names)
 
     def _fail(self, sequence: Sequence, why: str) -> Output:
         if why == NOT_A_NUMBER:                         # its keys and values may be NaN too

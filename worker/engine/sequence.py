@@ -192,7 +192,8 @@ class Group:
 
     number: int                                         # in order of arrival: the youngest is preempted first
     sequences: dict[int, Sequence]
-    prefix: tuple[str, ...]                             # names of the prompt's whole chunks (shared/prefix.py)
+    prefix: tuple[str, ...]                             # names of the prompt's whole pieces (shared/prefix.py)
+    salt: str                                           # of those names
 
     @property
     def leader(self) -> Sequence:

@@ -49,7 +49,9 @@ def test_a_hit_gives_the_same_tokens_as_a_miss(engine: Engine, folder: Path) -> 
     plain = Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=4, prefill_chunk=CHUNK,
                    enable_prefix_caching=False)
     system = prompt(3 * CHUNK)
-    for length, expected in ((CHUNK, 0), (2 * CHUNK + 5, 0), (3 * CHUNK, 2 * CHUNK), (3 * CHUNK + 1, 2 * CHUNK)):
+    of_answer = CHUNK if engine.model.is_uniform else 0     # the last chunk of a prompt, which an answer follows
+    for length, expected in ((CHUNK, 0), (2 * CHUNK + 5, of_answer), (3 * CHUNK, 2 * CHUNK),
+                             (3 * CHUNK + 1, 2 * CHUNK + of_answer)):
         request = Request("it", system[:length], seeded(20, num_logprobs=2))
         (outputs,) = run(engine, {0: [request]}).values()
         (reference,) = run(plain, {0: [request]}).values()
@@ -92,6 +94,26 @@ def test_a_continued_answer_finds_its_prompt_too(engine: Engine) -> None:
     outputs = run(engine, {0: [continued]})["it", 0]
     assert token_ids(outputs) == whole[11:]
     assert not any(output.num_cached_tokens for output in outputs), "it was counted when the answer began"
+
+
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_an_answer_is_found_in_the_next_turn(is_cut_off: bool, folder: Path) -> None:
+    """Also one that ended by a stop string, of which the engine is told; under the salt of its tenant alone."""
+    cold, warm = (Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=3, enable_prefix_caching=keeps)
+                  for keeps in (False, True))
+    if not warm.model.is_uniform:
+        pytest.skip("torch computes: rows have bits of their own")
+    first = Request("first", prompt(50), seeded(150), n=2, salt="tenant")
+    said, most = list[int](), 100 if is_cut_off else 150
+    warm.add(first)
+    while len(said) < most:
+        said += [token_id for output in warm.step() if output.index == 1 for token_id in output.token_ids]
+    warm.abort("first")
+    for salt, num_found in (("other", 0), ("tenant", (50 + len(said) - 1) // PIECE_TOKENS * PIECE_TOKENS)):
+        turn = Request("turn", (*first.prompt_token_ids, *said, *prompt(40, 3)), seeded(9, num_logprobs=1), salt=salt)
+        found, expected = (run(engine, {0: [turn]})["turn", 0] for engine in (warm, cold))
+        assert [(o.token_ids, o.logprobs) for o in found] == [(o.token_ids, o.logprobs) for o in expected]
+        assert cached(found) == num_found
 
 
 def test_the_least_recently_used_piece_goes_first() -> None:
