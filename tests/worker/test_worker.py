@@ -542,6 +542,17 @@ async def test_the_card_says_what_the_api_must_know(worker: Worker) -> None:
     assert portrait["name"] == worker.name
 
 
+async def test_it_reports_how_long_its_steps_take(worker: Worker) -> None:
+    """And its weights, by which others know whether they could go on with its answers."""
+    await ask(worker, job := make_job(worker))
+    await read_until(worker, job, ended)
+    async with asyncio.timeout(WAIT_S):
+        while not float((portrait := (await worker.queue.workers())[0]).get("step_p50_ms", 0)):
+            await asyncio.sleep(0.01)
+    assert 0 < float(portrait["step_p50_ms"]) <= float(portrait["step_p99_ms"]) < WAIT_S * 1000
+    assert portrait["weights_id"] == worker.card.weights_id
+
+
 async def test_the_card_of_the_longest_context_counts(worker: Worker) -> None:
     """While its worker is there: what one of them can compute is no bad request."""
     redis, shard, ours = worker.queue.redis, worker.queue.shard.id, worker.card.max_model_len
