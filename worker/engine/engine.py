@@ -40,7 +40,7 @@ __all__ = ["Engine", "Output", "Request"]
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-PIECE_TOKENS = 64       # of a prompt that is kept, where any number may be: smaller ones cost more to keep and to find
+PIECE_TOKENS = 32       # of a prompt that is kept, where any number may be: smaller ones cost more to keep and to find
 SEARCH_STEPS = 16       # of an engine that runs ahead, between searches of those that found no draft
 MAX_DRAFT_ROWS = 12     # of a forward with drafts: so many cost little more than one
 MANY_ROWS = 128         # of a forward, from long prompts: all threads are worth waiting for
