@@ -64,11 +64,13 @@ Side = Callable[[range, int], tuple[list[Timing], float]]
 def measure(args: argparse.Namespace, sides: dict[str, Side]) -> dict[int, dict[str, dict[str, float]]]:
     """By concurrency, for each side. Sides alternate, since the machine changes from one minute to the next."""
     results = {}
-    for concurrency in CONCURRENCIES:
+    for place, concurrency in enumerate(CONCURRENCIES):
+        num_warm, num_rounds = max(WARM_UP, concurrency), max(1, min(
+            MAX_ROUNDS, args.requests // (MIN_FILLS * concurrency)))
+        first = place * (args.requests + max(WARM_UP, *CONCURRENCIES)) + num_warm       # requests that nobody has seen
         for side in sides.values():
-            side(range(max(WARM_UP, concurrency)), concurrency)
-        num_rounds = max(1, min(MAX_ROUNDS, args.requests // (MIN_FILLS * concurrency)))
-        borders = [args.requests * i // num_rounds for i in range(num_rounds + 1)]
+            side(range(first - num_warm, first), concurrency)
+        borders = [first + args.requests * i // num_rounds for i in range(num_rounds + 1)]
         parts = [{name: side(range(begin, end), concurrency) for name, side in sides.items()}
                  for begin, end in pairwise(borders)]
         results[concurrency] = {

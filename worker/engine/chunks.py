@@ -55,8 +55,7 @@ class Chunks:
             self.cache.use(prefix[:first + len(found)])
 
     def keep(self, span: Span, prefix: Several[str]) -> None:
-        """Keeps the pieces of a prompt that were computed in a span, while there is room; those of one page together,
-        because whole pages are shared."""
+        """Keeps the pieces that were computed in a span, while there is room; those of one page together."""
         index, last = -(-span.begin // self.piece_len), min(span.end // self.piece_len, len(prefix))
         while index < last:
             end = index + 1
@@ -72,12 +71,12 @@ class Chunks:
         if not self.keeps:
             return False
         begin, end = self._tokens(first, len(names) - 1)
-        if not self.make_room(self._kv.num_pages_to_keep(begin, end)):
-            return False
         beside = self.cache.find(first - 1, names[first - 1]) if first else None
         slot, in_the_way = self.cache.choose(first, len(names), beside)
         for place in in_the_way:
             self._evict(place)
+        if not self.make_room(self._kv.num_pages_to_keep(source, slot, begin, end)):
+            return False
         self.cache.place(first, names[first:], slot)
         self.cache.use(names)
         self._kv.keep(source, slot, begin, end)

@@ -40,7 +40,7 @@ class KVSlots(Slots):
             self._drop((page, slot))
         self._give_up(slot)
 
-    def num_pages_to_keep(self, begin: int, end: int) -> int:
+    def num_pages_to_keep(self, _source: int, _target: int, begin: int, end: int) -> int:
         """An upper bound of the free pages that `keep` needs; of two chunks in one page, the second needs none."""
         return len(list(places(begin, end)))
 

@@ -1,8 +1,8 @@
 """Which sequence owns which pages of keys and values, where they are in one pool and our own kernels attend.
 
-Pages that several sequences share, a prompt's prefix, are never written again; they become free when the last owner
-leaves. Slots from `num_slots` on are not given to sequences: prefix.py knows their contents. It knows slots and
-lengths, nothing of tokens.
+What several share of a page, a prompt's prefix, is never written again; a page becomes free when the last owner leaves.
+Slots from `num_slots` on are not given to sequences: prefix.py knows their contents. It knows slots and lengths,
+nothing of tokens.
 """
 
 from __future__ import annotations
@@ -53,23 +53,31 @@ class KVPages(Slots):
             self._leave(slot, place)
         self._give_up(slot)
 
-    def num_pages_to_keep(self, begin: int, end: int) -> int:
-        """An upper bound of the free pages needed: only whole pages are shared at once."""
-        return sum(last - first < self.page_len for _, first, last in self._places(begin, end))
+    def num_pages_to_keep(self, source: int, target: int, begin: int, end: int) -> int:
+        """The free pages that `keep` needs, or fewer once others were dropped: to write into a page that is shared."""
+        written = [int(self.memory.table[target, place]) for place, _, _ in self._places(begin, end)
+                   if self._is_written_into(source, target, place)]
+        return sum(self._holders[page] > 1 for page in written)
 
     def keep(self, source: int, target: int, begin: int, end: int) -> None:
-        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`, all or in parts."""
+        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`, all or in parts.
+
+        Both share the pages: the source may go on writing behind these tokens.
+        """
         for place, first, last in self._places(begin, end):
-            if not self._holds[target][place]:
-                is_whole = last - first == self.page_len
-                self._put(target, place, int(self.memory.table[source, place]) if is_whole else self._take())
-            else:
+            if self._is_written_into(source, target, place):
                 self._make_own(target, place)
+                self._copy_tokens(source, target, place, first, last)
+            elif not self._holds[target][place]:
+                self._put(target, place, int(self.memory.table[source, place]))
             self._holds[target][place] += last - first
-            self._copy_tokens(source, target, place, first, last)
+
+    def _is_written_into(self, source: int, target: int, place: int) -> bool:
+        """Whether the target keeps other tokens there, in another page."""
+        return bool(self._holds[target][place]) and self.memory.table[source, place] != self.memory.table[target, place]
 
     def _make_own(self, slot: int, place: int) -> None:
-        """Before it is written, a page that was shared when it was whole becomes one of this slot alone."""
+        """A page that is shared becomes one of this slot alone."""
         shared = int(self.memory.table[slot, place])
         if self._holders[shared] > 1:
             self._leave(slot, place)

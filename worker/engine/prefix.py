@@ -21,10 +21,10 @@ class PrefixCache:
     _names: defaultdict[int, dict[int, str]] = field(       # slot → index → name, of slots that hold any
         init=False, default_factory=lambda: defaultdict(dict))
     _order: OrderedDict[tuple[int, str], None] = field(init=False, default_factory=OrderedDict)
-    _empty: list[int] = field(init=False)
+    _empty: dict[int, None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._empty = list(reversed(self.slots))
+        self._empty = dict.fromkeys(reversed(self.slots))
 
     def find(self, index: int, name: str) -> int | None:
         """The slot that holds piece `index` under this name."""
@@ -42,14 +42,13 @@ class PrefixCache:
         if beside is not None and self._names[beside].keys().isdisjoint(range(first, last)):
             return beside, []
         if self._empty:
-            return self._empty[-1], []
+            return next(reversed(self._empty)), []
         slot = self._slots[next(iter(self._order))]
         return slot, [(index, slot) for index in self._names[slot] if first <= index < last]
 
     def place(self, first: int, names: Sequence[str], slot: int) -> None:
         """Places pieces from `first` on, whose names must be new and whose places in the slot must be free."""
-        if self._empty and self._empty[-1] == slot:
-            self._empty.pop()
+        self._empty.pop(slot, None)
         for index, name in enumerate(names, first):
             self._slots[index, name] = slot
             self._names[slot][index] = name
@@ -65,7 +64,7 @@ class PrefixCache:
         del self._slots[index, name], self._order[index, name]
         if not self._names[slot]:
             del self._names[slot]
-            self._empty.append(slot)
+            self._empty[slot] = None
         return place
 
     def forget(self, names: Sequence[str]) -> list[Place]:

@@ -129,5 +129,5 @@ def test_two_chunks_of_one_page_hold_it_together(kv: KVSlots) -> None:
 
 
 def test_a_chunk_over_two_pages_needs_room_for_both(kv: KVSlots) -> None:
-    assert kv.num_pages_to_keep(PAGE_LEN - 8, PAGE_LEN + 8) == 2
-    assert kv.num_pages_to_keep(0, PAGE_LEN) == 1
+    assert kv.num_pages_to_keep(0, 3, PAGE_LEN - 8, PAGE_LEN + 8) == 2
+    assert kv.num_pages_to_keep(0, 3, 0, PAGE_LEN) == 1

@@ -85,7 +85,7 @@ class Store(RuleBasedStateMachine):
         if source is None or len(self.written[source]) <= begin:
             return
         end = data.draw(st.integers(begin + 1, len(self.written[source])))
-        if self.kv.num_pages_to_keep(begin, end) <= self.kv.num_free_pages:
+        if self.kv.num_pages_to_keep(source, target, begin, end) <= self.kv.num_free_pages:
             self.kv.keep(source, target, begin, end)
             self.written[target] = kept + self.written[source][begin:end]
 
@@ -146,8 +146,8 @@ class StoreOfCpu(Store):
 
 
 TestStore, TestStoreOfCpu = Store.TestCase, StoreOfCpu.TestCase
-TestStore.settings = settings(max_examples=40, stateful_step_count=30)
-TestStoreOfCpu.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+TestStore.settings = settings(max_examples=100, stateful_step_count=30)
+TestStoreOfCpu.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 def test_what_has_a_page_in_common_needs_it_once() -> None:

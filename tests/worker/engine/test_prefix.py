@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from worker.engine.engine import PIECE_TOKENS, Engine, Output, Request
 from worker.engine.paged import KVPages
 from worker.engine.prefix import PrefixCache
 from worker.engine.request import NOT_A_NUMBER
+from worker.model.attention import PAGE_LEN
 from worker.model.loading import load
 
 CHUNK = 32
@@ -113,6 +115,34 @@ def test_an_answer_is_found_in_the_next_turn(is_cut_off: bool, folder: Path) -> 
         found, expected = (run(engine, {0: [turn]})["turn", 0] for engine in (warm, cold))
         assert [(o.token_ids, o.logprobs) for o in found] == [(o.token_ids, o.logprobs) for o in expected]
         assert cached(found) == num_found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_kept_and_found_and_evicted_the_answers_are_the_same(seed: int, folder: Path) -> None:
+    """Conversations that branch, short of memory, some of them cancelled; with drafts, and choices of one prompt."""
+    draw, model = random.Random(seed), load(str(folder), dtype="bfloat16")
+    num_bytes = draw.choice([3, 5, 9]) * PAGE_LEN * model.kv_bytes_per_token
+    cold, warm = (Engine(model, max_num_seqs=4, prefill_chunk=64, kv_cache_bytes=num_bytes, enable_prefix_caching=keeps)
+                  for keeps in (False, True))
+    histories, num_found = [prompt(draw.randint(1, 300), seed) for _ in range(2)], 0
+    for turn in range(12):
+        requests = []
+        for number in range(draw.randint(1, 5)):
+            history = draw.choice(histories)
+            ids = (*history[:draw.randint(1, len(history))], *prompt(draw.randint(1, 90), draw.randint(0, 3)))[:400]
+            sampling = seeded(draw.randint(1, 70), seed=number)
+            requests.append(Request(f"{turn}/{number}", ids, sampling, n=draw.randint(1, 2)))
+        warm.add(leaver := replace(requests[0], id="leaver"))
+        for _ in range(draw.randint(0, 30)):
+            warm.step()
+        warm.abort(leaver.id)
+        found = run(warm, {2 * number: [request] for number, request in enumerate(requests)})
+        for request in requests:
+            for key, outputs in run(cold, {0: [request]}).items():
+                assert token_ids(found[key]) == token_ids(outputs)
+                histories.append((*request.prompt_token_ids, *token_ids(outputs)))
+        num_found += sum(cached(outputs) for outputs in found.values())
+    assert num_found
 
 
 def test_the_least_recently_used_piece_goes_first() -> None:
