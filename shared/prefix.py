@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 NAME_BYTES = 16
 MAX_NAMES = 16                                          # per job
-FAR_TOKENS = 256                                        # between the last ones
+FAR_TOKENS = 256                                        # between them
 
 
 def prefix_names(salt: str, token_ids: Sequence[int], piece_tokens: int, known: tuple[str, ...] = ()
@@ -32,10 +32,8 @@ def prefix_names(salt: str, token_ids: Sequence[int], piece_tokens: int, known: 
 
 
 def some(names: tuple[str, ...], piece_tokens: int) -> tuple[str, ...]:
-    """At most `MAX_NAMES`: the first ones, which many prompts share, and the last at multiples of `FAR_TOKENS`, which
-    reach back over the last turns of a conversation."""
-    half, step = MAX_NAMES // 2, max(1, FAR_TOKENS // piece_tokens)
-    if len(names) <= MAX_NAMES:
-        return names
-    return names[:half] + tuple(
-        name for place, name in enumerate(names, 1) if place > half and place % step == 0)[-half:]
+    """Those at multiples of `FAR_TOKENS`, at most `MAX_NAMES`: the first ones, which many prompts share, and the last
+    ones, which a conversation reuses. A shorter prefix is computed sooner than a worker is free that has it."""
+    step, half = max(1, FAR_TOKENS // piece_tokens), MAX_NAMES // 2
+    far = names[step - 1::step]
+    return far if len(far) <= MAX_NAMES else far[:half] + far[-half:]

@@ -40,6 +40,8 @@ class Chunks:
     def reuse(self, leader: Sequence, prefix: Several[str]) -> None:
         """Copies the pieces that follow what is computed of a prompt, as far as they are kept; all computed on one
         grid, they have the bits that this prompt would get."""
+        if leader.num_computed_tokens >= len(prefix) * self.piece_len:
+            return
         first, rest = divmod(leader.num_computed_tokens, self.piece_len)
         if rest:
             return
