@@ -75,8 +75,10 @@ class Chunks:
         begin, end = self._tokens(first, len(names) - 1)
         beside = self.cache.find(first - 1, names[first - 1]) if first else None
         slot, in_the_way = self.cache.choose(first, len(names), beside)
-        for place in in_the_way:
-            self._evict(place)
+        for index in in_the_way:
+            self.cache.evict((index, slot))
+        for _, run in groupby(enumerate(in_the_way), key=lambda pair: pair[1] - pair[0]):
+            self._kv.drop(slot, *self._tokens(*[index for _, index in run]))
         if not self.make_room(self._kv.num_pages_to_keep(source, slot, begin, end)):
             return False
         self.cache.place(first, names[first:], slot)
@@ -92,8 +94,8 @@ class Chunks:
         while self.cache.num_pieces:
             self._evict()
 
-    def _evict(self, place: Place | None = None) -> None:
-        self._drop(self.cache.evict(place))
+    def _evict(self) -> None:
+        self._drop(self.cache.evict())
 
     def _drop(self, place: Place) -> None:
         index, slot = place

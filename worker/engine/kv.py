@@ -45,28 +45,28 @@ class KVSlots(Slots):
         return len(list(places(begin, end)))
 
     def keep(self, source: int, target: int, begin: int, end: int) -> None:
-        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`."""
+        """Keeps tokens [begin, end) of a slot in another, which no sequence owns, until `drop`, all or in parts."""
         self.hold(target, begin, end)
         self.copy(source, target, begin, end)
 
     def hold(self, slot: int, begin: int, end: int) -> None:
-        """Holds tokens [begin, end) of a slot that no sequence owns, until `drop`."""
-        for page, _ in places(begin, end):
-            self._hold((page, slot))
+        """Holds tokens [begin, end) of a slot that no sequence owns, until `drop`, all or in parts."""
+        for page, place in places(begin, end):
+            self._hold((page, slot), place.stop - place.start)
 
     def drop(self, slot: int, begin: int, end: int) -> None:
-        for page, _ in places(begin, end):
-            self._drop((page, slot))
+        for page, place in places(begin, end):
+            self._drop((page, slot), place.stop - place.start)
 
-    def _hold(self, block: Block) -> None:
+    def _hold(self, block: Block, count: int = 1) -> None:
         if not self._holders[block]:
             self._idle.pop(block, None)
             if len(self._idle) >= self.num_free_pages:
                 self._give_back(next(iter(self._idle)))
-        self._holders[block] += 1
+        self._holders[block] += count
 
-    def _drop(self, block: Block) -> None:
-        self._holders[block] -= 1
+    def _drop(self, block: Block, count: int = 1) -> None:
+        self._holders[block] -= count
         if not self._holders[block]:
             del self._holders[block]
             self._idle[block] = None

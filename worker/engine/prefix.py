@@ -36,15 +36,15 @@ class PrefixCache:
             if piece in self._slots:
                 self._order.move_to_end(piece)
 
-    def choose(self, first: int, last: int, beside: int | None) -> tuple[int, list[Place]]:
+    def choose(self, first: int, last: int, beside: int | None) -> tuple[int, list[int]]:
         """The slot for pieces [first, last) of a prompt: that of the piece before, an empty one, or that of the least
-        recently used piece of all; and the places in it that must be evicted first."""
+        recently used piece of all; and which pieces in it must be evicted first, with those behind them."""
         if beside is not None and self._names[beside].keys().isdisjoint(range(first, last)):
             return beside, []
         if self._empty:
             return next(reversed(self._empty)), []
         slot = self._slots[next(iter(self._order))]
-        return slot, [(index, slot) for index in self._names[slot] if first <= index < last]
+        return slot, sorted(index for index in self._names[slot] if index >= first)
 
     def place(self, first: int, names: Sequence[str], slot: int) -> None:
         """Places pieces from `first` on, whose names must be new and whose places in the slot must be free."""

@@ -148,19 +148,19 @@ def test_whatever_is_kept_and_found_and_evicted_the_answers_are_the_same(seed: i
 def test_the_least_recently_used_piece_goes_first() -> None:
     cache = PrefixCache(range(8, 10))
 
-    def place(first: int, *names: str, beside: int | None = None) -> tuple[int, list[tuple[int, int]]]:
+    def place(first: int, *names: str, beside: int | None = None) -> tuple[int, list[int]]:
         slot, in_the_way = cache.choose(first, first + len(names), beside)
-        for each in in_the_way:
-            cache.evict(each)
+        for index in in_the_way:
+            cache.evict((index, slot))
         cache.place(first, names, slot)
         return slot, in_the_way
 
     assert [place(0, "a"), place(0, "b"), place(1, "c", beside=8)] == [(8, []), (9, []), (8, [])]
     assert (cache.find(0, "a"), cache.find(0, "c"), cache.find(1, "c")) == (8, None, 8)
     cache.use(["a", "c"])
-    assert place(0, "d", "e") == (9, [(0, 9)]), "no slot is empty: where the oldest piece is"
+    assert place(0, "d", "e") == (9, [0]), "no slot is empty: where the oldest piece is"
     assert (cache.find(0, "b"), cache.find(0, "a"), cache.find(0, "d"), cache.find(1, "e")) == (None, 8, 9, 9)
-    assert place(2, "f", beside=9) == (9, []) and place(1, "g", beside=9) == (8, [(1, 8)]), "its place is taken"
+    assert place(2, "f", beside=9) == (9, []) and place(1, "g", beside=9) == (8, [1]), "its place is taken"
     assert cache.forget(["d", "e", "x"]) == [(0, 9), (1, 9)]
     assert cache.forget(["d"]) == [] and cache.find(0, "d") is None
     assert place(0, "d", beside=9) == (9, []), "its place is free again"
