@@ -56,8 +56,8 @@ class Drafter:
         history = self._history
         if not history:
             history += prompt
-            ends = range(NGRAM_TOKENS, len(history))
-            self._behind = {tuple(history[end - NGRAM_TOKENS:end]): end for end in ends}
+            ngrams = zip(*(history[begin:] for begin in range(NGRAM_TOKENS)), strict=False)
+            self._behind = dict(zip(ngrams, range(NGRAM_TOKENS, len(history)), strict=False))
         for token_id in drawn[len(history) - len(prompt):]:
             if len(history) >= NGRAM_TOKENS:
                 self._behind[tuple(history[-NGRAM_TOKENS:])] = len(history)
