@@ -23,6 +23,7 @@ class Drafter:
     max_tokens: int                                     # per draft
     _history: list[int] = field(init=False, default_factory=list)
     _behind: dict[tuple[int, ...], int] = field(init=False, default_factory=dict)   # n-gram → where it ended last
+    _ngram: tuple[int, ...] = field(init=False, default=())         # the last one
     _num_tokens: int = field(init=False, default=FIRST_TOKENS)
     has_found: bool = field(init=False, default=False)  # what the last n-gram had been followed by
     _pause_steps: int = field(init=False, default=0)
@@ -35,22 +36,21 @@ class Drafter:
 
     def propose(self, prompt: Sequence[int], drawn: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens; none when the n-gram has not occurred before."""
-        if self.skip():
+        if self._pause_steps:
+            self._pause_steps -= 1
             return []
         self._learn_history(prompt, drawn)
         history = self._history
-        begin = self._behind.get(tuple(history[-NGRAM_TOKENS:]))
+        begin = self._behind.get(self._ngram)
         self.has_found = begin is not None
         if begin is None:
             return []
         period = len(history) - begin                   # a repetition is assumed to continue
         return [history[begin + i % period] for i in range(min(most, self._num_tokens, self.max_tokens))]
 
-    def skip(self) -> bool:
-        """Lets a step go by without a draft. Whether it was a pause."""
-        was_pausing = self.is_pausing
-        self._pause_steps -= was_pausing
-        return was_pausing
+    def skip(self) -> None:
+        """Lets a step go by without a draft."""
+        self._pause_steps = max(0, self._pause_steps - 1)
 
     def _learn_history(self, prompt: Sequence[int], drawn: Sequence[int]) -> None:
         history = self._history
@@ -58,10 +58,11 @@ class Drafter:
             history += prompt
             ngrams = zip(*(history[begin:] for begin in range(NGRAM_TOKENS)), strict=False)
             self._behind = dict(zip(ngrams, range(NGRAM_TOKENS, len(history)), strict=False))
+            self._ngram = tuple(history[-NGRAM_TOKENS:])
         for token_id in drawn[len(history) - len(prompt):]:
-            if len(history) >= NGRAM_TOKENS:
-                self._behind[tuple(history[-NGRAM_TOKENS:])] = len(history)
+            self._behind[self._ngram] = len(history)
             history.append(token_id)
+            self._ngram = (*self._ngram[1 - NGRAM_TOKENS:], token_id)
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """Records the outcome of the last draft."""
