@@ -60,9 +60,9 @@ def test_on_a_slow_machine_a_prompt_is_cut_otherwise_and_still_the_same(monkeypa
     """Computed in smaller chunks, kept in them, and found."""
     prompt = tuple(5 + place % 97 for place in range(400))
     request = Request("it", prompt, Sampling(max_tokens=8, num_logprobs=1))
-    found = list[Any]()
+    found, took_s = list[Any](), Settings().lease_s
+    monkeypatch.setattr("worker.build._time_prefill", lambda engine: took_s)
     for settings in (Settings(), Settings(enable_prefix_caching=False)):
-        monkeypatch.setattr("worker.build._time_prefill", lambda engine: settings.lease_s)      # noqa: B023
         engine = build(settings, model_folder(settings))
         assert engine.prefill_chunk < 256
         found += [[(token_id, output.logprobs) for output in run(engine, {0: [request]})["it", 0]

@@ -107,7 +107,8 @@ class RouterWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is linear and isinstance(args[1], cls):
             return args[1].layer(args[0])
-        return super().__torch_function__(func, types, args, kwargs or {})      # type: ignore[no-untyped-call]
+        plain: Any = super().__torch_function__
+        return plain(func, types, args, kwargs or {})
 
 
     @classmethod

@@ -7,7 +7,7 @@ A pair's bits depend on its row only, as in linear.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ class Pairs(NamedTuple):
         order = chosen.argsort(stable=True)
         experts, counts = (each.tolist() for each in torch.unique_consecutive(chosen[order], return_counts=True))
         ends = np.cumsum(counts).tolist()
-        return cls(order, order // top_k_index.shape[1], list(zip(experts, [0, *ends], ends)))     # noqa: B905
+        return cls(order, order // top_k_index.shape[1], list(zip(experts, [0, *ends[:-1]], ends, strict=True)))
 
 
 class PanelExperts(nn.Module):
@@ -41,9 +41,9 @@ class PanelExperts(nn.Module):
 
     def __init__(self, weights: Tensor, biases: Tensor | None, *, is_gated: bool):
         super().__init__()
-        self.layers: Sequence[PanelLinear] = nn.ModuleList(     # type: ignore[assignment]  # which says no more
+        self.layers = cast(Sequence[PanelLinear], nn.ModuleList(
             PanelLinear(weight, None if biases is None else biases[expert], is_gated=is_gated)
-            for expert, weight in enumerate(weights))
+            for expert, weight in enumerate(weights)))
         first = self.layers[0]
         self.is_gated = first.is_gated
         self.is_one_call = not first.is_by_matrices and len({layer.packed.dtype for layer in self.layers}) == 1
