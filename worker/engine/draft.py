@@ -21,7 +21,7 @@ class Drafter:
     """Drafts for one sequence."""
 
     max_tokens: int                                     # per draft
-    _history: list[int] = field(init=False, default_factory=list)
+    _num_known: int = field(init=False, default=0)      # tokens, prompt and drawn ones
     _behind: dict[tuple[int, ...], int] = field(init=False, default_factory=dict)   # n-gram → where it ended last
     _ngram: tuple[int, ...] = field(init=False, default=())         # the last one
     _num_tokens: int = field(init=False, default=FIRST_TOKENS)
@@ -34,35 +34,36 @@ class Drafter:
         """The next call proposes nothing, without a search."""
         return self._pause_steps > 0
 
-    def propose(self, prompt: Sequence[int], drawn: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens; none when the n-gram has not occurred before."""
+    def search(self, prompt: Sequence[int], drawn: Sequence[int]) -> bool:
+        """Whether the last n-gram has occurred before, so that there is something to propose. Not while it pauses."""
         if self._pause_steps:
             self._pause_steps -= 1
-            return []
-        self._learn_history(prompt, drawn)
-        history = self._history
-        begin = self._behind.get(self._ngram)
-        self.has_found = begin is not None
-        if begin is None:
-            return []
-        period = len(history) - begin                   # a repetition is assumed to continue
-        return [history[begin + i % period] for i in range(min(most, self._num_tokens, self.max_tokens))]
+            return False
+        if not self._num_known:
+            self._learn_prompt(prompt)
+        behind, ngram, num_prompt = self._behind, self._ngram, len(prompt)
+        for place in range(self._num_known, num_prompt + len(drawn)):
+            behind[ngram] = place
+            ngram = (*ngram[1 - NGRAM_TOKENS:], drawn[place - num_prompt])
+        self._ngram, self._num_known = ngram, num_prompt + len(drawn)
+        self.has_found = ngram in behind
+        return self.has_found
+
+    def _learn_prompt(self, prompt: Sequence[int]) -> None:
+        ngrams = zip(*(prompt[begin:] for begin in range(NGRAM_TOKENS)), strict=False)
+        self._behind = dict(zip(ngrams, range(NGRAM_TOKENS, len(prompt)), strict=False))
+        self._ngram, self._num_known = tuple(prompt[-NGRAM_TOKENS:]), len(prompt)
+
+    def propose(self, prompt: Sequence[int], drawn: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens, after a search that found some."""
+        behind = range(self._behind[self._ngram], self._num_known)
+        places = [behind[i % len(behind)]               # a repetition is assumed to continue
+                  for i in range(min(most, self._num_tokens, self.max_tokens))]
+        return [prompt[place] if place < len(prompt) else drawn[place - len(prompt)] for place in places]
 
     def skip(self) -> None:
         """Lets a step go by without a draft."""
         self._pause_steps = max(0, self._pause_steps - 1)
-
-    def _learn_history(self, prompt: Sequence[int], drawn: Sequence[int]) -> None:
-        history = self._history
-        if not history:
-            history += prompt
-            ngrams = zip(*(history[begin:] for begin in range(NGRAM_TOKENS)), strict=False)
-            self._behind = dict(zip(ngrams, range(NGRAM_TOKENS, len(history)), strict=False))
-            self._ngram = tuple(history[-NGRAM_TOKENS:])
-        for token_id in drawn[len(history) - len(prompt):]:
-            self._behind[self._ngram] = len(history)
-            history.append(token_id)
-            self._ngram = (*self._ngram[1 - NGRAM_TOKENS:], token_id)
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """Records the outcome of the last draft."""

@@ -162,9 +162,9 @@ class Engine:
             self.chunks.reuse(group.leader, group.prefix)
         self._constrain()
         self._secure_memory()
-        self._draft()
+        progress = self._draft(self._progress())
         num_before = len(self._flights)
-        for forward in self._plan():
+        for forward in self._plan(progress):
             if self.few_threads:                        # a setting of torch, at the cost of a tenth of a microsecond
                 torch.set_num_threads(self.most_threads if forward.num_rows > MANY_ROWS else self.few_threads)
             sequences, logits, of_prompts = self.runner.run(forward, self._by_slot)
@@ -174,8 +174,11 @@ class Engine:
         may_fly = self.runs_ahead and not any(s.draft_token_ids for flight in self._flights for s in flight.sequences)
         self._land(num_before if may_fly else len(self._flights))
 
-    def _plan(self) -> list[Forward]:
-        progress = [_progress(sequence) for sequence in self._computing()]
+    def _progress(self) -> list[Progress]:
+        return [Progress(sequence.slot, sequence.num_prefill_tokens, sequence.num_computed_tokens, sequence.num_tokens)
+                for sequence in self._computing()]
+
+    def _plan(self, progress: list[Progress]) -> list[Forward]:
         if fixed := self.runner.fixed:
             plan = schedule(progress, max_rows=self.max_rows, prefill_chunk=self.prefill_chunk, min_chunk_cost=0,
                             max_short=fixed.max_short)
@@ -261,31 +264,33 @@ class Engine:
         """Whether the mask is made before the draw: always on a GPU, which computes meanwhile."""
         return sequence.asks_first or (self.runs_ahead and sequence.constraint is not None)
 
-    def _draft(self) -> None:
+    def _draft(self, progress: list[Progress]) -> list[Progress]:
         """Drafts where one small forward has room for all rows: more rows cost time, and drafts are often wrong."""
         if not self.num_speculative_tokens:
-            return
-        decoding = [sequence for sequence in self._computing()
-                    if sequence.num_computed_tokens >= sequence.num_prefill_tokens]
-        num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - sum(sequence.num_uncomputed_tokens for sequence in decoding)
+            return progress
         self._num_draft_steps += 1
-        if num_spare > 0 and any(sequence.num_pending_tokens and self._is_worth_waiting_for(sequence)
-                                 for sequence in decoding):
+        num_rows = sum(p.num_uncomputed_tokens for p in progress if p.is_prefilled)
+        num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - num_rows
+        if num_spare > 0 and self._flights and self._waits_for_drafts(progress):
             self._land(len(self._flights))              # a draft extends known tokens only
-            decoding = [sequence for sequence in decoding if self._by_slot.get(sequence.slot) is sequence]
-        for sequence in decoding:
+            progress = self._progress()
+        for place, p in enumerate(progress):
             if num_spare <= 0:
-                return
-            if sequence.num_pending_tokens:
-                sequence.skip_draft()
-            elif sequence.num_uncomputed_tokens == 1:
-                sequence.draft(min(num_spare, self.kv.num_owned_tokens(sequence.slot) - sequence.num_tokens))
-                num_spare -= len(sequence.draft_token_ids)
+                break
+            sequence = self._by_slot[p.slot]
+            if p.is_prefilled and p.num_uncomputed_tokens == 1 and sequence.searches_draft():
+                num_drafted = sequence.draft(min(num_spare, self.kv.num_owned_tokens(p.slot) - p.num_tokens))
+                num_spare -= num_drafted
+                progress[place] = p._replace(num_drafted=num_drafted)
+        return progress
 
-    def _is_worth_waiting_for(self, sequence: Sequence) -> bool:
-        """Whether a draft is worth a step that is not launched ahead: where the last search found one, and now and then
+    def _waits_for_drafts(self, progress: list[Progress]) -> bool:
+        """Whether drafts are worth a step that is not launched ahead: where the last search found one, and now and then
         for all at once."""
-        return sequence.may_draft and (sequence.finds_drafts or self._num_draft_steps % SEARCH_STEPS == 0)
+        searches_all = self._num_draft_steps % SEARCH_STEPS == 0
+        decoding = (self._by_slot[p.slot] for p in progress if p.is_prefilled)
+        return any(sequence.num_pending_tokens and sequence.may_draft and (searches_all or sequence.finds_drafts)
+                   for sequence in decoding)
 
     def _prefilled(self, span: Span, logits: Tensor) -> None:
         """Handles a computed chunk: keeps it for others, and draws each choice's first token after the last one."""
@@ -467,8 +472,3 @@ def _prepare(constraints: Iterable[Constraint]) -> None:
     """Prepares all at once."""
     if some := list(constraints):
         some[0].prepare(some)
-
-
-def _progress(sequence: Sequence) -> Progress:
-    return Progress(sequence.slot, sequence.num_prefill_tokens, sequence.num_computed_tokens, sequence.num_tokens,
-                    len(sequence.draft_token_ids))

@@ -27,6 +27,14 @@ class Progress(NamedTuple):
     num_tokens: int
     num_drafted: int = 0            # rows after the last known token; only if one forward has room for all
 
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_computed_tokens >= self.num_prefill_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
 
 class Span(NamedTuple):
     """Tokens [begin, end) of the sequence in a slot."""
@@ -87,11 +95,10 @@ def schedule(progress: Sequence[Progress], *, max_rows: int, prefill_chunk: int,
     The budget is a chunk at least. Chunks of at most `max_short` tokens share forwards of so many rows, where a token
     costs more than in a long one.
     """
-    prefilling = [p for p in progress if p.num_computed_tokens < p.num_prefill_tokens]
-    computing = [p for p in progress if p.num_computed_tokens >= p.num_prefill_tokens]
-    decoding = sorted(_next(p, 1 + p.num_drafted) for p in computing if p.num_tokens - p.num_computed_tokens == 1)
-    replaying = _take_replays((p for p in computing if p.num_tokens - p.num_computed_tokens > 1),
-                              min(max_rows, MAX_REPLAY_ROWS))
+    prefilling = [p for p in progress if not p.is_prefilled]
+    computing = [p for p in progress if p.is_prefilled]
+    decoding = sorted(_next(p, 1 + p.num_drafted) for p in computing if p.num_uncomputed_tokens == 1)
+    replaying = _take_replays((p for p in computing if p.num_uncomputed_tokens > 1), min(max_rows, MAX_REPLAY_ROWS))
     return Plan(list(_split([*decoding, *replaying], max_rows)),
                 list(_take_prefills(prefilling, prefill_chunk, max(prefill_budget, prefill_chunk), min_chunk_cost,
                                     max_short)))
@@ -132,7 +139,7 @@ def _in(unit: int, span: Span) -> int:
 def _take_replays(replaying: Iterable[Progress], num_rows: int) -> Iterator[Span]:
     """Each sequence gets one row, and more of its replay while the budget lasts."""
     for p in replaying:
-        num_more = min(num_rows, p.num_tokens - p.num_computed_tokens - 1)
+        num_more = min(num_rows, p.num_uncomputed_tokens - 1)
         num_rows -= num_more
         yield _next(p, 1 + num_more)
 

@@ -105,16 +105,22 @@ class Sequence:
     def finds_drafts(self) -> bool:
         return self.drafter is not None and self.drafter.has_found
 
-    def skip_draft(self) -> None:
-        if self.drafter:
-            self.drafter.skip()
+    def searches_draft(self) -> bool:
+        """Whether there is something to draft. Only known tokens can be extended."""
+        drafter = self.drafter
+        if drafter is None or (self.constraint and self.asks_first):
+            return False
+        if self.num_pending_tokens:
+            drafter.skip()
+            return False
+        return drafter.search(self.prompt_token_ids, self.output_token_ids)
 
-    def draft(self, most: int) -> None:
-        """Drafts at most `most` tokens; after the last possible token there is nothing to draft."""
-        if self.drafter and not self.asks_first:
-            num_left = self.sampling.max_tokens - len(self.output_token_ids) - 1
-            known = (self.prompt_token_ids, self.output_token_ids)
-            self.draft_token_ids = self.drafter.propose(*known, min(most, num_left))
+    def draft(self, most: int) -> int:
+        """Drafts at most `most` tokens, none after the last possible one; returns how many."""
+        assert self.drafter
+        num_left = self.sampling.max_tokens - len(self.output_token_ids) - 1
+        self.draft_token_ids = self.drafter.propose(self.prompt_token_ids, self.output_token_ids, min(most, num_left))
+        return len(self.draft_token_ids)
 
     def accept(self, draws: list[Draw]) -> list[Draw] | None:
         """Accepts the draft as far as it equals the draws, and one more token; later rows were computed in vain. The

@@ -17,20 +17,32 @@ from worker.model.loading import load
 from worker.model.model import Model
 
 
+def propose(drafter: Drafter, prompt: tuple[int, ...], drawn: list[int], most: int) -> list[int]:
+    return drafter.propose(prompt, drawn, most) if drafter.search(prompt, drawn) else []
+
+
 def test_what_followed_last_time_is_drafted() -> None:
     drafter = Drafter(max_tokens=8)
     prompt = (1, 2, 3, 4, 5, 6, 1, 2, 3, 7, 8, 9)
-    assert drafter.propose(prompt, [0], 8) == []
-    assert drafter.propose(prompt, [0, 1, 2, 3], 8) == [7, 8], "where it stood last"
+    assert propose(drafter, prompt, [0], 8) == []
+    assert propose(drafter, prompt, [0, 1, 2, 3], 8) == [7, 8], "where it stood last"
     drafter.learn(2, 2)
-    assert drafter.propose(prompt, [0, 1, 2, 3, 7, 8, 9], 8) == [0, 1, 2, 3], "twice as many when all were right"
-    assert drafter.propose(prompt, [0, 1, 2, 3, 7, 8, 9], 1) == [0]
+    assert propose(drafter, prompt, [0, 1, 2, 3, 7, 8, 9], 8) == [0, 1, 2, 3], "twice as many when all were right"
+    assert propose(drafter, prompt, [0, 1, 2, 3, 7, 8, 9], 1) == [0]
 
 
 def test_what_repeats_is_taken_to_repeat_again() -> None:
     drafter = Drafter(max_tokens=8)
     drafter.learn(8, 8)
-    assert drafter.propose((5, 1, 2), [1, 2, 1, 2], 8) == [1, 2, 1, 2, 1, 2, 1, 2]
+    assert propose(drafter, (5, 1, 2), [1, 2, 1, 2], 8) == [1, 2, 1, 2, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+def test_a_prompt_may_be_shorter_than_an_ngram(num_tokens: int) -> None:
+    drafter, drawn = Drafter(max_tokens=8), [4, 5, 6, 7, 4, 5, 6]
+    for end in range(len(drawn)):
+        assert propose(drafter, (1, 2, 3)[:num_tokens], drawn[:end], 8) == []
+    assert propose(drafter, (1, 2, 3)[:num_tokens], drawn, 8) == [7, 4]
 
 
 def test_a_miss_makes_it_pause_ever_longer_and_a_hit_ends_that() -> None:
@@ -39,16 +51,16 @@ def test_a_miss_makes_it_pause_ever_longer_and_a_hit_ends_that() -> None:
     for _ in range(9):
         drafter.learn(2, 0)
         num_steps = 0
-        while not drafter.propose(prompt, drawn, 8):
+        while not propose(drafter, prompt, drawn, 8):
             num_steps += 1
         pauses.append(num_steps)
     assert pauses == [1, 4, 16, 64, 64, 64, 64, 64, 64]
     assert pauses[-1] == MAX_PAUSE_STEPS
-    assert drafter.propose(prompt, drawn, 8) == [1], "and draft one token at first"
+    assert propose(drafter, prompt, drawn, 8) == [1], "and draft one token at first"
     drafter.learn(1, 1)
     drafter.learn(2, 0)
-    assert drafter.propose(prompt, drawn, 8) == []
-    assert drafter.propose(prompt, drawn, 8) == [1]
+    assert propose(drafter, prompt, drawn, 8) == []
+    assert propose(drafter, prompt, drawn, 8) == [1]
 
 
 @pytest.fixture(scope="module", params=[("llama", "float32"), ("mixtral", "bfloat16"), ("gemma2", "bfloat16")],
