@@ -23,10 +23,10 @@ def prefix_names(salt: str, token_ids: Sequence[int], piece_tokens: int, known: 
     `known`: the first ones, which are not computed again.
     """
     name = bytes.fromhex(known[-1]) if known else f"{salt} {piece_tokens}".encode()
-    names = list(known)
-    for begin in range(len(known) * piece_tokens, len(token_ids) - piece_tokens, piece_tokens):
-        piece = array("I", token_ids[begin:begin + piece_tokens]).tobytes()
-        name = blake2b(name + piece, digest_size=NAME_BYTES).digest()
+    names, numbers = list(known), array("I", token_ids[len(known) * piece_tokens:])
+    pieces, piece_bytes = numbers.tobytes(), piece_tokens * numbers.itemsize
+    for begin in range(0, len(pieces) - piece_bytes, piece_bytes):
+        name = blake2b(name + pieces[begin:begin + piece_bytes], digest_size=NAME_BYTES).digest()
         names.append(name.hex())
     return tuple(names)
 

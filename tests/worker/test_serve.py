@@ -96,23 +96,26 @@ async def test_steps_take_as_many_threads_as_the_setting_says(
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("large_bytes", "expected"), [(0, 4), (1 << 40, 3)])
-def test_a_small_model_leaves_a_core_but_in_forwards_of_many_rows(
+def test_a_small_model_leaves_a_core_but_in_forwards_of_many_rows_or_of_prompts_alone(
         large_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.build.most_threads", lambda: 4)
     monkeypatch.setattr("worker.build.LARGE_FOR_KERNELS_BYTES", large_bytes)
-    engine, seen, plain = build(settings := Settings(), model_folder(settings)), dict[bool, int](), Runner.run
+    engine, plain = build(settings := Settings(), model_folder(settings)), Runner.run
+    seen: dict[tuple[bool, bool], int] = {}
     if not engine.model.is_uniform:
         pytest.skip("torch computes it, whose bits depend on the number of threads")
 
     def watch(self: Runner, forward: Forward, sequences: Mapping[int, Sequence]) -> Any:
-        seen[forward.num_rows > MANY_ROWS] = torch.get_num_threads()
+        seen[bool(forward.decodes), forward.num_rows > MANY_ROWS] = torch.get_num_threads()
         return plain(self, forward, sequences)
 
     monkeypatch.setattr(Runner, "run", watch)
-    engine.add(Request("a", (1,) * (MANY_ROWS + 1), Sampling(max_tokens=3, ignore_eos=True)))
+    for name, num_tokens in (("few", 3), ("many", MANY_ROWS + 1)):
+        engine.add(Request(name, (1,) * num_tokens, Sampling(max_tokens=3, ignore_eos=True)))
+        engine.step()
     while engine.has_work:
         engine.step()
-    assert seen == {True: 4, False: expected}
+    assert seen == {(False, False): 4, (True, True): 4, (True, False): expected}
 
 
 @pytest.mark.usefixtures("threads")

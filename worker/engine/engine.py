@@ -43,7 +43,7 @@ GIB = 2**30
 PIECE_TOKENS = 32       # of a prompt that is kept, where any number may be: smaller ones cost more to keep and to find
 SEARCH_STEPS = 16       # of an engine that runs ahead, between searches of those that found no draft
 MAX_DRAFT_ROWS = 12     # of a forward with drafts: so many cost little more than one
-MANY_ROWS = 128         # of a forward, from long prompts: all threads are worth waiting for
+MANY_ROWS = 128         # of a forward, most of them of prompts: all threads are worth waiting for
 MAX_FORCED_TOKENS = 32  # forced tokens taken at once after a drawn one
 
 
@@ -53,7 +53,7 @@ class Engine:
                  enable_prefix_caching: bool = True, exact_replay_max_tokens: int = 4096,
                  num_speculative_tokens: int = 8, numerics: Literal["exact", "fast"] = "exact",
                  runs_ahead: bool | None = None, few_threads: int = 0):
-        """`few_threads`: of forwards of up to `MANY_ROWS` rows; 0: as many as torch has."""
+        """`few_threads`: of forwards that streams wait for, of up to `MANY_ROWS` rows; 0: as many as torch has."""
         self.model = model
         self.few_threads, self.most_threads = few_threads, torch.get_num_threads()
         self.runs_ahead = model.device.type == "cuda" if runs_ahead is None else runs_ahead
@@ -166,7 +166,8 @@ class Engine:
         num_before = len(self._flights)
         for forward in self._plan(progress):
             if self.few_threads:                        # a setting of torch, at the cost of a tenth of a microsecond
-                torch.set_num_threads(self.most_threads if forward.num_rows > MANY_ROWS else self.few_threads)
+                takes_all = forward.num_rows > MANY_ROWS or not forward.decodes
+                torch.set_num_threads(self.most_threads if takes_all else self.few_threads)
             sequences, logits, of_prompts = self.runner.run(forward, self._by_slot)
             self._sample(sequences, logits)
             for row, span in enumerate(forward.prefills):

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from worker.model.weighing import Reach, causal_mask, reaches, weigh_chunk, weig
 if TYPE_CHECKING:
     from worker.model.cpu.attention import Angles, Runs
 
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}    # of the same size
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0       # MAP_NORESERVE; mmap names it from Python 3.13 on
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -69,17 +70,17 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def give_back(block: Tensor) -> None:
+def give_back(block: npt.NDArray[Any]) -> None:
     """Returns the memory of a dense block to the system. It then reads as zeros and uses no memory."""
-    begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
+    begin, end = block.ctypes.data, block.ctypes.data + block.nbytes
     begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if begin < end:
         _madvise(begin, end - begin, mmap.MADV_DONTNEED)
 
 
-def tokens(block: Tensor, place: slice) -> Iterator[Tensor]:
+def tokens(block: npt.NDArray[Any], place: slice) -> Iterator[npt.NDArray[Any]]:
     """Views of tokens of one page of one slot; `block` is its keys or its values."""
-    if block.dim() == 3:
+    if block.ndim == 3:
         yield block[:, place]
         return
     first, head = divmod(place.start, cpu.LANES)
@@ -236,6 +237,8 @@ class SlotMemory:
         self.layers = layers
         self.table = in_turn(layers) if table is None else table
         self._table = torch.from_numpy(self.table)
+        # numbers as integers, since numpy has no bfloat16: for so few of them, torch takes several times as long
+        self._caches = [cache.flatten(0, 1).view(INTEGERS[cache.dtype]).numpy() for layer in layers for cache in layer]
 
     def rows(self, slots: Sequence[int], positions: Sequence[int]) -> DecodeRows:
         return DecodeRows(self.layers, self._table, slots, positions)
@@ -245,13 +248,13 @@ class SlotMemory:
 
     def copy(self, source: int, target: int, first: int, last: int) -> None:
         """Tokens [first, last) of a page, counted from its first, to the same place in another."""
-        for cache in (cache.flatten(0, 1) for layer in self.layers for cache in layer):
-            for mine, theirs in zip(*(tokens(cache[page], slice(first, last)) for page in (target, source)),
-                                    strict=True):
-                mine.copy_(theirs)
+        place = slice(first, last)
+        for cache in self._caches:
+            for mine, theirs in zip(tokens(cache[target], place), tokens(cache[source], place), strict=True):
+                mine[...] = theirs
 
     def give_back(self, page: int) -> None:
-        for cache in (cache.flatten(0, 1) for layer in self.layers for cache in layer):
+        for cache in self._caches:
             give_back(cache[page])
 
 
