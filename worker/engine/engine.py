@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shared.prefix import prefix_names
+from worker.engine.batch import Batch
 from worker.engine.chunks import Chunks
 from worker.engine.draft import Drafter
 from worker.engine.flight import Flight
@@ -29,7 +30,7 @@ from worker.engine.params import Params
 from worker.engine.request import NO_WAY_ON, NOT_A_NUMBER, OUT_OF_MEMORY, Constraint, Output, Request, validate
 from worker.engine.runner import Runner
 from worker.engine.sampler import Draw, Row, Sampler
-from worker.engine.scheduler import MIN_CHUNK_COST, BatchLimit, Forward, Progress, Span, pack, schedule, share
+from worker.engine.scheduler import MIN_CHUNK_COST, Forward, Progress, Span, pack, schedule, share
 from worker.engine.sequence import WAITING, Group, Sequence
 from worker.engine.store import make_store
 from worker.model.attention import TILE_LEN
@@ -71,15 +72,9 @@ class Engine:
         self.sampler = Sampler(max_num_seqs, model.vocab_size, model.device)
         self.runner = Runner.of(model, self.kv, self.sampler.last_token_ids, prefill_chunk=prefill_chunk,
                                 is_exact=self.is_exact)
-        self.batch_limit = BatchLimit(max_num_seqs)
-        self.num_preempted = 0
+        self.batch = Batch(self.kv, self.chunks, max_num_seqs)
         self.num_draft_tokens = self.num_accepted_tokens = 0
         self._num_draft_steps = 0
-        self._num_arrived = 0
-        self._waiting: deque[Group] = deque()       # in order of arrival
-        self._running: list[Group] = []             # every sequence has a slot
-        self._group_of: dict[tuple[str, int], Group] = {}
-        self._by_slot: dict[int, Sequence] = {}
         self._flights: deque[Flight] = deque()      # in order of launch
         self._outputs: list[Output] = []            # returned by the next step, even if it runs out of memory
 
@@ -97,7 +92,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Raises ValueError when the request could break a batch."""
-        if any((request.id, index) in self._group_of for index in request.live_choices):
+        if any((request.id, index) in self.batch for index in request.live_choices):
             raise ValueError(f"request {request.id} is here already")
         validate(request, vocab_size=self.model.vocab_size, max_model_len=self.max_model_len,
                  max_choices=self.kv.num_slots)
@@ -106,17 +101,12 @@ class Engine:
             if sequence.finish_reason:
                 self._outputs.append(Output(request.id, sequence.index, (), (), sequence.finish_reason))
         living = {sequence.index: sequence for sequence in sequences if not sequence.finish_reason}
-        names = prefix_names(request.salt, request.prompt_token_ids, self.chunks.piece_len) if living else ()
+        names = (prefix_names(request.salt, request.prompt_token_ids, self.chunks.piece_len)
+                 if living and self.chunks.keeps else ())
         side_by_side = self.kv.num_pages // self.kv.pages(max((s.num_tokens + 1 for s in living.values()), default=1))
         while living:
             some = {index: living.pop(index) for index in list(islice(living, side_by_side))}
-            self._waiting.append(self._group(self._num_arrived, some, names if self.chunks.keeps else (), request.salt))
-            self._num_arrived += 1
-
-    def _group(self, number: int, sequences: dict[int, Sequence], prefix: tuple[str, ...], salt: str) -> Group:
-        group = Group(number, sequences, prefix, salt)
-        self._group_of |= {sequence.key: group for sequence in sequences.values()}
-        return group
+            self.batch.add(some, names, request.salt)
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         sampling = request.sampling
@@ -140,15 +130,14 @@ class Engine:
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Frees the slots at once. Unknown requests and choices are ignored: they may just have ended."""
-        for key in [key for key in self._group_of if key[0] == request_id and index in (None, key[1])]:
-            sequence = self._group_of[key].sequences[key[1]]
+        for sequence in self.batch.find(request_id, index):
             self._keep_answer(sequence)
             self._retire(sequence)
 
     def step(self) -> list[Output]:
         try:
             self._compute()
-            self.batch_limit.note_calm()
+            self.batch.limit.note_calm()
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -157,27 +146,23 @@ class Engine:
         return outputs
 
     def _compute(self) -> None:
-        self._admit()
-        for group in self._running:                     # even what a neighbour computed one step ago
+        self.batch.admit()
+        for group in self.batch.running:                # even what a neighbour computed one step ago
             self.chunks.reuse(group.leader, group.prefix)
         self._constrain()
         self._secure_memory()
-        progress = self._draft(self._progress())
+        progress = self._draft(self.batch.progress())
         num_before = len(self._flights)
         for forward in self._plan(progress):
             if self.few_threads:                        # a setting of torch, at the cost of a tenth of a microsecond
                 takes_all = forward.num_rows > MANY_ROWS or not forward.decodes
                 torch.set_num_threads(self.most_threads if takes_all else self.few_threads)
-            sequences, logits, of_prompts = self.runner.run(forward, self._by_slot)
+            sequences, logits, of_prompts = self.runner.run(forward, self.batch.by_slot)
             self._sample(sequences, logits)
             for row, span in enumerate(forward.prefills):
                 self._prefilled(span, of_prompts[row:row + 1])
         may_fly = self.runs_ahead and not any(s.draft_token_ids for flight in self._flights for s in flight.sequences)
         self._land(num_before if may_fly else len(self._flights))
-
-    def _progress(self) -> list[Progress]:
-        return [Progress(sequence.slot, sequence.num_prefill_tokens, sequence.num_computed_tokens, sequence.num_tokens)
-                for sequence in self._computing()]
 
     def _plan(self, progress: list[Progress]) -> list[Forward]:
         if fixed := self.runner.fixed:
@@ -190,9 +175,6 @@ class Engine:
                         min_chunk_cost=0 if self.max_shared_rows else MIN_CHUNK_COST)
         return share(plan, max_rows=self.max_shared_rows, min_rows=self.model.min_rows if self.is_exact else 1)
 
-    def _computing(self) -> list[Sequence]:
-        return [sequence for group in self._running for sequence in group.computing if not sequence.is_complete]
-
     def _shrink(self) -> None:
         """Out of memory: preempts all sequences, halves how many may run, and empties the prefix cache. Unread draws
         are repeated, with the same result."""
@@ -200,64 +182,39 @@ class Engine:
         for sequence in in_flight:
             sequence.num_pending_tokens = 0
         self._flights.clear()
-        running = [sequence for group in sorted(self._running, key=lambda group: group.number)
-                   for sequence in group.sequences.values()]
+        running = self.batch.youngest_first()
         num_tried = max(len(running), len(in_flight))
         if running and num_tried == 1:
             self._outputs.append(self._fail(running[0], OUT_OF_MEMORY))
         elif running:
-            self.batch_limit.halve(num_tried)
-            log.warning("no memory for a step of %d sequences: %d at a time", len(running), self.batch_limit.num_seqs)
-            for sequence in reversed(running):
+            self.batch.limit.halve(num_tried)
+            log.warning("no memory for a step of %d sequences: %d at a time", len(running), self.batch.limit.num_seqs)
+            for sequence in running:
                 self._preempt(sequence)
         self.chunks.drop_all()
         self.kv.give_back_idle()
 
-    def _admit(self) -> None:
-        """First come, first served: a request with many choices is not overtaken."""
-        while self._waiting:
-            group = self._waiting[0]
-            num_pages = sum(self.kv.pages(sequence.num_tokens + 1) for sequence in group.sequences.values())
-            num_free = min(self.kv.num_free, self.batch_limit.num_free(self.num_running))
-            if len(group.sequences) > num_free or not self.chunks.make_room(num_pages):
-                return
-            self._running.append(self._waiting.popleft())
-            for sequence in group.sequences.values():
-                sequence.slot = self.kv.reserve()
-                self.kv.grow(sequence.slot, sequence.num_tokens + 1)
-                self._by_slot[sequence.slot] = sequence
-
     def _secure_memory(self) -> None:
-        """Allocates pages for all drawn tokens, oldest sequence first. Pending draws are read before any preemption."""
-        for group in sorted(self._running, key=lambda group: group.number):
-            for sequence in list(group.sequences.values()):
-                while sequence.slot != WAITING and (
-                        num_missing := self.kv.num_missing_pages(sequence.slot, sequence.num_tokens)):
-                    if self.chunks.make_room(num_missing):
-                        self.kv.grow(sequence.slot, sequence.num_tokens)
-                    elif self._flights:
-                        self._land(len(self._flights))
-                        return self._secure_memory()
-                    else:
-                        youngest = max(self._running, key=lambda group: group.number)
-                        self._preempt(list(youngest.sequences.values())[-1])
+        """Pending draws are read before any preemption."""
+        while youngest := self.batch.secure_memory():
+            if self._flights:
+                self._land(len(self._flights))
+            else:
+                self._preempt(youngest)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """The sequence prefills its prompt and replays its tokens, before any younger one is admitted."""
-        group = self._group_of[sequence.key]
-        self._remove(sequence)
-        sequence.restart()
+        """The sequence prefills its prompt and replays its tokens, once there is room."""
+        self._leave_sampler(sequence)
+        self.batch.preempt(sequence)
         if self.model.is_uniform or not self.is_exact:
             sequence.num_reprefilled_tokens = len(sequence.output_token_ids)
-        self._waiting.appendleft(self._group(group.number, {sequence.index: sequence}, group.prefix, group.salt))
-        self.num_preempted += 1
 
     def _constrain(self) -> None:
         """Starts making masks, beside the forward; first reads the pending draws on which they depend."""
-        constrained = [sequence for sequence in self._computing() if sequence.constraint]
+        constrained = [sequence for sequence in self.batch.computing() if sequence.constraint]
         if any(sequence.num_pending_tokens for sequence in constrained):
             self._land(len(self._flights))
-            constrained = [sequence for sequence in self._computing() if sequence.constraint]
+            constrained = [sequence for sequence in self.batch.computing() if sequence.constraint]
         _prepare(sequence.constraint for sequence in constrained
                  if sequence.constraint and self._asks_first(sequence))
 
@@ -274,11 +231,11 @@ class Engine:
         num_spare = min(self.max_rows, MAX_DRAFT_ROWS) - num_rows
         if num_spare > 0 and self._flights and self._waits_for_drafts(progress):
             self._land(len(self._flights))              # a draft extends known tokens only
-            progress = self._progress()
+            progress = self.batch.progress()
         for place, p in enumerate(progress):
             if num_spare <= 0:
                 break
-            sequence = self._by_slot[p.slot]
+            sequence = self.batch.by_slot[p.slot]
             if p.is_prefilled and p.num_uncomputed_tokens == 1 and sequence.searches_draft():
                 num_drafted = sequence.draft(min(num_spare, self.kv.num_owned_tokens(p.slot) - p.num_tokens))
                 num_spare -= num_drafted
@@ -289,14 +246,14 @@ class Engine:
         """Whether drafts are worth a step that is not launched ahead: where the last search found one, and now and then
         for all at once."""
         searches_all = self._num_draft_steps % SEARCH_STEPS == 0
-        decoding = (self._by_slot[p.slot] for p in progress if p.is_prefilled)
+        decoding = (self.batch.by_slot[p.slot] for p in progress if p.is_prefilled)
         return any(sequence.num_pending_tokens and sequence.may_draft and (searches_all or sequence.finds_drafts)
                    for sequence in decoding)
 
     def _prefilled(self, span: Span, logits: Tensor) -> None:
         """Handles a computed chunk: keeps it for others, and draws each choice's first token after the last one."""
-        sequence = self._by_slot[span.slot]
-        group = self._group_of[sequence.key]
+        sequence = self.batch.by_slot[span.slot]
+        group = self.batch.group_of(sequence)
         self.chunks.keep(span, group.prefix)
         if span.end < sequence.num_prompt_tokens:
             return
@@ -346,7 +303,7 @@ class Engine:
     def _take(self, flight: Flight, place: int, draws: list[Draw]) -> bool:
         """Takes the draws of a sequence, unless it has left. False: its constraint accepts none of them."""
         sequence = flight.sequences[place]
-        if self._by_slot.get(sequence.slot) is not sequence:
+        if self.batch.by_slot.get(sequence.slot) is not sequence:
             return True
         if first := flight.first_to_follow(place, draws[0]):
             self._outputs.append(self._accept(sequence, [first, *draws[1:]]))
@@ -391,7 +348,7 @@ class Engine:
         """Keeps what is computed of it for the next turn of its conversation, where rows have the bits of chunks."""
         if not self.model.is_uniform or not self.chunks.keeps or sequence.slot == WAITING:
             return
-        group, piece_len = self._group_of[sequence.key], self.chunks.piece_len
+        group, piece_len = self.batch.group_of(sequence), self.chunks.piece_len
         known, begin = (*sequence.prompt_token_ids, *sequence.output_token_ids), len(group.prefix) * piece_len
         names = prefix_names(group.salt, known, piece_len, group.prefix)
         self.chunks.keep(Span(sequence.slot, begin, max(begin, sequence.num_computed_tokens)), names)
@@ -399,51 +356,38 @@ class Engine:
     def _fail(self, sequence: Sequence, why: str) -> Output:
         if why == NOT_A_NUMBER:                         # its keys and values may be NaN too
             self.kv.wipe(sequence.slot, self.kv.num_owned_tokens(sequence.slot))
-            self.chunks.forget(self._group_of[sequence.key].prefix)
+            self.chunks.forget(self.batch.group_of(sequence).prefix)
         self._retire(sequence)
         return Output(sequence.request_id, sequence.index, (), (), why)
 
     def _retire(self, sequence: Sequence) -> None:
-        self._remove(sequence)
-        del self._group_of[sequence.key]
+        self._leave_sampler(sequence)
+        self.batch.remove(sequence)
 
-    def _remove(self, sequence: Sequence) -> None:
-        group = self._group_of[sequence.key]
-        if sequence is group.leader and not group.is_prefilled and len(group.sequences) > 1:
-            self._hand_over(sequence, list(group.sequences.values())[1])
-        del group.sequences[sequence.index]
-        if not group.sequences:
-            (self._waiting if sequence.slot == WAITING else self._running).remove(group)
+    def _leave_sampler(self, sequence: Sequence) -> None:
         if sequence.slot != WAITING:
             self.sampler.leave(sequence.slot)
-            del self._by_slot[sequence.slot]
-            self.kv.release(sequence.slot)
-
-    def _hand_over(self, leader: Sequence, heir: Sequence) -> None:
-        """A partly computed prompt survives the choice that computed it."""
-        leader.slot, heir.slot = heir.slot, leader.slot
-        heir.num_computed_tokens, heir.num_cached_tokens = leader.num_computed_tokens, leader.num_cached_tokens
-        for sequence in (leader, heir):
-            if sequence.slot != WAITING:
-                self._by_slot[sequence.slot] = sequence
 
     @property
     def num_running(self) -> int:
-        return len(self._by_slot)
+        return self.batch.num_running
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(group.sequences) for group in self._waiting)
+        return self.batch.num_waiting
+
+    @property
+    def num_preempted(self) -> int:
+        return self.batch.num_preempted
 
     @property
     def num_free_seqs(self) -> int:
         """Choices that can be admitted at once; 0 while any wait for a slot or for memory."""
-        num_free = self.batch_limit.num_free(self.num_running)
-        return 0 if self._waiting else min(self.kv.num_free, self.chunks.num_available_pages, num_free)
+        return self.batch.num_free_seqs
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._outputs)
+        return bool(self.batch or self._outputs)
 
     @property
     def numerics_id(self) -> str:
@@ -453,15 +397,12 @@ class Engine:
 
     def check(self) -> None:
         """Every slot is free or held by one running choice; an idle engine holds none."""
-        self.kv.check()
-        held = {sequence.slot for group in self._running for sequence in group.sequences.values()}
-        assert held == set(self._by_slot) and len(held) == self.kv.num_held, f"{self!r} lost count of its slots"
-        assert all(self.sampler.params[slot] is None or slot in held for slot in range(self.kv.num_slots))
-        assert self.has_work or (not self.kv.num_held and not self._group_of), f"{self!r} is idle and holds slots"
+        self.batch.check()
+        assert all(params is None or slot in self.batch.by_slot for slot, params in enumerate(self.sampler.params))
+        assert self.has_work or not self.kv.num_held, f"{self!r} is idle and holds slots"
 
     def __repr__(self) -> str:
-        return (f"<Engine {self.num_running} running, {self.num_waiting} waiting, "
-                f"slots {self.kv.num_held}/{self.kv.num_slots}>")
+        return f"<Engine {self.batch!r}>"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

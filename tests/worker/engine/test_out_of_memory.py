@@ -57,7 +57,7 @@ def test_fewer_run_and_say_what_they_would_have_said(
     expected, engine = run(build(folder, numerics), ARRIVALS), build(folder, numerics)
     starve(engine, kind, ROOM)
     found = run(engine, ARRIVALS)
-    assert engine.num_preempted > ROOM and engine.batch_limit.num_seqs <= ROOM
+    assert engine.num_preempted > ROOM and engine.batch.limit.num_seqs <= ROOM
     assert "no memory for a step of" in caplog.text
     assert engine.num_free_seqs == NUM_SEQS, "an idle engine takes what is larger than its limit, or nobody does"
     assert {key: len(token_ids(outputs)) for key, outputs in found.items()} == {
