@@ -55,10 +55,11 @@ def log_totals(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
 
 def _draw_random(logits: Tensor, temperatures: Tensor, keys: list[int], params: list[Params]) -> Tensor:
     low, high = rng.split_keys(keys)
-    truncated = [i for i, p in enumerate(params) if p.is_truncated]
     whole = [i for i, p in enumerate(params) if not p.is_truncated]
+    wide = [i for i, p in enumerate(params) if p.sampling.top_p < 1 and p.sampling.top_k > NUM_CANDIDATES]
+    others = [i for i, p in enumerate(params) if p.is_truncated and i not in wide]
     token_ids = torch.empty(len(params), dtype=torch.long)
-    for places, draw_these in ((truncated, _draw_truncated), (whole, _draw_whole)):
+    for places, draw_these in ((others, _draw_truncated), (wide, _draw_truncated), (whole, _draw_whole)):
         if places:
             token_ids[places] = draw_these(some(logits, places), temperatures[places], low[places], high[places],
                                            [params[i].sampling for i in places])
@@ -133,7 +134,8 @@ def _draw_nucleus(logits: Tensor, low: Tensor, high: Tensor, sampling: list[Samp
         here = logits[pending]
         value = here.gather(1, drawn)
         is_likelier = (here > value) | ((here == value) & (_token_ids(logits.shape[1]) < drawn))
-        mass = (shares[pending] * is_likelier).sum(dim=-1)
+        rows = max(2, len(pending))                     # torch would sum a single row in parts
+        mass = (shares[pending].expand(rows, -1) * is_likelier).sum(dim=-1)[:len(pending)]
         is_inside = (mass.double() < top_p[pending]) | ~is_likelier.any(dim=-1)
         token_ids[pending[is_inside]] = drawn[is_inside, 0]
         noisy[pending, drawn[:, 0]] = float("-inf")
@@ -199,11 +201,12 @@ def _kept(values: Tensor, log_total: Tensor, sampling: list[Sampling]) -> Tensor
     top_p = torch.tensor([s.top_p for s in sampling], dtype=torch.float64, device=device)[:, None]
     keep = torch.arange(num_candidates, device=device) < top_k
     if any(s.top_p < 1 for s in sampling):
-        of_kept = torch.logsumexp(values.masked_fill(~keep, float("-inf")), dim=-1, keepdim=True)
+        weights = torch.exp((values - values[:, :1]).double())
+        mass = weights.cumsum(dim=-1)                   # one by one, however many candidates there are
+        of_kept = mass.gather(1, top_k.clamp(max=num_candidates) - 1)
+        of_all = torch.exp((log_total - values[:, :1]).double())
         has_top_k = torch.tensor([s.top_k > 0 for s in sampling], device=device)[:, None]
-        log_total = torch.where(has_top_k, of_kept, log_total)
-        mass = torch.exp(values - log_total).double()
-        keep &= (mass.cumsum(dim=-1) - mass < top_p) | (top_p >= 1)
+        keep &= (mass - weights < top_p * torch.where(has_top_k, of_kept, of_all)) | (top_p >= 1)
         keep[:, 0] = True
     return keep
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-ARITHMETIC = 12             # of this code: increased when the same tokens may get other bits than before
+ARITHMETIC = 13             # of this code: increased when the same tokens may get other bits than before
 BLOCK_WORDS = 1 << 17       # of 8 bytes: one sum for each MiB of a file, so fast as it is read
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation",
             "_experts_implementation", "use_cache"}

@@ -121,6 +121,30 @@ def test_rows_of_every_kind_share_a_batch_and_change_nothing_for_each_other() ->
     assert together == by_themselves
 
 
+@pytest.mark.parametrize(("top_k", "scale"), [(40, 3.0), (0, 3.0), (0, 0.5)], ids=["top_k", "steep", "flat"])
+def test_no_neighbour_moves_the_border_of_a_nucleus_by_a_bit(top_k: int, scale: float) -> None:
+    """Between two neighbouring values of top_p the token changes, with any neighbours at the same place."""
+    torch.manual_seed(5)
+    neighbours = [Sampling(max_tokens=9, seed=9, top_p=0.9, top_k=k) for k in (300, 90, 0)]
+    num_borders = 0
+    for seed in range(12):
+        logits = torch.randn(1, VOCAB_SIZE) * scale
+
+        def drawn(top_p: float, others: list[Sampling], logits: Tensor = logits, seed: int = seed) -> int:
+            mine = Sampling(max_tokens=9, seed=seed, top_k=top_k, top_p=top_p)
+            return draw(sampler_of([mine, *others]), logits.expand(1 + len(others), -1))[0]
+
+        low, high = 0.3, 0.999
+        if drawn(low, []) == drawn(high, []):
+            continue
+        while (middle := (low + high) / 2) not in (low, high):
+            low, high = (middle, high) if drawn(middle, []) == drawn(low, []) else (low, middle)
+        num_borders += 1
+        for others in (neighbours, neighbours[:1], neighbours[2:]):
+            assert [drawn(top_p, others) for top_p in (low, high)] == [drawn(top_p, []) for top_p in (low, high)]
+    assert num_borders > 2
+
+
 def test_log_probabilities_are_those_of_the_raw_logits() -> None:
     torch.manual_seed(4)
     logits = torch.randn(3, VOCAB_SIZE)
