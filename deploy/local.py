@@ -28,7 +28,7 @@ EXIT_BROKEN = 2
 POLL_S = 0.1
 RESTART_S = 1.0                                         # pause before a child that died is started again
 START_TIMEOUT_S = 600.0                                 # until the first model is announced
-STOP_TIMEOUT_S = 20.0                                   # for the pods, once they have drained; then for the workers
+STOP_TIMEOUT_S = 20.0                                   # beside `drain_s`: for the pods, then for the workers
 DRAIN_S = 3.0                                           # one machine, one person: no need to wait for long streams
 
 
@@ -178,8 +178,8 @@ def _drain_s(settings: Settings) -> float:
 
 
 def _stop(children: list[Child], drain_s: float) -> None:
-    for room, patience_s in (("api", drain_s + STOP_TIMEOUT_S), ("worker", STOP_TIMEOUT_S)):
-        deadline_s = time.monotonic() + patience_s
+    for room in ("api", "worker"):
+        deadline_s = time.monotonic() + drain_s + STOP_TIMEOUT_S
         members = [child for child in children if child.name.startswith(room)]
         for child in members:
             child.terminate()

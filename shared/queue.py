@@ -126,18 +126,19 @@ class Queue:
 
     async def claim(self, worker: str, sequence: int, num_free: int, *, tokenizer_id: str, weights_id: str,
                     numerics_id: str, most_choices: int = UNLIMITED, max_model_len: int = UNLIMITED,
-                    held: Iterable[str] | None = None) -> Claims:
+                    held: Iterable[str] | None = None, begun_only: bool = False) -> Claims:
         """Takes jobs of at most `num_free` choices. Repeat a call whose reply was lost with the same `sequence`.
 
         `most_choices`, `max_model_len`: the most that the worker ever has room for. `held`: all jobs that it computes;
-        others that Redis has assigned to it go back to the queue. None: unspecified.
+        others that Redis has assigned to it go back to the queue. None: unspecified. `begun_only`: only answers that
+        have begun.
         """
         settings = self.settings
         look_again_ms, *rows = await self._run(
             "claim", worker, self._lease_ms, sequence, num_free, tokenizer_id, weights_id, numerics_id,
             round(settings.patience_s * 1000), settings.max_scan, round(settings.prefix_patience_s * 1000),
             round(PREFIX_TTL_S * 1000), int(settings.allow_other_weights), most_choices, max_model_len,
-            settings.max_attempts, settings.max_claims, *(ANY_JOB if held is None else held))
+            settings.max_attempts, settings.max_claims, int(begun_only), *(ANY_JOB if held is None else held))
         jobs, malformed = [], []
         for job_id, epoch, position, num_tokens, alone, is_like, request, header in rows:
             try:

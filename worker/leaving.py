@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 
 
 def must_end_here(weights_id: str, others: Iterable[Mapping[str, str]]) -> bool:
-    """Whether others serve the model, but none with these weights: a rolling change, after which nobody could go on.
+    """Whether others stay that serve the model, but none with these weights: a rolling change, after which nobody could
+    go on.
 
-    Where nobody else serves it, whoever starts next goes on. Workers that do not name their weights are of an older
-    version, which may be alike.
+    Where nobody else serves it, who starts next with these weights goes on. Workers that do not name their weights are
+    of an older version, which may be alike.
     """
-    theirs = {other.get("weights_id", weights_id) for other in others}
+    theirs = {other.get("weights_id", weights_id) for other in others if not other.get("leaving")}
     return bool(theirs) and weights_id not in theirs

@@ -70,5 +70,6 @@ def spare_steps() -> None:
 
 
 async def _stop_when(stopping: asyncio.Event, worker: Worker) -> None:
-    await stopping.wait()
-    worker.stop()
+    while await stopping.wait():
+        stopping.clear()
+        worker.stop()

@@ -67,6 +67,9 @@ class Worker:
         self._claim_at_s = self._renewed_s = self._asked_s = self._announced_s = float("-inf")
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._leaves_at_s = float("inf")                # from then on it hands over, and waits for nothing
+        self._is_draining = False                       # it ends what was begun with its weights, and begins nothing
+        self._sees_line = True                          # as far as the last claim tells, there is more to claim
         self._announcing: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         self._publish_sequence = 1
@@ -79,7 +82,9 @@ class Worker:
         return f"<Worker {self.name} {self.engine!r}>"
 
     def stop(self) -> None:
-        """Ends the loop after the present step; jobs are handed over at once, unless nobody else could go on."""
+        """Ends the loop after the present step; jobs are handed over at once, unless nobody else could go on. Asked
+        again, it hands them over nevertheless."""
+        self._leaves_at_s = time.monotonic()
         self._stopping.set()
         self._wake.set()
 
@@ -104,7 +109,11 @@ class Worker:
             self._compiler.shutdown(wait=False, cancel_futures=True)
 
     async def _end_what_must_end_here(self) -> None:
-        """In a rolling change of weights: what was begun here, for at most `drain_s`."""
+        """In a rolling change of weights: what was begun with these, here or by others that have left, for at most
+        `drain_s`."""
+        if self._announcing:
+            await self._announcing
+        await self._say(0.0)                            # that it leaves: others may look for one to hand over to
         others = [other for other in await self.queue.workers() if other.get("name", self.name) != self.name]
         if self.settings.allow_other_weights or not must_end_here(self.card.weights_id, others):
             return
@@ -114,8 +123,9 @@ class Worker:
                 self._drop(job_id)
         log.info("%s is the last with its weights: %d answers may end in %g s", self.name, len(self._answers),
                  self.settings.drain_s)
-        end_s = time.monotonic() + self.settings.drain_s
-        while self._answers and time.monotonic() < end_s and not self.is_broken:
+        self._is_draining, self._claim_at_s = True, float("-inf")
+        self._leaves_at_s = time.monotonic() + self.settings.drain_s
+        while (self._answers or self._sees_line) and time.monotonic() < self._leaves_at_s and not self.is_broken:
             await self._turn()
         await self._settle()
 
@@ -178,7 +188,8 @@ class Worker:
 
     @property
     def _may_claim(self) -> bool:
-        return self._num_free > 0 and self._alone not in self._answers and not self._stopping.is_set()
+        return self._num_free > 0 and self._alone not in self._answers and (
+            self._is_draining or not self._stopping.is_set())
 
     async def _admit(self) -> None:
         """Claims jobs if there is room, and a job was announced or it is time to look."""
@@ -194,8 +205,9 @@ class Worker:
             claims = await self.queue.claim(
                 self.name, self._claim_sequence, self._num_free, tokenizer_id=card.tokenizer_id,
                 weights_id=card.weights_id, numerics_id=card.numerics_id, most_choices=card.max_num_seqs,
-                max_model_len=card.max_model_len, held=self._answers)
+                max_model_len=card.max_model_len, held=self._answers, begun_only=self._is_draining)
             self._renewed_s = now_s
+            self._sees_line = bool(claims.jobs) or claims.look_again_s is not None
             if claims.look_again_s is not None:
                 self._claim_at_s = min(self._claim_at_s, now_s + claims.look_again_s)
             for claimed in claims.jobs:
@@ -290,7 +302,7 @@ class Worker:
                 return
             except AWAY as error:
                 log.warning("release: Redis is away (%s)", type(error).__name__)
-                if self._stopping.is_set():
+                if time.monotonic() >= self._leaves_at_s:
                     raise
                 await asyncio.sleep(connection.RECONNECT_S)
 
@@ -328,7 +340,7 @@ class Worker:
                 has_lost = True
             except AWAY as error:
                 log.warning("publish: Redis is away (%s)", type(error).__name__)
-                if self._stopping.is_set():
+                if time.monotonic() >= self._leaves_at_s:
                     raise
                 await asyncio.sleep(connection.RECONNECT_S)
         self._renewed_s = now_s
@@ -367,6 +379,7 @@ class Worker:
 
     def _drop(self, job_id: str) -> None:
         log.info("job %s is not ours any more", job_id)
+        self._sees_line = True                          # where it may be
         del self._answers[job_id]
         if compiling := self._compiling.pop(job_id, None):
             compiling.cancel()
@@ -419,7 +432,7 @@ class Worker:
                 "step_p50_ms": round(step_ms[len(step_ms) // 2], 2),
                 "step_p99_ms": round(step_ms[int(len(step_ms) * 0.99)], 2),
                 "card": self._card_hash, "weights_id": self.card.weights_id, "numerics_id": self.card.numerics_id,
-                "engine": repr(self.engine)}
+                "engine": repr(self.engine), "leaving": "yes" if self._stopping.is_set() else ""}
 
 
 def _heard(announcement: bytes | None) -> Announcement | None:

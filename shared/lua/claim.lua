@@ -1,6 +1,6 @@
 -- claim(tag; worker, lease_ms, sequence, free_choices, tokenizer_id, weights_id, numerics_id, patience_ms, max_scan,
 --       prefix_patience_ms, prefix_ttl_ms, any_weights, most_choices, max_model_len, max_attempts,
---       max_claims, job...)
+--       max_claims, begun_only, job...)
 --   -> {look_again_ms, {job, epoch, position, tokens, alone, is_like, request, header}...}
 -- look_again_ms: time until this worker may take a job that was left to another; -1: no job was left.
 -- The same sequence number returns the same jobs again: a claim whose reply was lost loses nothing. The jobs given are
@@ -10,7 +10,7 @@ local SHARE_MS = 10  -- for others to take their share of the queue
 local PROOF_MS = 50  -- for jobs to get their first token
 local MAX_PAGES = 16 -- of max_scan jobs each, searched for jobs that this worker can compute; its next claim goes on
 local worker, free, max_scan = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[9])
-local patience_ms, prefix_patience_ms = tonumber(ARGV[8]), tonumber(ARGV[10])
+local patience_ms, prefix_patience_ms, begun_only = tonumber(ARGV[8]), tonumber(ARGV[10]), ARGV[17] == '1'
 local self, held = key('sequence:' .. worker), key('held:' .. worker)
 local now, look_again_ms = now_ms(), -1
 renew(worker, ARGV[2])
@@ -34,7 +34,7 @@ if before[1] == ARGV[3] then
 end
 
 local known = {}
-for i = 17, #ARGV do known[ARGV[i]] = true end
+for i = 18, #ARGV do known[ARGV[i]] = true end
 for _, job in ipairs(redis.call('SMEMBERS', held)) do
   if not known['*'] and not known[job] then hand_back(worker, job, false, tonumber(ARGV[15]), tonumber(ARGV[16])) end
 end
@@ -71,6 +71,7 @@ local function glance(job)
   if not f[1] then redis.call('ZREM', key('ready'), job) return nil end
   if f[1] ~= ARGV[5] then return nil end
   if f[2] ~= ARGV[6] and ARGV[12] ~= '1' and has_started(job) then return nil end
+  if begun_only and (f[2] ~= ARGV[6] or not has_started(job)) then return nil end
   if tonumber(f[3]) > tonumber(ARGV[13]) or tonumber(f[7] or 0) > tonumber(ARGV[14]) then return nil end
   return {job = job, choices = tonumber(f[3]), prefix = f[4], warmth = warmth(f[4]), ready_ms = tonumber(f[5]),
           priority = tonumber(f[6])}
@@ -122,8 +123,8 @@ local function is_proven()
 end
 
 -- A job that killed one worker starts only beside proven jobs, one that killed two only alone, and one of many choices
--- where there is room for all, or nothing else. When all workers are busy, one of them is reserved: it takes no other job until this one
--- can start.
+-- where there is room for all, or nothing else. When all workers are busy, one of them is reserved: it takes no other
+-- job until this one can start.
 local function reserve(hash)
   local r = redis.call('HMGET', hash, 'reserved_by', 'reserved_ms')
   if r[1] and r[1] ~= worker and now - r[2] < 2 * ARGV[2] then return false end

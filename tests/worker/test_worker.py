@@ -300,33 +300,89 @@ async def test_a_redis_that_flickers_while_it_is_put_back_costs_nothing(
     assert num_asked > 4
 
 
-async def pretend(worker: Worker, weights_id: str) -> None:
-    """That another worker serves the model, with these weights."""
+async def pretend(worker: Worker, *weights_ids: str, leaves: bool = False) -> None:
+    """That other workers serve the model, with these weights; the first of them may be leaving."""
     redis, key = worker.queue.redis, worker.queue.shard.key
-    await redis.zadd(key("leases"), {"other": 2 ** 45})
-    await redis.hset(key("worker:other"), mapping={"name": "other", "weights_id": weights_id})
+    for number, weights_id in enumerate(weights_ids):
+        await redis.zadd(key("leases"), {f"other{number}": 2 ** 45})
+        await redis.hset(key(f"worker:other{number}"), mapping={
+            "name": f"other{number}", "weights_id": weights_id, "leaving": "yes" if leaves and not number else ""})
 
 
-@pytest.mark.parametrize(("drain_s", "weights_id", "stays"), [
-    (30.0, "new", True), (0.0, "new", False), (30.0, "", False)])
+async def until_queued(worker: Worker, job: Job) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while (await worker.queue.describe(job.id))["state"] != "queued":
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("drain_s", "others", "leaves", "stays"), [
+    (30.0, ["new"], False, True), (0.0, ["new"], False, False), (30.0, ["same"], False, False),
+    (30.0, ["same", "new"], True, True), (30.0, ["same"], True, False)],
+    ids=["last", "no time", "not the last", "both last", "everybody leaves"])
 async def test_the_last_worker_with_its_weights_ends_what_it_has_begun(
-        worker: Worker, expected: list[int], drain_s: float, weights_id: str, stays: bool) -> None:
+        worker: Worker, expected: list[int], drain_s: float, others: list[str], leaves: bool, stays: bool) -> None:
     """In a rolling change of weights, for a while; what waits is left to others. One that has its weights goes on."""
     worker.settings = worker.settings.model_copy(update={"drain_s": drain_s})
     begun = make_job(worker, sampling=SAMPLED)
     await ask(worker, begun)
     await read_until(worker, begun, partial(has_grown, 4))
-    await pretend(worker, weights_id or worker.card.weights_id)
+    await pretend(worker, *(worker.card.weights_id if each == "same" else each for each in others), leaves=leaves)
     worker.stop()
     await ask(worker, late := make_job(worker))
     if stays:
         assert token_ids(entries := await read_until(worker, begun, ended)) == expected and entries[-1].epoch == 1
     else:
-        async with asyncio.timeout(WAIT_S):
-            while (await worker.queue.describe(begun.id))["state"] != "queued":
-                await asyncio.sleep(0.01)
+        await until_queued(worker, begun)
         assert not ended(await worker.queue.read(begun.id))
     assert (await worker.queue.describe(late.id))["state"] == "queued"
+
+
+async def test_the_last_worker_ends_what_others_with_its_weights_had_begun(
+        worker: Worker, engine: Engine, expected: list[int]) -> None:
+    """They were handed over, and nobody had room; what waits and has not begun is left to others."""
+    begun = make_job(worker, sampling=SAMPLED)
+    await ask(worker, begun)
+    await read_until(worker, begun, partial(has_grown, 4))
+    await pretend(worker, worker.card.weights_id)
+    worker.stop()
+    await until_queued(worker, begun)
+    engine.abort(begun.id)
+    await pretend(worker, "new")
+    await ask(worker, late := make_job(worker))
+    last = Worker(worker.settings, worker.queue.redis, engine, worker.card, ("m",))
+    last.stop()
+    await last.run()
+    assert token_ids(entries := await worker.queue.read(begun.id)) == expected and entries[-1].epoch > 1
+    assert (await worker.queue.describe(late.id))["state"] == "queued"
+
+
+@pytest.mark.parametrize("is_hurried", [False, True])
+async def test_the_last_worker_waits_for_redis_unless_it_is_asked_again(
+        worker: Worker, engine: Engine, expected: list[int], server: RedisServer, monkeypatch: pytest.MonkeyPatch,
+        is_hurried: bool) -> None:
+    step = engine.step
+
+    def slowly() -> Any:
+        time.sleep(0.01)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slowly)
+    await ask(worker, begun := make_job(worker, sampling=SAMPLED))
+    await read_until(worker, begun, partial(has_grown, 4))
+    await pretend(worker, "new")
+    worker.stop()
+    async with asyncio.timeout(WAIT_S):
+        while not worker._is_draining:
+            await asyncio.sleep(0.01)
+    if is_hurried:
+        worker.stop()
+        await until_queued(worker, begun)
+        assert not ended(await worker.queue.read(begun.id))
+    else:
+        server.kill()
+        await asyncio.sleep(1.0)
+        server.start()
+        assert token_ids(await read_until(worker, begun, ended)) == expected
 
 
 async def test_what_it_puts_down_is_claimed_again(worker: Worker, expected: list[int]) -> None:
