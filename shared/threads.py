@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import MutableMapping
-from pathlib import Path
 
 from shared import container
 
@@ -46,7 +45,3 @@ def default_threads(num_cores: int, num_bytes: int, large_bytes: int = LARGE_BYT
 def threads_of_each(num_cores: int, num_workers: int) -> int:
     """Threads of each of several workers on one machine."""
     return max(1, (num_cores - 1) // num_workers)
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -12,7 +12,7 @@ from typing import Any
 from shared.card import Card
 from shared.template import ChatTemplate
 from worker.engine.engine import Engine
-from worker.model.folder import ModelRefused, generation_config, one_line, read_json
+from worker.model.folder import ModelRefused, generation_config, one_line, read_json, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -73,4 +73,4 @@ def _sampling_defaults(folder: Path) -> dict[str, float]:
 
 
 def _created_s(folder: Path) -> int:
-    return max(int(path.stat().st_mtime) for path in folder.glob("*.safetensors"))
+    return max(int(path.stat().st_mtime) for path in weight_files(folder))

@@ -11,9 +11,9 @@ import torch
 
 from shared.job import Sampling
 from shared.settings import Settings
-from shared.threads import LARGE_FOR_KERNELS_BYTES, default_threads, most_threads, weight_bytes
+from shared.threads import LARGE_FOR_KERNELS_BYTES, default_threads, most_threads
 from worker.engine.engine import Engine, Request
-from worker.model.folder import ModelRefused
+from worker.model.folder import ModelRefused, weight_bytes
 from worker.model.loading import load
 from worker.model.memory import num_free_bytes
 

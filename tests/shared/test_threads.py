@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,6 @@ from shared.threads import (
     num_cores,
     spin_briefly,
     threads_of_each,
-    weight_bytes,
 )
 
 
@@ -65,9 +63,3 @@ def test_threads_that_wait_sleep_soon_unless_told_otherwise(environment: dict[st
 def test_openmp_is_told_before_it_is_there() -> None:
     code = "import sys, deploy.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_weights_are_weighed(tmp_path: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors", "tokenizer.json"):
-        (tmp_path / name).write_bytes(b"123")
-    assert weight_bytes(tmp_path) == 6

@@ -37,14 +37,26 @@ class PrefixCache:
                 self._order.move_to_end(piece)
 
     def choose(self, first: int, last: int, beside: int | None) -> tuple[int, list[int]]:
-        """The slot for pieces [first, last) of a prompt: that of the piece before, an empty one, or that of the least
-        recently used piece of all; and which pieces in it must be evicted first, with those behind them."""
+        """The slot for pieces [first, last) of a prompt: that of the piece before, an empty one, or the one that loses
+        what was used the least recently; and which pieces in it must be evicted first, with those behind them."""
         if beside is not None and self._names[beside].keys().isdisjoint(range(first, last)):
             return beside, []
         if self._empty:
             return next(reversed(self._empty)), []
-        slot = self._slots[next(iter(self._order))]
+        slot = self._least_used(first)
         return slot, sorted(index for index in self._names[slot] if index >= first)
+
+    def _least_used(self, first: int) -> int:
+        """The slot whose pieces from `first` on were all used before some of every other."""
+        num_used: dict[int, int] = {}                   # pieces from `first` on, after those seen here
+        for piece in self._order:
+            slot = self._slots[piece]
+            if slot not in num_used:
+                num_used[slot] = sum(index >= first for index in self._names[slot])
+            num_used[slot] -= piece[0] >= first
+            if not num_used[slot]:
+                break
+        return slot
 
     def place(self, first: int, names: Sequence[str], slot: int) -> None:
         """Places pieces from `first` on, whose names must be new and whose places in the slot must be free."""

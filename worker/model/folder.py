@@ -57,6 +57,21 @@ def find_folder(folder_or_name: str, revision: str | None) -> Path:
     return folder
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files from which transformers loads weights: others may hold them once more, for other programs. Raises
+    ModelRefused."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    there = sorted(folder.glob("*.safetensors"))
+    named = read_json(index).get("weight_map") if index.is_file() else None
+    return [path for path in there if path.name in named.values()] if isinstance(named, dict) else there
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
 def download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -17,6 +17,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from worker.model.folder import weight_files
+
 ARITHMETIC = 13             # of this code: increased when the same tokens may get other bits than before
 BLOCK_WORDS = 1 << 17       # of 8 bytes: one sum for each MiB of a file, so fast as it is read
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation",
@@ -30,7 +32,7 @@ def weights_id(folder: Path, config: dict[str, Any], quantization: str = "none")
     digest = hashlib.sha256(json.dumps(_lasting(config), sort_keys=True, default=str).encode())
     if quantization != "none":
         digest.update(quantization.encode())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
         for sums in _sums(path):
             digest.update(sums.numpy().tobytes())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from shared import container
 from worker.model import experts
-from worker.model.folder import ModelRefused, one_line
+from worker.model.folder import ModelRefused, one_line, weight_bytes, weight_files
 
 GIB = 2**30
 SAVED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -60,8 +60,7 @@ def require_plain(folder: Path) -> None:
 
 def require_room(folder: Path, dtype: torch.dtype) -> None:
     """Raises ModelRefused for more weights than there is memory: the system would end the process in the midst."""
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * dtype.itemsize // saved_dtype(
-        folder).itemsize
+    num_bytes = weight_bytes(folder) * dtype.itemsize // saved_dtype(folder).itemsize
     num_free_bytes = container.num_free_bytes()
     if num_bytes > num_free_bytes:
         raise ModelRefused(f"{folder} does not fit: {num_bytes / GIB:.2f} GiB of weights as {dtype}, and "
@@ -70,7 +69,7 @@ def require_room(folder: Path, dtype: torch.dtype) -> None:
 
 def _kinds(folder: Path) -> Iterator[tuple[str, str]]:
     """Name and type of each tensor in the files, as safetensors says it. Raises ModelRefused."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 yield from [(name, file.get_slice(name).get_dtype()) for name in file.offset_keys()]

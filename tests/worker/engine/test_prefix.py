@@ -169,6 +169,18 @@ def test_the_least_recently_used_piece_goes_first() -> None:
     assert cache.num_pieces == 0 and {place(0, "h")[0], place(0, "i")[0]} == {8, 9}
 
 
+def test_what_is_used_is_not_evicted_for_a_tail_that_is_not() -> None:
+    """The oldest piece of all is behind two that every other request needs."""
+    cache = PrefixCache(range(2))
+    cache.place(0, ["system", "prompt", "tail"], 0)
+    cache.place(0, ["other"], 1)
+    cache.use(["system", "prompt"])
+    assert cache.choose(0, 2, None) == (1, [0])
+    assert cache.choose(1, 2, None) == (1, []), "nothing is in the way there"
+    cache.use(["other"])
+    assert cache.choose(2, 3, None) == (0, [2])
+
+
 def test_more_conversations_than_run_at_once_are_kept(folder: Path) -> None:
     """As many as memory has room for, whatever else they have in common."""
     engine = Engine(load(str(folder), dtype="bfloat16"), max_num_seqs=2, prefill_chunk=CHUNK)
