@@ -49,7 +49,8 @@ class Chunks:
             (index, self.cache.find(index, prefix[index])) for index in range(first, len(prefix)))))
         for slot, places in groupby(found, key=lambda place: place[1]):
             assert slot is not None
-            begin, end = self._tokens(*[index for index, _ in places])
+            run = [index for index, _ in places]
+            begin, end = self._tokens(run[0], run[-1] + 1)
             self._kv.copy(slot, leader.slot, begin, end)
             leader.num_computed_tokens += end - begin
             leader.num_cached_tokens += end - begin
@@ -70,15 +71,11 @@ class Chunks:
             index = end
 
     def _keep(self, source: int, first: int, names: Several[str]) -> bool:
-        if not self.keeps:
-            return False
-        begin, end = self._tokens(first, len(names) - 1)
+        begin, end = self._tokens(first, len(names))
         beside = self.cache.find(first - 1, names[first - 1]) if first else None
         slot, in_the_way = self.cache.choose(first, len(names), beside)
         for index in in_the_way:
-            self.cache.evict((index, slot))
-        for _, run in groupby(enumerate(in_the_way), key=lambda pair: pair[1] - pair[0]):
-            self._kv.drop(slot, *self._tokens(*[index for _, index in run]))
+            self._drop(self.cache.evict((index, slot)))
         if not self.make_room(self._kv.num_pages_to_keep(source, slot, begin, end)):
             return False
         self.cache.place(first, names[first:], slot)
@@ -99,8 +96,8 @@ class Chunks:
 
     def _drop(self, place: Place) -> None:
         index, slot = place
-        self._kv.drop(slot, *self._tokens(index))
+        self._kv.drop(slot, *self._tokens(index, index + 1))
 
-    def _tokens(self, first: int, *others: int) -> tuple[int, int]:
-        """Of neighbouring pieces."""
-        return first * self.piece_len, ((others or (first,))[-1] + 1) * self.piece_len
+    def _tokens(self, first: int, last: int) -> tuple[int, int]:
+        """Of pieces [first, last)."""
+        return first * self.piece_len, last * self.piece_len

@@ -391,9 +391,9 @@ class Engine:
 
     @property
     def numerics_id(self) -> str:
-        """Identifies the model, the grid on which prompts are cut, and the mode of batching."""
-        mode = "" if self.is_exact else " fast"
-        return hashlib.sha256(f"{self.model.numerics_id} {self.prefill_chunk}{mode}".encode()).hexdigest()[:32]
+        """Identifies the model, the mode of batching, and the grid on which prompts are cut, if bits depend on it."""
+        parts = self.model.numerics_id, 0 if self.model.is_uniform else self.prefill_chunk, self.is_exact
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def check(self) -> None:
         """Every slot is free or held by one running choice; an idle engine holds none."""

@@ -13,7 +13,6 @@ from worker.model.slots import SlotMemory, allocate
 
 KV = KVSlots | KVPages
 
-
 KEPT_PROMPTS, GPU_KEPT_PROMPTS = 256, 1024      # the most that end differently: a GPU computes, and holds, many more
 
 

@@ -17,6 +17,7 @@ from worker.model.attention import NAME, Recorder, passing
 from worker.model.linear import packed_linears
 from worker.model.model import SHARED_UNIT, Model
 from worker.model.slots import Together
+from worker.model.steady import Seen, Watch, rounds_by_place
 from worker.model.transfer import send
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def is_uniform(model: Model) -> bool:
 
     This holds if our kernels compute all products, in one order for any number of rows. It is checked nevertheless.
     """
-    if memory.is_paged(model.device) or _has_plain_products(model) or not all(
+    if memory.is_paged(model.device) or _has_plain_products(model) or _rounds_by_place(model) or not all(
             layer.is_uniform for layer in packed_linears(model.module)):
         return False
     token_ids = random_token_ids(model.vocab_size, NUM_TOKENS)
@@ -197,6 +198,20 @@ def _has_plain_products(model: Model) -> bool:
                for weight in module.parameters(recurse=False))
 
 
+def _rounds_by_place(model: Model) -> bool:
+    """Whether a row's bits depend on its place in a forward, by a function of torch that a trial may not show."""
+    token_ids = random_token_ids(model.vocab_size, NUM_TOKENS)
+
+    def seen(num_rows: int) -> list[Seen]:
+        trial = memory.scratch(model.kv_shapes, 1, NUM_TOKENS, model.dtype, model.device)
+        with Watch() as watch:
+            model.forward(token_ids[:num_rows], range(num_rows), trial.chunk(0, 0, num_rows), range(num_rows))
+        calls: list[Seen] = watch.seen
+        return calls
+
+    return rounds_by_place(seen(NUM_TOKENS - 1), seen(NUM_TOKENS), NUM_TOKENS, model.most_rows)
+
+
 def probe_shared_rows(model: Model) -> int:
     """The most rows of a forward shared by several parts, where each part has the bits that it has alone; 0: none.
 
@@ -204,7 +219,8 @@ def probe_shared_rows(model: Model) -> int:
     for hundreds of rows on some processors only; plain ones are not tried.
     """
     num_weights = sum(layer.packed.numel() for layer in packed_linears(model.module))
-    if model.has_fixed_rows or _has_plain_products(model) or num_weights > MAX_SHARED_WEIGHTS:
+    if model.has_fixed_rows or num_weights > MAX_SHARED_WEIGHTS or (
+            _has_plain_products(model) or _rounds_by_place(model)):
         return 0
     num_parts = model.most_rows // SHARED_UNIT
     token_ids = random_token_ids(model.vocab_size, model.most_rows)

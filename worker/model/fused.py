@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
 
 from worker.model import cpu, memory
 from worker.model.attention import Context, Scores
@@ -35,7 +35,9 @@ class FusedMLP(nn.Module):
         self.down_proj = mlp.down_proj
         self.act_fn = mlp.act_fn
         is_silu = type(mlp.act_fn) in (SiLUActivation, nn.SiLU)
-        self.pointwise = _pointwise(mlp.down_proj.weight, mlp.down_proj.in_features) if is_silu else None
+        pointwise = _pointwise(mlp.down_proj.weight, mlp.down_proj.in_features)
+        self.pointwise = pointwise if is_silu else None
+        self.gelu = getattr(pointwise, "gelu_and_multiply", None) if type(mlp.act_fn) is GELUTanh else None
         gate_up: Any = _joined(mlp.gate_proj, mlp.up_proj)
         gate_up.is_gated = self.pointwise is not None   # for its packing
         self.gate_up_proj = gate_up
@@ -47,6 +49,8 @@ class FusedMLP(nn.Module):
         gate_up = self.gate_up_proj(x)
         if self.pointwise:
             return cast(Tensor, self.down_proj(self.pointwise.silu_and_multiply(gate_up)))
+        if self.gelu:
+            return cast(Tensor, self.down_proj(self.gelu(gate_up)))
         gate, up = gate_up.chunk(2, dim=-1)
         return cast(Tensor, self.down_proj(self.act_fn(gate) * up))
 

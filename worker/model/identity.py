@@ -51,9 +51,8 @@ def _sums(path: Path) -> Iterator[Tensor]:
 
 
 def numerics_id(parts: Iterable[object], device: torch.device) -> str:
-    """`parts` are the model's and the mode's, beside libraries, and the instruction set and threads, or the GPU."""
-    of_device = _gpu(device) if device.type == "cuda" else [
-        torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *_processor()]
+    """`parts` are the model's and the mode's, beside libraries, and the instruction set, or the GPU."""
+    of_device = _gpu(device) if device.type == "cuda" else [torch.backends.cpu.get_cpu_capability(), *_processor()]
     facts = [ARITHMETIC, *parts, torch.__version__, transformers.__version__, *of_device]
     return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()[:32]
 

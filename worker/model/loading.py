@@ -25,6 +25,7 @@ from worker.model.fusing import fuse_blocks
 from worker.model.length import choose_max_model_len, require_windows
 from worker.model.linear import pack_linears
 from worker.model.model import LONG_PREFILL_BUDGET, PREFILL_BUDGET, Model
+from worker.model.steady import steady_activations
 from worker.model.weights import load_module, saved_dtype
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def prove(module: Any, config: Any, folder: Path, max_model_len: int | None = No
     pack_linears(module)
     if not memory.is_paged(module.device):
         pack_mixtures(module)
+        steady_activations(module, module.dtype)
     model = Model(
         module=module, config=text_config, folder=folder, dtype=module.dtype, vocab_size=text_config.vocab_size,
         max_model_len=max_model_len,
@@ -194,4 +196,4 @@ def probe(model: Model, expected: Tensor, max_num_seqs: int) -> None:
         raise ModelRefused(f"{name} is not supported: its logits differ from the plain model's by {error:.2g}")
     model.numerics_id = identity.numerics_id([
         model.weights_id, model.dtype, attention.PAGE_LEN, model.min_rows, model.max_rows,
-        *cpu.arithmetic(model.dtype)], model.device)
+        *([] if model.is_uniform else [torch.get_num_threads()]), *cpu.arithmetic(model.dtype)], model.device)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import gelu, rms_norm, silu
 
 from tests.worker.families import computing_by, kinds_of_ours
 from worker.model import cpu
@@ -146,6 +146,7 @@ def check_pointwise(num_rows: int, dtype: torch.dtype) -> None:
     gate_up = (torch.randn(1, num_rows, 2 * 1024) * 8).to(dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
     assert is_near(pointwise.silu_and_multiply(gate_up), silu(gate) * up)
+    assert is_near(pointwise.gelu_and_multiply(gate_up), gelu(gate, approximate="tanh") * up)
 
     x, added = (torch.randn(1, num_rows, 1024).to(dtype) for _ in "xa")
     weight = torch.randn(1024).to(dtype)

@@ -6,6 +6,7 @@ depend on that row alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from worker.model.cpu import LANES
 from worker.model.cpu.code import INTEGER, SIZES, Code, Value
 from worker.model.cpu.kernel import ELEMENTS, Kernel, empty, empty_rows, threads_for
+
+GELU_CUBIC = 0.044715       # Hendrycks and Gimpel, arXiv:1606.08415
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,11 +37,20 @@ def gather(table: Tensor, places: Tensor, out: Tensor) -> Tensor:
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of [..., 2 · n], gates first: [..., n]."""
+    return _gated(gate_up, is_gelu=False)
+
+
+def gelu_and_multiply(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up of the same, gelu as tanh approximates it."""
+    return _gated(gate_up, is_gelu=True)
+
+
+def _gated(gate_up: Tensor, *, is_gelu: bool) -> Tensor:
     width = gate_up.shape[-1] // 2
     rows = gate_up.view(-1, 2 * width)
     out = empty_rows(rows.shape[0], width, gate_up.dtype)
-    _silu_and_multiply(rows, out, rows.shape[0], width, rows.stride(0), out.stride(0),
-                       num_threads=threads_for(rows.numel()), dtype=gate_up.dtype)
+    _activate_and_multiply(rows, out, rows.shape[0], width, rows.stride(0), out.stride(0),
+                           num_threads=threads_for(rows.numel()), dtype=gate_up.dtype, is_gelu=is_gelu)
     return out.view(*gate_up.shape[:-1], width)
 
 
@@ -125,14 +137,21 @@ def _gather(code: Code, table: Value, places: Value, out: Value, num_rows: Value
 
 
 @Kernel
-def _silu_and_multiply(code: Code, gate_up: Value, out: Value, num_rows: Value, width: Value, row_stride: Value,
-                       out_stride: Value, *, dtype: torch.dtype) -> None:
+def _activate_and_multiply(code: Code, gate_up: Value, out: Value, num_rows: Value, width: Value, row_stride: Value,
+                           out_stride: Value, *, dtype: torch.dtype, is_gelu: bool) -> None:
     element = ELEMENTS[dtype]
     size = SIZES[element]
     with code.shares(num_rows) as row, code.loop(0, width, LANES) as column:
         place = gate_up + (row * row_stride + column) * size
         gate, up = code.numbers(place, element), code.numbers(place + width * size, element)
-        code.store(silu_times(code, gate, up), out + (row * out_stride + column) * size, element)
+        times = gelu_times if is_gelu else silu_times
+        code.store(times(code, gate, up), out + (row * out_stride + column) * size, element)
+
+
+def gelu_times(code: Code, gate: Value, up: Value) -> Value:
+    """gelu(gate) · up for two vectors: 1 + tanh(z) is 2 / (1 + exp(-2 z))."""
+    z = gate * math.sqrt(2 / math.pi) * (gate * gate * GELU_CUBIC + 1.0)
+    return gate / (code.exp(z * -2.0) + 1.0) * up
 
 
 def silu_times(code: Code, gate: Value, up: Value) -> Value:
