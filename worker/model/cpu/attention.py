@@ -201,8 +201,6 @@ def _attend(code: Code, query: Value, keys: Value, values: Value, table: Value, 
             place = table + (slot * width + token // page_len) * SIZES[INTEGER]
             page = code.load(place, INTEGER, 1) * num_kv_heads + kv_head
             offset = (page * page_len + token % page_len) * (head_dim * size)
-            for cache in (keys, values):                # prefetches the next block while this one is multiplied
-                code.prefetch(cache + offset + LANES * head_dim * size, LANES * head_dim * size)
             logits = [code.variable(scaling * product) for product in _products(queries, keys + offset)]
             if has_softcap:
                 for some in logits:
