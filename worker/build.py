@@ -36,13 +36,14 @@ def build(settings: Settings, folder: Path) -> Engine:
     if model.is_uniform and not settings.threads:       # its bits do not depend on the number of threads
         torch.set_num_threads(most_threads())
         few_threads = default_threads(most_threads(), num_bytes, LARGE_FOR_KERNELS_BYTES)
+    num_free = num_free_bytes(model.device) // max(1, settings.workers)     # each of those on one machine has its share
     prefill_chunk = settings.prefill_chunk_tokens or (CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     try:
         engine = Engine(model, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len,
                         prefill_chunk=prefill_chunk,
                         prefill_budget=settings.prefill_chunk_tokens or model.prefill_budget,
-                        kv_cache_bytes=settings.kv_cache_bytes or min(num_free_bytes(model.device),
-                                                                      KV_CACHE_BYTES if on_cpu else sys.maxsize),
+                        kv_cache_bytes=settings.kv_cache_bytes or min(
+                            num_free, KV_CACHE_BYTES if on_cpu else sys.maxsize),
                         enable_prefix_caching=settings.enable_prefix_caching,
                         exact_replay_max_tokens=settings.exact_replay_max_tokens,
                         num_speculative_tokens=settings.num_speculative_tokens, numerics=settings.numerics,

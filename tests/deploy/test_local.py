@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from deploy import local
 from deploy.local import Child
 from shared.settings import Settings
+from shared.threads import num_cores, threads_of_each
 from tests.deploy.web import PROXIES, serving
 from tests.system import eventually
 
@@ -46,3 +48,11 @@ def test_no_proxy_is_asked_for_our_own_service(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(local, "START_TIMEOUT_S", 5.0)
     with serving({"/ready": b'{"models": ["m"]}'}) as port:
         local._await_model([], None, port, Settings())
+
+
+def test_the_workers_of_a_machine_share_its_cores_and_its_memory() -> None:
+    with socket.socket() as listening:
+        children = local._children(Settings(apis=1, workers=3), "redis://nowhere", listening)
+    environments = [child.environment for child in children if child.name.startswith("worker")]
+    assert [each["BATON_WORKERS"] for each in environments] == ["3"] * 3
+    assert {each["BATON_THREADS"] for each in environments} == {str(threads_of_each(num_cores(), 3))}

@@ -78,6 +78,8 @@ def test_keys_and_values_fill_no_more_memory_than_is_free(monkeypatch: pytest.Mo
     tight = build(settings, model_folder(settings))
     page_bytes = PAGE_LEN * tight.model.kv_bytes_per_token
     assert 50 << 20 < tight.kv.num_pages * page_bytes < 100 << 20 < roomy.kv.num_pages * page_bytes
+    one_of_two = build(Settings(workers=2), model_folder(settings))
+    assert one_of_two.kv.num_pages == tight.kv.num_pages // 2
 
 
 @pytest.mark.usefixtures("threads")
