@@ -190,10 +190,18 @@ class System:
         self.redis.close()
 
 
+_named_ports: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that this process has not named before: it may be free still, and be meant for another server."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _named_ports:
+            _named_ports.add(port)
+            return port
 
 
 def alive(process: Process) -> bool:
