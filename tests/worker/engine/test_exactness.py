@@ -42,6 +42,15 @@ def make_engines(family: str, dtype: Any, tmp_path_factory: pytest.TempPathFacto
     return pair
 
 
+def test_bits_are_promised_to_be_equal_where_the_grid_does_not_matter(engines: list[Engine]) -> None:
+    """Which a start on a busy machine makes finer."""
+    model = engines[0].model
+    finer = Engine(model, max_num_seqs=12, prefill_chunk=CHUNK // 2)
+    fast = Engine(model, max_num_seqs=12, prefill_chunk=CHUNK, numerics="fast")
+    assert (finer.numerics_id == engines[0].numerics_id) == model.is_uniform
+    assert fast.numerics_id != engines[0].numerics_id
+
+
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     draw = random.Random(f"{seed}/{length}")
     return tuple(draw.randrange(2, VOCAB_SIZE) for _ in range(length))
