@@ -124,8 +124,8 @@ def _own_redis(settings: Settings, port: int) -> RedisServer:
 
 def _children(settings: Settings, redis_url: str, listening: socket.socket) -> list[Child]:
     environment = os.environ | settings.environment() | {
-        "BATON_DRAIN_S": str(_drain_s(settings)), "BATON_REDIS_URL": redis_url}
-    environment["BATON_WORKERS"] = str(settings.workers)            # which share the machine's memory
+        "BATON_DRAIN_S": str(_drain_s(settings)), "BATON_REDIS_URL": redis_url,
+        "BATON_WORKERS": str(settings.workers)}         # which share the machine's memory
     if settings.workers > 1 and not settings.threads:   # each alone would take nearly all cores
         environment |= {"BATON_THREADS": str(threads_of_each(num_cores(), settings.workers))}
     baton = [sys.executable, "-m", "deploy.cli"]

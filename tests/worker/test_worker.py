@@ -359,7 +359,7 @@ async def test_the_last_worker_ends_what_others_with_its_weights_had_begun(
 @pytest.mark.parametrize("is_hurried", [False, True])
 async def test_the_last_worker_waits_for_redis_unless_it_is_asked_again(
         worker: Worker, engine: Engine, expected: list[int], server: RedisServer, monkeypatch: pytest.MonkeyPatch,
-        is_hurried: bool) -> None:
+        caplog: pytest.LogCaptureFixture, is_hurried: bool) -> None:
     step = engine.step
 
     def slowly() -> Any:
@@ -380,7 +380,9 @@ async def test_the_last_worker_waits_for_redis_unless_it_is_asked_again(
         assert not ended(await worker.queue.read(begun.id))
     else:
         server.kill()
-        await asyncio.sleep(1.0)
+        async with asyncio.timeout(WAIT_S):
+            while "publish: Redis is away" not in caplog.text:
+                await asyncio.sleep(0.01)
         server.start()
         assert token_ids(await read_until(worker, begun, ended)) == expected
 

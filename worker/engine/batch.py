@@ -70,7 +70,7 @@ class Batch:
             for sequence in group.sequences.values():
                 if num_missing := self.kv.num_missing_pages(sequence.slot, sequence.num_tokens):
                     if not self.chunks.make_room(num_missing):
-                        return list(self._by_age()[-1].sequences.values())[-1]
+                        return self.youngest_first()[0]
                     self.kv.grow(sequence.slot, sequence.num_tokens)
         return None
 

@@ -5,15 +5,16 @@ It computes on random tokens in slots of its own, which it gives back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise, takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from worker.model import memory
 from worker.model.attention import NAME, Recorder, passing
+from worker.model.calls import CallListener
 from worker.model.linear import packed_linears
 from worker.model.model import SHARED_UNIT, Model
 from worker.model.slots import Together
@@ -136,7 +137,7 @@ def probe_row_sizes(model: Model) -> tuple[int, ...]:
     return *(size for size in FEW_ROWS if size < most and torch.equal(logits(size), usual)), most
 
 
-class _Products(TorchDispatchMode):     # type: ignore[misc]    # of no type that torch declares
+class _Products(CallListener):
     """Records whether torch has multiplied and summed; with rotary angles it only multiplies."""
 
     MULTIPLIED: ClassVar = {"mm": 0, "bmm": 0, "matmul": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # which argument is
@@ -145,10 +146,9 @@ class _Products(TorchDispatchMode):     # type: ignore[misc]    # of no type tha
         super().__init__()
         self.were_there = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        place = self.MULTIPLIED.get(func.overloadpacket.__name__)
+    def hear(self, name: str, args: Sequence[Any]) -> None:
+        place = self.MULTIPLIED.get(name)
         self.were_there |= place is not None and args[place].shape[-1] > 1
-        return func(*args, **kwargs or {})
 
 
 def says_the_same(model: Model, program: Forwards) -> bool:
@@ -204,10 +204,10 @@ def _rounds_by_place(model: Model) -> bool:
 
     def seen(num_rows: int) -> list[Seen]:
         trial = memory.scratch(model.kv_shapes, 1, NUM_TOKENS, model.dtype, model.device)
-        with Watch() as watch:
+        watch = Watch()
+        with watch:
             model.forward(token_ids[:num_rows], range(num_rows), trial.chunk(0, 0, num_rows), range(num_rows))
-        calls: list[Seen] = watch.seen
-        return calls
+        return watch.seen
 
     return rounds_by_place(seen(NUM_TOKENS - 1), seen(NUM_TOKENS), NUM_TOKENS, model.most_rows)
 

@@ -7,12 +7,14 @@ out. It knows functions and shapes. It knows nothing of models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2CLS
+
+from worker.model.calls import CallListener
 
 UNIT = 64                   # numbers: twice the longest vector
 GRAIN = 1 << 15             # numbers: more are divided among threads, anywhere (TensorIterator)
@@ -28,18 +30,17 @@ class Seen(NamedTuple):
     num_threads: int
 
 
-class Watch(TorchDispatchMode):     # type: ignore[misc]    # of no type that torch declares
+class Watch(CallListener):
     """Records the calls of such functions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Seen] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.removesuffix("_")
+    def hear(self, name: str, args: Sequence[Any]) -> None:
+        name = name.removesuffix("_")
         if args and isinstance(args[0], Tensor) and name in BY_PLACE.get(args[0].dtype, ()):
             self.seen.append(Seen(name, args[0].numel(), args[0].is_contiguous(), torch.get_num_threads()))
-        return func(*args, **kwargs or {})
 
 
 def rounds_by_place(few: list[Seen], more: list[Seen], num_more: int, most_rows: int) -> bool:
